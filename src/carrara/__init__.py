@@ -1,0 +1,23 @@
+"""Carrara: the whole life of a diffusion model.
+
+`from carrara import DiffusionModel` is all that page one needs. Heavy imports wait until they are used, so
+that `carrara --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["DiffusionModel", "__version__"]
+
+if TYPE_CHECKING:
+    from carrara.model import DiffusionModel
+
+
+def __getattr__(name: str) -> object:
+    if name == "DiffusionModel":
+        from carrara.model import DiffusionModel
+
+        return DiffusionModel
+    raise AttributeError(f"module 'carrara' has no attribute '{name}'")

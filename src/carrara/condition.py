@@ -1,0 +1,107 @@
+"""What a model is told besides the noisy image and the time, in named slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from carrara.errors import UserError
+
+Attend = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+"""The attention seam: `attend(site, q, k, v) -> out`, asked by every attention layer instead of its own
+fused attention. `site` names the layer ("down.1.0.cross"); q is [B, heads, L, d], k and v [B, heads, M, d],
+the result [B, heads, L, d]."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the model is told. Every slot is optional; nothing is guessed from a tensor's rank.
+
+    Attributes:
+        label: int64 [B], class indices in 0..classes-1; `classes` itself is the null label of a model that
+            was trained with label dropout.
+        vector: float [B, D], one vector for each sample (an image embedding, a style).
+        context: float [B, L, D], tokens for cross-attention.
+        context_mask: bool [B, L], True where a token may be attended to; None means everywhere.
+        concat: float [B, C', H, W], laid beside x along the channels (low-resolution image, mask).
+        attend: the attention seam (see `Attend`); None lets every layer use fused attention.
+    """
+
+    label: Tensor | None = None
+    vector: Tensor | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+    concat: Tensor | None = None
+    attend: Attend | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor slots that are filled, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        """The same condition with `function` applied to every filled tensor slot."""
+        return replace(self, **{name: function(value) for name, value in self.tensors().items()})
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The same condition on another device."""
+        return self.map(lambda value: value.to(device))
+
+    def rows(self, index: Tensor | slice) -> Condition:
+        """The condition of some of the samples."""
+        return self.map(lambda value: value[index])
+
+    def batch(self, size: int) -> Condition:
+        """The condition for a batch of `size`; slots of one row are repeated, others must fit.
+
+        Raises:
+            UserError: a slot holds neither one row nor `size` rows.
+        """
+        for name, value in self.tensors().items():
+            if value.shape[0] not in (1, size):
+                raise UserError(
+                    f"the condition's {name} has {value.shape[0]} rows for a batch of {size}: "
+                    "give one row or one for each sample."
+                )
+        return self.map(lambda v: v if v.shape[0] == size else v.expand(size, *v.shape[1:]))
+
+    def mix(self, keep: Tensor, null: Condition) -> Condition:
+        """Per sample: this condition where `keep` (bool [B]) is True, `null` elsewhere.
+
+        This is the condition dropout of classifier-free guidance (Ho & Salimans 2022): each sample is
+        dropped on its own, never a whole batch.
+        """
+        size = keep.shape[0]
+        other = null.batch(size).tensors()
+        own = self.batch(size).tensors()
+        if own.keys() != other.keys():
+            raise UserError(f"the null condition fills {sorted(other)} where the condition fills {sorted(own)}.")
+
+        def choose(name: str, value: Tensor) -> Tensor:
+            mask = keep.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+            return torch.where(mask, value, other[name].to(value))
+
+        return replace(self, **{name: choose(name, value) for name, value in own.items()})
+
+    @staticmethod
+    def join(conditions: Sequence[Condition]) -> Condition:
+        """Several conditions one after the other along the batch (they must fill the same slots).
+
+        The attention seam is kept where all share one; a batch cannot have two.
+
+        Raises:
+            UserError: the conditions fill different slots, or hold different attention seams.
+        """
+        first = conditions[0]
+        slots = first.tensors().keys()
+        for other in conditions[1:]:
+            if other.tensors().keys() != slots:
+                raise UserError(
+                    f"conditions that fill {sorted(slots)} and {sorted(other.tensors())} cannot share a batch."
+                )
+            if other.attend is not first.attend:
+                raise UserError("conditions with different attention seams cannot share a batch.")
+        return replace(first, **{name: torch.cat([c.tensors()[name] for c in conditions]) for name in slots})
