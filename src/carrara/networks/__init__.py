@@ -1,1 +1,5 @@
-"""TODO room."""
+"""Networks as `nn.Module`s, each made from a params dataclass that says everything about its shape."""
+
+from carrara.networks.unet import UNet, UNetParams
+
+__all__ = ["UNet", "UNetParams"]

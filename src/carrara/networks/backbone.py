@@ -1,0 +1,281 @@
+"""The encoder half of ADM's U-Net, shared by U-Net and noisy classifier (Dhariwal & Nichol 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from torch import Tensor, nn
+
+from carrara.condition import Attend
+from carrara.errors import UserError
+from carrara.networks.layers import (
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    Upsample,
+    convolution,
+    count_heads,
+    sinusoidal_embedding,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneParams:
+    """What the encoder is made of. Plain data: `dataclasses.asdict` gives what JSON can hold.
+
+    Attributes:
+        image_size: (H, W) the network is trained for; (L,) and (D, H, W) make it one- and three-dimensional.
+        in_channels: channels of x.
+        channels: width of the first level, before `channel_mult`.
+        channel_mult: width of each level, in units of `channels`; all levels but the last end with a halving.
+        blocks_per_level: residual blocks on each level (the decoder of a U-Net has one more).
+        attention: downsampling factors of the levels whose every block is followed by self-attention: (2, 4)
+            are the 16×16 and 8×8 maps of a 32×32 image. The middle always attends.
+        heads: attention heads; None leaves it to `head_channels`.
+        head_channels: channels of one head; where both are None, the largest divisor up to 64.
+        qkv_order: how the joint projection counts its channels, "new" or "legacy" (see `layers.split_heads`);
+            matters only to checkpoints.
+        adaptive_norm: the embedding scales and shifts the second norm (AdaGN); False adds it before.
+        residual_resampling: sizes change inside residual blocks (ADM); False: between them.
+        learned_resampling: between blocks, convolutions change the size; False: averages and copies.
+        dropout: probability, in each residual block.
+        norm_groups: groups of every group norm, or the largest divisor of the channels below that.
+        checkpointing: compute each block again in the backward pass instead of storing it.
+    """
+
+    image_size: tuple[int, ...] = (32, 32)
+    in_channels: int = 3
+    channels: int = 64
+    channel_mult: tuple[float, ...] = (1, 2, 2)
+    blocks_per_level: int = 2
+    attention: tuple[int, ...] = (2, 4)
+    heads: int | None = None
+    head_channels: int | None = None
+    qkv_order: Literal["new", "legacy"] = "new"
+    adaptive_norm: bool = True
+    residual_resampling: bool = True
+    learned_resampling: bool = True
+    dropout: float = 0.0
+    norm_groups: int = 32
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # what JSON and YAML call lists
+            if isinstance(getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("in_channels", "channels", "blocks_per_level", "norm_groups", "heads", "head_channels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"network.{name} is {value}: it must be at least 1.")
+        if not 1 <= self.dims <= 3:
+            raise UserError(f"network.image_size {self.image_size} must have one, two or three entries.")
+        if not self.channel_mult or min(self.widths) < 1:
+            raise UserError(
+                f"network.channel_mult {self.channel_mult} must give each level at least one channel."
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"network.dropout is {self.dropout}: it must be at least 0 and below 1.")
+        if self.heads is not None and self.head_channels is not None:
+            raise UserError(
+                "network.heads and network.head_channels exclude each other: set one of them to null."
+            )
+        if self.qkv_order not in ("new", "legacy"):
+            raise UserError(f"network.qkv_order is '{self.qkv_order}': it must be 'new' or 'legacy'.")
+        unknown = sorted(set(self.attention) - set(self.factors))
+        if unknown:
+            raise UserError(
+                f"network.attention holds {unknown}, but the levels of this network have the downsampling "
+                f"factors {list(self.factors)}."
+            )
+        self.check_size(*self.image_size)
+        for width in self.attended_widths:
+            count_heads(width, self.heads, self.head_channels)
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of the signal: 2 for images."""
+        return len(self.image_size)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(int(mult * self.channels) for mult in self.channel_mult)
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Downsampling factor of each level."""
+        return tuple(2**level for level in range(len(self.channel_mult)))
+
+    @property
+    def attended_widths(self) -> tuple[int, ...]:
+        """Channels of the levels that attend, and of the middle."""
+        levels = zip(self.widths, self.factors, strict=True)
+        return (*(width for width, factor in levels if factor in self.attention), self.widths[-1])
+
+    @property
+    def embedding(self) -> int:
+        """Width of the embedding of time and condition."""
+        return 4 * self.channels
+
+    def check_size(self, *size: int) -> None:
+        """Whether the network can take an input of this size, e.g. `check_size(height, width)`.
+
+        Raises:
+            UserError: a side cannot be halved often enough; the nearest allowed sizes are named.
+        """
+        if len(size) != self.dims:
+            raise UserError(f"the network takes inputs of {self.dims} dimensions, not of size {size}.")
+        factor = self.factors[-1]
+        resampled = size[-2:]
+        if all(side > 0 and side % factor == 0 for side in resampled):
+            return
+        below = [max(side // factor, 1) * factor for side in resampled]
+        above = [-(-max(side, 1) // factor) * factor for side in resampled]
+        raise UserError(
+            f"the size {'×'.join(map(str, size))} does not fit a network of {len(self.channel_mult)} levels: "
+            f"each side must be a multiple of {factor}, the nearest are {'×'.join(map(str, below))} "
+            f"and {'×'.join(map(str, above))}."
+        )
+
+
+class Stage(nn.Module):
+    """A residual block, followed by self-attention at the levels that attend."""
+
+    def __init__(self, block: ResidualBlock, attention: SelfAttention | None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention
+
+    def forward(self, x: Tensor, embedding: Tensor, attend: Attend | None) -> Tensor:
+        h: Tensor = self.block(x, embedding)
+        return h if self.attention is None else self.attention(h, attend)
+
+
+class Level(nn.Module):
+    """The stages of one resolution, and the way to the next one."""
+
+    def __init__(self, stages: list[Stage], resample: Upsample | Downsample | ResidualBlock | None) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.resample = resample
+
+
+class Middle(nn.Module):
+    """Residual block, self-attention, residual block at the lowest resolution."""
+
+    def __init__(self, block_in: ResidualBlock, attention: SelfAttention, block_out: ResidualBlock) -> None:
+        super().__init__()
+        self.block_in = block_in
+        self.attention = attention
+        self.block_out = block_out
+
+    def forward(self, x: Tensor, embedding: Tensor, attend: Attend | None) -> Tensor:
+        h = self.attention(self.block_in(x, embedding), attend)
+        return self.block_out(h, embedding)  # type: ignore[no-any-return]
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids, Linear, SiLU, Linear: [B] times to [B, 4·channels]."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.hidden = nn.Linear(channels, width)
+        self.activation = nn.SiLU()
+        self.out = nn.Linear(width, width)
+
+    def forward(self, time: Tensor) -> Tensor:
+        waves = sinusoidal_embedding(time, self.channels)
+        return self.out(self.activation(self.hidden(waves)))  # type: ignore[no-any-return]
+
+
+class Parts:
+    """Makes the parts of a network from its params, so that each place says only what differs there."""
+
+    def __init__(self, params: BackboneParams) -> None:
+        self.params = params
+
+    def block(
+        self, channels: int, out_channels: int, resample: Upsample | Downsample | None = None
+    ) -> ResidualBlock:
+        p = self.params
+        return ResidualBlock(
+            p.dims,
+            channels,
+            out_channels,
+            p.embedding,
+            adaptive=p.adaptive_norm,
+            groups=p.norm_groups,
+            dropout=p.dropout,
+            resample=resample,
+            checkpointing=p.checkpointing,
+        )
+
+    def attention(self, site: str, channels: int, heads: int | None = None) -> SelfAttention:
+        """Self-attention; `heads` overrides the params' number."""
+        p = self.params
+        count = count_heads(channels, heads if heads is not None else p.heads, p.head_channels)
+        return SelfAttention(
+            site, channels, count, order=p.qkv_order, groups=p.norm_groups, checkpointing=p.checkpointing
+        )
+
+    def stage(
+        self, site: str, level: int, channels: int, out_channels: int, heads: int | None = None
+    ) -> Stage:
+        attends = self.params.factors[level] in self.params.attention
+        block = self.block(channels, out_channels)
+        return Stage(block, self.attention(f"{site}.self", out_channels, heads) if attends else None)
+
+    def resample(
+        self, kind: type[Upsample | Downsample], channels: int
+    ) -> Upsample | Downsample | ResidualBlock:
+        p = self.params
+        if p.residual_resampling:
+            return self.block(channels, channels, kind(p.dims, channels, learned=False))
+        return kind(p.dims, channels, learned=p.learned_resampling)
+
+
+class Encoder(nn.Module):
+    """Stem, levels from fine to coarse, middle."""
+
+    def __init__(self, params: BackboneParams, in_channels: int) -> None:
+        super().__init__()
+        parts = Parts(params)
+        width = params.widths[0]
+        self.stem = convolution(params.dims, in_channels, width)
+        self.skips = [width]
+        levels = []
+        for level, out in enumerate(params.widths):
+            stages = []
+            for index in range(params.blocks_per_level):
+                stages.append(parts.stage(f"down.{level}.{index}", level, width, out))
+                width = out
+            last = level == len(params.widths) - 1
+            levels.append(Level(stages, None if last else parts.resample(Downsample, width)))
+            self.skips += [width] * (len(stages) + (not last))
+        self.levels = nn.ModuleList(levels)
+        self.middle = Middle(
+            parts.block(width, width), parts.attention("middle.self", width), parts.block(width, width)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor, attend: Attend | None) -> tuple[Tensor, list[Tensor]]:
+        """x [B, C, *S] and the activated embedding [B, E]: the middle's output, and each map before."""
+        h = self.stem(x)
+        maps = [h]
+        for level in self.levels:
+            for stage in level.stages:  # type: ignore[union-attr]
+                h = stage(h, embedding, attend)
+                maps.append(h)
+            if level.resample is not None:
+                h = level.resample(h, embedding)  # type: ignore[operator]
+                maps.append(h)
+        return self.middle(h, embedding, attend), maps
+
+
+def attention_sites(network: nn.Module) -> tuple[str, ...]:
+    """The names under which a network's attention layers ask the attention seam, in their order."""
+    return tuple(module.site for module in network.modules() if isinstance(module, SelfAttention))

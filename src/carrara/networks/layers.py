@@ -1,0 +1,234 @@
+"""The layers that the convolutional networks share.
+
+Feature maps are [B, C, *S], where S is (L,), (H, W) or (D, H, W) for signals of one, two or three
+dimensions. Of three, the first is never resampled (frames, slices).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from carrara.condition import Attend
+from carrara.errors import UserError
+
+_CONVOLUTION: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_AVERAGE: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def convolution(dims: int, channels: int, out_channels: int, kernel: int = 3, **options: Any) -> nn.Module:
+    """A convolution over `dims` dimensions that keeps the size at stride 1."""
+    return _CONVOLUTION[dims](channels, out_channels, kernel, padding=kernel // 2, **options)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The same module with every parameter 0, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def sinusoidal_embedding(time: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Cosines, then sines, of the time at geometrically spaced frequencies (Vaswani 2017; Ho 2020).
+
+    Args:
+        time: float or int [B], what the network was trained to be told; need not be whole.
+        width: length of the result; an odd one ends with a zero.
+        max_period: the longest wave length is 2π times this.
+
+    Returns:
+        float32 [B, width].
+    """
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
+    angles = time.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    waves = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(waves, (0, width % 2))
+
+
+def largest_divisor(channels: int, most: int) -> int:
+    """The largest divisor of `channels` that is not above `most`."""
+    return next(d for d in range(min(most, channels), 0, -1) if channels % d == 0)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation in float32 whatever the input's type (Wu & He 2018).
+
+    Has `groups` groups, or the largest divisor of `channels` below that.
+    """
+
+    def __init__(self, channels: int, groups: int = 32) -> None:
+        super().__init__(largest_divisor(channels, groups), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return super().forward(x)
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Upsample(nn.Module):
+    """Twice the size by repeating neighbours; then, if `learned`, a 3-convolution."""
+
+    def __init__(self, dims: int, channels: int, learned: bool) -> None:
+        super().__init__()
+        self.factors = (1.0, 2.0, 2.0) if dims == 3 else (2.0,) * dims
+        self.conv = convolution(dims, channels, channels) if learned else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=self.factors, mode="nearest"))  # type: ignore[no-any-return]
+
+
+class Downsample(nn.Module):
+    """Half the size, by a 3-convolution of stride 2 if `learned`, else by averaging."""
+
+    def __init__(self, dims: int, channels: int, learned: bool) -> None:
+        super().__init__()
+        self.dims = dims
+        self.stride = (1, 2, 2) if dims == 3 else (2,) * dims
+        self.conv = convolution(dims, channels, channels, stride=self.stride) if learned else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        if self.conv is None:
+            return _AVERAGE[self.dims](x, self.stride, self.stride)
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, told the embedding in between, beside a skip (Dhariwal & Nichol 2021).
+
+    Adaptive: GN(h)·(1 + scale) + shift, [scale, shift] a linear map of SiLU(embedding); else the map is added
+    to h before the norm. With `resample`, both branches change their size after the first SiLU.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        channels: int,
+        out_channels: int,
+        embedding: int,
+        *,
+        adaptive: bool,
+        groups: int,
+        dropout: float,
+        resample: Upsample | Downsample | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adaptive = adaptive
+        self.resample = resample
+        self.checkpointing = checkpointing
+        self.norm_in = GroupNorm(channels, groups)
+        self.conv_in = convolution(dims, channels, out_channels)
+        self.embed = nn.Linear(embedding, 2 * out_channels if adaptive else out_channels)
+        self.norm_out = GroupNorm(out_channels, groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zeroed(convolution(dims, out_channels, out_channels))
+        self.skip = (
+            convolution(dims, channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [B, C, *S] and the activated embedding [B, E] to [B, C', *S']."""
+        return remembered(self._forward, x, embedding, forget=self.checkpointing)
+
+    def _forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = F.silu(self.norm_in(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv_in(h)
+        told = self.embed(embedding).to(h.dtype)
+        told = told.reshape(*told.shape, *[1] * (h.ndim - 2))  # [B, C', 1, 1]
+        if self.adaptive:
+            scale, shift = told.chunk(2, dim=1)
+            h = self.norm_out(h) * (1 + scale) + shift
+        else:
+            h = self.norm_out(h + told)
+        h = self.conv_out(self.dropout(F.silu(h)))
+        return self.skip(x) + h  # type: ignore[no-any-return]
+
+
+def remembered(function: Callable[..., Tensor], *inputs: Any, forget: bool) -> Tensor:
+    """The function's value; with `forget`, what happens inside is computed again in the backward pass."""
+    if forget and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+    return function(*inputs)
+
+
+def attention(site: str, q: Tensor, k: Tensor, v: Tensor, attend: Attend | None) -> Tensor:
+    """softmax(QKᵀ/√d)·V, or what the attention seam makes of it: the one place where attention happens.
+
+    Args:
+        site: the layer's name, for the seam.
+        q: [B, heads, L, d].
+        k: [B, heads, M, d].
+        v: [B, heads, M, d].
+        attend: see `carrara.condition.Attend`.
+
+    Returns:
+        [B, heads, L, d].
+    """
+    if attend is not None:
+        return attend(site, q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def split_heads(qkv: Tensor, heads: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, 3·C] to three of [B, heads, N, d].
+
+    The channels are counted as (q/k/v, head, d) in the "new" order, as (head, q/k/v, d) in the "legacy" one
+    of Improved DDPM's checkpoints and most of ADM's.
+    """
+    batch, tokens, _ = qkv.shape
+    if order == "new":
+        q, k, v = qkv.reshape(batch, tokens, 3, heads, -1).unbind(2)
+    else:
+        q, k, v = qkv.reshape(batch, tokens, heads, 3, -1).unbind(3)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def count_heads(channels: int, heads: int | None, head_channels: int | None) -> int:
+    """The number of heads for `channels`: as said, or by the width of one, or the widest that fit up to 64.
+
+    Raises:
+        UserError: the channels cannot be shared out.
+    """
+    if head_channels is None:
+        count = heads if heads is not None else channels // largest_divisor(channels, 64)
+    else:
+        count = channels // head_channels
+    if count < 1 or channels % count or (head_channels is not None and channels % head_channels):
+        said = f"head_channels = {head_channels}" if head_channels is not None else f"heads = {heads}"
+        raise UserError(f"attention over {channels} channels cannot be split with {said}: choose a divisor.")
+    return count
+
+
+class SelfAttention(nn.Module):
+    """Every position attends to every other, beside a skip (Vaswani 2017; Ho 2020)."""
+
+    def __init__(
+        self, site: str, channels: int, heads: int, *, order: str, groups: int, checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.site = site
+        self.heads = heads
+        self.order = order
+        self.checkpointing = checkpointing
+        self.norm = GroupNorm(channels, groups)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
+        """[B, C, *S] to [B, C, *S]."""
+        return remembered(self._forward, x, attend, forget=self.checkpointing)
+
+    def _forward(self, x: Tensor, attend: Attend | None) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        q, k, v = split_heads(self.qkv(tokens), self.heads, self.order)
+        h = attention(self.site, q, k, v, attend).transpose(1, 2).flatten(2)  # [B, N, C]
+        return x + self.out(h).transpose(1, 2).reshape(x.shape)  # type: ignore[no-any-return]
