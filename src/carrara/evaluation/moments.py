@@ -1,0 +1,179 @@
+"""Mean and covariance of features, streamed in float64.
+
+Rows are gathered into blocks of fixed length before they are summed, so the result is the same, bit for
+bit, however the stream was cut into batches. Each block is centred on its own mean and joined to the sums by
+the update of Chan, Golub & LeVeque (1979): no difference of large numbers, whatever the offset of the
+features. Memory is O(D²), independent of the number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from carrara.errors import UserError
+
+Rows = Tensor | np.ndarray
+"""Features or images, one sample a row: [N, D] or [N, C, H, W], any number type."""
+
+BLOCK = 1024
+PANEL = 256
+
+
+def as_rows(values: Rows, what: str = "features") -> Tensor:
+    """The rows as a float64 matrix [N, D] where they lie (images are flattened), checked to be usable.
+
+    Raises:
+        UserError: no rows, or NaN or infinite entries.
+    """
+    rows = torch.as_tensor(values).to(torch.float64)
+    if rows.ndim < 2 or rows.shape[0] == 0:
+        raise UserError(f"the {what} have shape {list(rows.shape)}: give one row for each of at least one image.")
+    rows = rows.flatten(1)
+    if not torch.isfinite(rows).all():
+        bad = int((~torch.isfinite(rows).all(1)).nonzero()[0])
+        raise UserError(
+            f"the {what} hold NaN or infinite numbers, first in row {bad}: "
+            "mend the images or the network that made them."
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the Fréchet distance needs to know of a set of features.
+
+    Attributes:
+        mean: float64 [D].
+        covariance: float64 [D, D], ddof 1.
+        count: how many rows they were taken of; None where a file does not say (pytorch-fid, clean-fid, ADM).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None = None
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """total += rowsᵀ rows, panel by panel of the lower triangle only: about half the multiplications."""
+    for start in range(0, total.shape[0], PANEL):
+        stop = start + PANEL
+        total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+
+
+class Moments:
+    """Running mean and covariance (ddof 1) of a stream of feature batches, on the CPU in float64.
+
+    ```python
+    moments = Moments(2048)
+    for batch in batches:
+        moments.update(features(batch))
+    moments.mean, moments.covariance, moments.count
+    ```
+    """
+
+    def __init__(self, dimension: int) -> None:
+        self.dimension = dimension
+        self._count = 0
+        self._mean = torch.zeros(dimension, dtype=torch.float64)
+        self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # lower block triangle is valid
+        self._pending: list[Tensor] = []
+        self._waiting = 0
+
+    @classmethod
+    def of(cls, features: Rows) -> Moments:
+        """The moments of features [N, D] (or images, flattened) that are all at hand."""
+        rows = as_rows(features)
+        return cls(rows.shape[1]).update(rows)
+
+    def update(self, features: Rows) -> Moments:
+        """Adds a batch [B, D]; returns itself.
+
+        Raises:
+            UserError: another dimension than before, or NaN or infinite entries.
+        """
+        rows = as_rows(features).cpu()
+        if rows.shape[1] != self.dimension:
+            raise UserError(
+                f"features of dimension {rows.shape[1]} cannot join moments of dimension {self.dimension}: "
+                "use one feature network and one image size throughout."
+            )
+        self._pending.append(rows)
+        self._waiting += rows.shape[0]
+        if self._waiting >= BLOCK:
+            rows = torch.cat(self._pending)
+            whole = self._waiting - self._waiting % BLOCK
+            for block in rows[:whole].split(BLOCK):
+                self._absorb(block)
+            self._waiting -= whole
+            self._pending = [rows[whole:].clone()] if self._waiting else []
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Adds what another process or shard has gathered; returns itself.
+
+        Equal to one stream over all rows to about 1e-13 relative (the blocks lie elsewhere), not bit for bit.
+        """
+        if other.dimension != self.dimension:
+            raise UserError(f"moments of dimensions {self.dimension} and {other.dimension} cannot be merged.")
+        self._flush()
+        other = other._settled()
+        if other._count:
+            joint = self._join(other._mean, other._count)
+            _add_gram(self._scatter, joint[None])
+            self._scatter += other._scatter
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many rows were seen."""
+        return self._count + self._waiting
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 [D]."""
+        return self._settled()._mean
+
+    @property
+    def covariance(self) -> Tensor:
+        """float64 [D, D], ddof 1, exactly symmetric."""
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least 2 images, here {self.count}: add images.")
+        lower = self._settled()._scatter.tril()
+        return (lower + lower.tril(-1).T) / (self.count - 1)
+
+    def statistics(self) -> Statistics:
+        """Mean, covariance and count, frozen."""
+        return Statistics(self.mean, self.covariance, self.count)
+
+    def _join(self, mean: Tensor, count: int) -> Tensor:
+        """Moves count and mean to those of the union; returns the row whose square the scatter must gain."""
+        total = self._count + count
+        shift = mean - self._mean
+        row: Tensor = shift * (self._count * count / total) ** 0.5
+        self._mean = self._mean + shift * (count / total)
+        self._count = total
+        return row
+
+    def _absorb(self, block: Tensor) -> None:
+        mean = block.mean(0)
+        joint = self._join(mean, block.shape[0])
+        _add_gram(self._scatter, torch.cat([block - mean, joint[None]]))
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._absorb(torch.cat(self._pending))
+            self._pending, self._waiting = [], 0
+
+    def _settled(self) -> Moments:
+        """Itself where nothing waits, else a copy that has absorbed the waiting rows: reading changes nothing."""
+        if not self._waiting:
+            return self
+        copy = Moments(self.dimension)
+        copy._count, copy._mean, copy._scatter = self._count, self._mean, self._scatter.clone()
+        copy._pending, copy._waiting = self._pending, self._waiting
+        copy._flush()
+        return copy
