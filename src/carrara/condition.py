@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,10 @@ class Condition:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """The same condition with `function` applied to every filled tensor slot."""
-        return replace(self, **{name: function(value) for name, value in self.tensors().items()})
+        return self._filled({name: function(value) for name, value in self.tensors().items()})
+
+    def _filled(self, slots: dict[str, Any]) -> Condition:
+        return replace(self, **slots)
 
     def to(self, device: torch.device | str) -> Condition:
         """The same condition on another device."""
@@ -84,7 +88,7 @@ class Condition:
             mask = keep.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
             return torch.where(mask, value, other[name].to(value))
 
-        return replace(self, **{name: choose(name, value) for name, value in own.items()})
+        return self._filled({name: choose(name, value) for name, value in own.items()})
 
     @staticmethod
     def join(conditions: Sequence[Condition]) -> Condition:
@@ -104,4 +108,4 @@ class Condition:
                 )
             if other.attend is not first.attend:
                 raise UserError("conditions with different attention seams cannot share a batch.")
-        return replace(first, **{name: torch.cat([c.tensors()[name] for c in conditions]) for name in slots})
+        return first._filled({name: torch.cat([c.tensors()[name] for c in conditions]) for name in slots})

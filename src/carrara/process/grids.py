@@ -1,0 +1,271 @@
+"""Grids: the explicit times that a solver walks, the last one included.
+
+No solver infers a neighbour: it is told the pair (t, s). A grid that ends at 0 ends at the clean image; one
+that ends at 1 ends at the first level of a table, as Stable Diffusion's `set_alpha_to_one = false` does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from carrara.errors import UserError
+from carrara.process.schedules import Discrete, Schedule
+
+Terminal = Literal["clean", "last"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Times from noisy to clean, strictly descending; `reversed()` makes the only ascending form.
+
+    Attributes:
+        times: float64 [n + 1] for n pairs.
+        name: how the grid was made, for its `repr` and for protocols.
+        ascending: True for a grid made by `reversed()`.
+    """
+
+    times: Tensor
+    name: str = "given"
+    ascending: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        times = torch.as_tensor(self.times, dtype=torch.float64).cpu()
+        if times.ndim != 1 or len(times) < 2:
+            raise UserError("a grid needs at least two times.")
+        if not bool(torch.isfinite(times).all()) or float(times.min()) < 0:
+            raise UserError("a grid's times must be finite and not negative.")
+        steps = times.diff() if self.ascending else -times.diff()
+        if not bool((steps > 0).all()):
+            at = int((steps <= 0).nonzero()[0, 0])
+            direction = "ascend" if self.ascending else "descend"
+            raise UserError(
+                f"a grid's times must strictly {direction}: "
+                f"{float(times[at]):g} is followed by {float(times[at + 1]):g}."
+            )
+        object.__setattr__(self, "times", times)
+
+    def __len__(self) -> int:
+        """The number of pairs, which is the number of steps."""
+        return len(self.times) - 1
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """The (from, to) times of every step, in walking order."""
+        values = self.times.tolist()
+        return list(itertools.pairwise(values))
+
+    def reversed(self) -> Grid:
+        """The same times walked the other way: DDIM on it is DDIM inversion (MATH §10)."""
+        return Grid(self.times.flip(0), self.name, not self.ascending)
+
+    def __repr__(self) -> str:
+        values = [f"{t:.6g}" for t in self.times.tolist()]
+        if len(values) > 7:
+            values = [*values[:3], "…", *values[-3:]]
+        way = ", reversed" if self.ascending else ""
+        return f"Grid({self.name}{way}: {len(self)} steps, {' → '.join(values)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Grid) and torch.equal(self.times, other.times)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.times.tolist()))
+
+
+def _steps(schedule: Schedule, steps: int) -> int:
+    if steps < 1:
+        raise UserError(f"a grid needs at least 1 step, {steps} were asked for.")
+    if schedule.discrete and steps > schedule.final_time:
+        raise UserError(f"{steps} steps were asked for, the schedule has only {schedule.final_time:g}.")
+    return steps
+
+
+def _table(schedule: Schedule, spacing: str) -> int:
+    if not isinstance(schedule, Discrete):
+        raise UserError(f"{spacing} spacing counts the entries of a table: use trailing, linspace, karras or log_snr.")
+    return int(schedule.final_time)
+
+
+def _finish(times: Iterable[float], name: str, terminal: Terminal = "clean") -> Grid:
+    """Descending times closed by the clean point or by t = 1 (which is not walked twice)."""
+    values = list(times)
+    if terminal == "clean":
+        values.append(0.0)
+    elif values[-1] != 1:
+        values.append(1.0)
+    if len(values) < 2:
+        raise UserError("a grid of one step that starts at t = 1 can only end at the clean point.")
+    return Grid(torch.tensor(values, dtype=torch.float64), name)
+
+
+def given(schedule: Schedule, times: Sequence[float] | Tensor) -> Grid:
+    """Exactly these times, descending, the last one included.
+
+    Raises:
+        UserError: they do not descend or lie outside the schedule.
+    """
+    grid = Grid(torch.as_tensor(times, dtype=torch.float64))
+    schedule.check(grid.times)
+    return grid
+
+
+def leading(schedule: Schedule, steps: int, offset: int = 0, terminal: Terminal = "clean") -> Grid:
+    """t = 1 + offset + i·⌊T/steps⌋ for i = steps-1..0: the spacing of DDIM's programs, which never visits T
+    (diffusers' "leading"; Stable Diffusion adds `offset` = 1 and ends at `terminal` = "last").
+
+    Raises:
+        UserError: the offset leads past T.
+    """
+    final = _table(schedule, "leading")
+    stride = final // _steps(schedule, steps)
+    times = [1 + offset + i * stride for i in reversed(range(steps))]
+    if times[0] > final or times[-1] < 1:
+        raise UserError(
+            f"offset {offset} with {steps} steps leads to t = {times[0]}, outside 1..{final}: use offset 0."
+        )
+    return _finish(times, f"leading{f' +{offset}' if offset else ''}", terminal)
+
+
+def trailing(schedule: Schedule, steps: int, terminal: Terminal = "clean") -> Grid:
+    """t = T·(1 - i/steps) for i = 0..steps-1, rounded for a table: starts at T (Lin et al. 2023, table 2).
+    On a continuous schedule this is the uniform spacing of [0, final_time]."""
+    n, final = _steps(schedule, steps), schedule.final_time
+    times = [final * (n - i) / n for i in range(n)]
+    if schedule.discrete:
+        # Python rounds half to even, as the numpy rounding of the published code does.
+        times = [float(round(t)) for t in times]
+    return _finish(times, "trailing", terminal)
+
+
+def linspace(schedule: Schedule, steps: int, terminal: Terminal = "clean") -> Grid:
+    """Evenly from `final_time` down to `first_time`, both walked, rounded for a table; then the terminal."""
+    n = _steps(schedule, steps)
+    times = torch.linspace(schedule.final_time, schedule.first_time, n, dtype=torch.float64)
+    return _finish((times.round() if schedule.discrete else times).tolist(), "linspace", terminal)
+
+
+def quadratic(schedule: Schedule, steps: int, terminal: Terminal = "clean") -> Grid:
+    """t = 1 + ⌊q²⌋ with q evenly from 0 to √(0.8·T): the spacing of DDIM's CIFAR-10 table (Song et al. 2020,
+    appendix D.2). Where squares of small q fall on one level, each takes the next free one."""
+    n, final = _steps(schedule, steps), _table(schedule, "quadratic")
+    squares = (torch.linspace(0, math.sqrt(0.8 * final), n, dtype=torch.float64) ** 2).long().tolist()
+    times: list[int] = []
+    for square in squares:
+        times.append(max(square + 1, times[-1] + 1 if times else 1))
+    if times[-1] > final:
+        raise UserError(f"quadratic spacing has no {n} distinct levels among {final}.")
+    return _finish([float(t) for t in reversed(times)], "quadratic", terminal)
+
+
+def _noise_to_signal(schedule: Schedule, t: float) -> float:
+    return math.exp(-float(schedule.log_snr(t)) / 2)
+
+
+def karras(
+    schedule: Schedule,
+    steps: int,
+    rho: float = 7.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> Grid:
+    """σ_i = (σ_max^{1/ρ} + i/(n-1)·(σ_min^{1/ρ} - σ_max^{1/ρ}))^ρ, then clean (Karras et al. 2022, eq. 5).
+
+    The formula acts on the noise-to-signal ratio s/a. Without `sigma_min` and `sigma_max` the ratios at
+    `first_time` and `final_time` are taken.
+
+    Raises:
+        UserError: the schedule ends without any signal, so that σ_max would be infinite.
+    """
+    n = _steps(schedule, steps)
+    low = _noise_to_signal(schedule, schedule.first_time) if sigma_min is None else sigma_min
+    high = _noise_to_signal(schedule, schedule.final_time) if sigma_max is None else sigma_max
+    if not 0 < low < high < math.inf:
+        raise UserError(
+            "Karras' grid needs 0 < sigma_min < sigma_max < ∞: name sigma_max where the schedule ends in pure noise."
+        )
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return _finish(_times(schedule, -2 * sigmas.log(), pinned=sigma_max is None), f"karras ρ={rho:g}")
+
+
+def log_snr(schedule: Schedule, steps: int) -> Grid:
+    """Evenly in log-SNR from `final_time` to `first_time`, then clean (Lu et al. 2022, DPM-Solver §3.4).
+
+    A schedule that ends without any signal starts there and spaces the rest from its next level.
+    """
+    n = _steps(schedule, steps)
+    low, high = float(schedule.log_snr(schedule.final_time)), float(schedule.log_snr(schedule.first_time))
+    if math.isinf(low):
+        before = schedule.final_time - 1 if schedule.discrete else schedule.final_time * (1 - 1e-3)
+        rest = torch.linspace(float(schedule.log_snr(before)), high, n - 1, dtype=torch.float64)
+        return _finish([schedule.final_time, *_times(schedule, rest, pinned=False)], "log_snr")
+    return _finish(_times(schedule, torch.linspace(low, high, n, dtype=torch.float64), pinned=True), "log_snr")
+
+
+def _times(schedule: Schedule, log_snrs: Tensor, pinned: bool) -> list[float]:
+    """The times of some log-SNRs; `pinned` puts the first exactly at `final_time` in spite of rounding."""
+    times: list[float] = schedule.time_at(log_snrs).tolist()
+    if pinned and times:
+        times[0] = schedule.final_time
+    return times
+
+
+def sections(schedule: Schedule, counts: str | Sequence[int]) -> Grid:
+    """guided-diffusion's respacing: the table in as many equal sections as there are counts, each walked in
+    its own number of steps ("25", "10,15,20"); "ddimN" is `ddim(schedule, N)`.
+
+    As in the original program, the float stride is accumulated and rounded half to even.
+
+    Raises:
+        UserError: a section is shorter than its count, or the text is not counts.
+    """
+    final = _table(schedule, "sections")
+    if isinstance(counts, str):
+        text = counts
+        if text.startswith("ddim") and text[4:].isdigit():
+            return ddim(schedule, int(text[4:]))
+        try:
+            counts = [int(part) for part in text.split(",")]
+        except ValueError:
+            raise UserError(f"'{text}' is not a list of section counts such as '10,15,20' or 'ddim25'.") from None
+    size, extra = divmod(final, max(len(counts), 1))
+    indices: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        length = size + (1 if i < extra else 0)
+        if not 1 <= count <= length:
+            raise UserError(
+                f"section {i + 1} holds {length} of the {final} levels: it cannot be walked in {count} steps."
+            )
+        stride = 1.0 if count == 1 else (length - 1) / (count - 1)
+        position = 0.0
+        for _ in range(count):
+            indices.append(start + round(position))
+            position += stride
+        start += length
+    if not indices:
+        raise UserError("sections need at least one count.")
+    return _finish([float(i + 1) for i in reversed(indices)], f"sections {','.join(map(str, counts))}")
+
+
+def ddim(schedule: Schedule, steps: int) -> Grid:
+    """guided-diffusion's "ddimN": the one whole stride that gives exactly `steps` levels from t = 1 on.
+
+    Raises:
+        UserError: no whole stride gives that many levels; the message names the nearest that do.
+    """
+    final, n = _table(schedule, "ddim"), _steps(schedule, steps)
+    # ⌈T/stride⌉ levels for each whole stride below T, as in the original program.
+    lengths = {-(-final // stride): stride for stride in range(final - 1, 0, -1)}
+    if n not in lengths:
+        close = sorted(lengths, key=lambda length: abs(length - n))[:2]
+        raise UserError(
+            f"no whole stride walks {final} levels in {n} steps: the nearest are {min(close)} and {max(close)}."
+        )
+    return _finish([float(i + 1) for i in reversed(range(0, final, lengths[n]))], f"ddim{n}")

@@ -1,0 +1,148 @@
+"""The one loop that walks a grid, and what a solver is: one pure step with explicit state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from carrara.condition import Condition
+from carrara.process.grids import Grid
+from carrara.process.noise import Noise
+from carrara.process.prediction import Denoiser, Prediction
+from carrara.process.schedules import Schedule
+
+State = Any
+"""A solver's state between steps: None, or (nested) tuples of floats, strings and tensors, so that
+`torch.save` and `torch.load(weights_only=True)` keep it. Never changed in place."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step yields.
+
+    Attributes:
+        x: the image at `time`, [B, …].
+        prediction: the prediction that the step was made from (at its start, for methods of several stages).
+        state: the solver's state after the step.
+        time: where it arrived, in schedule time.
+        index: the number of the pair that was walked, from 0.
+        total: the number of pairs of the grid.
+    """
+
+    x: Tensor
+    prediction: Prediction
+    state: State
+    time: float
+    index: int = 0
+    total: int = 1
+
+
+class Solver(Protocol):
+    """One pure step from t to s. A solver is a frozen dataclass of its options; all memory is in `state`.
+
+    Neither method changes its arguments, and neither turns gradients off: the caller decides.
+    """
+
+    def start(self, x: Tensor, grid: Grid) -> State:
+        """The state before the first pair of `grid`."""
+        ...
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        x: Tensor,
+        t: float,
+        s: float,
+        condition: Condition,
+        state: State,
+        noise: Noise,
+    ) -> Step:
+        """From x at time t to time s.
+
+        Args:
+            denoiser: asked as often as the method needs.
+            schedule: the noise levels.
+            x: [B, …] at time t; never changed.
+            t, s: the pair, as floats; s < t, or s > t on a reversed grid where the method allows it.
+            condition: handed to the denoiser.
+            state: what `start` or the last step gave.
+            noise: bound to this step's draw: `noise.like(x)`, `noise.like(x, sub=1)` …
+        """
+        ...
+
+
+class NonFinite(ArithmeticError):
+    """A prediction held NaN or infinity; the sentence names the step and the time."""
+
+
+def integrate(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    solver: Solver,
+    grid: Grid,
+    x: Tensor,
+    condition: Condition | None = None,
+    noise: Noise | None = None,
+    *,
+    after_step: Callable[[Step], Tensor] | None = None,
+    resume: Step | None = None,
+) -> Iterator[Step]:
+    """Walk `grid` from x and yield every step: previews, progress and cancelling are the caller's `for` loop.
+
+    Args:
+        denoiser: what is known at each time; guides are already wrapped around it.
+        schedule: the denoiser's schedule.
+        solver: the method.
+        grid: the times. `grid.reversed()` inverts.
+        x: the image at the grid's first time, [B, …]: pure noise times s(T) for sampling.
+        condition: what the model is told (nothing by default).
+        noise: addressed randomness; step i uses draw i + 1, draw 0 being the starting noise.
+        after_step: called with each step; the tensor it returns takes the place of `step.x` (inpainting's
+            known pixels).
+        resume: the last step of an interrupted walk of the same grid; it goes on behind it.
+
+    Raises:
+        NonFinite: a prediction held NaN or infinity.
+        UserError: the grid leaves the schedule.
+    """
+    schedule.check(grid.times)
+    condition = condition or Condition()
+    noise = noise or Noise()
+    first, state = (0, solver.start(x, grid)) if resume is None else (resume.index + 1, resume.state)
+    x = x if resume is None else resume.x
+    pairs = grid.pairs()
+    for index in range(first, len(pairs)):
+        t, s = pairs[index]
+        step = solver.step(denoiser, schedule, x, t, s, condition, state, noise.at(index + 1))
+        if not bool(torch.isfinite(step.x.detach().sum(dtype=torch.float64))):
+            raise NonFinite(
+                f"the prediction of step {index + 1} of {len(pairs)}, from t = {t:g} to {s:g}, is not finite: "
+                "look at the model's weights, the guidance scale and the precision."
+            )
+        step = replace(step, index=index, total=len(pairs))
+        if after_step is not None:
+            step = replace(step, x=after_step(step))
+        x, state = step.x, step.state
+        yield step
+
+
+def solve(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    solver: Solver,
+    grid: Grid,
+    x: Tensor,
+    condition: Condition | None = None,
+    noise: Noise | None = None,
+    *,
+    after_step: Callable[[Step], Tensor] | None = None,
+) -> Tensor:
+    """Drain `integrate` and return the last x, [B, …] at the grid's last time."""
+    for step in integrate(denoiser, schedule, solver, grid, x, condition, noise, after_step=after_step):
+        x = step.x
+    return x
