@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from carrara.condition import Attend
-from carrara.errors import UserError
+from carrara.errors import UserError, nearest
 from carrara.networks.layers import (
     Downsample,
     ResidualBlock,
@@ -18,6 +19,16 @@ from carrara.networks.layers import (
     count_heads,
     sinusoidal_embedding,
 )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Whether a word of the params is one of the known ones.
+
+    Raises:
+        UserError: it is not; the nearest known word is named.
+    """
+    if value not in choices:
+        raise UserError(f"network.{name} is '{value}': {nearest(value, choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +48,8 @@ class BackboneParams:
         qkv_order: how the joint projection counts its channels, "new" or "legacy" (see `layers.split_heads`);
             matters only to checkpoints.
         adaptive_norm: the embedding scales and shifts the second norm (AdaGN); False adds it before.
-        residual_resampling: sizes change inside residual blocks (ADM); False: between them.
-        learned_resampling: between blocks, convolutions change the size; False: averages and copies.
+        resampling: what changes the size: "residual" blocks (ADM), a "convolution" (Improved DDPM), or plain
+            "pooling", that is averages on the way down and copies on the way up.
         dropout: probability, in each residual block.
         norm_groups: groups of every group norm, or the largest divisor of the channels below that.
         checkpointing: compute each block again in the backward pass instead of storing it.
@@ -54,8 +65,7 @@ class BackboneParams:
     head_channels: int | None = None
     qkv_order: Literal["new", "legacy"] = "new"
     adaptive_norm: bool = True
-    residual_resampling: bool = True
-    learned_resampling: bool = True
+    resampling: Literal["residual", "convolution", "pooling"] = "residual"
     dropout: float = 0.0
     norm_groups: int = 32
     checkpointing: bool = False
@@ -74,17 +84,13 @@ class BackboneParams:
         if not 1 <= self.dims <= 3:
             raise UserError(f"network.image_size {self.image_size} must have one, two or three entries.")
         if not self.channel_mult or min(self.widths) < 1:
-            raise UserError(
-                f"network.channel_mult {self.channel_mult} must give each level at least one channel."
-            )
+            raise UserError(f"network.channel_mult {self.channel_mult} must give each level at least one channel.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"network.dropout is {self.dropout}: it must be at least 0 and below 1.")
         if self.heads is not None and self.head_channels is not None:
-            raise UserError(
-                "network.heads and network.head_channels exclude each other: set one of them to null."
-            )
-        if self.qkv_order not in ("new", "legacy"):
-            raise UserError(f"network.qkv_order is '{self.qkv_order}': it must be 'new' or 'legacy'.")
+            raise UserError("network.heads and network.head_channels exclude each other: set one of them to null.")
+        check_choice("qkv_order", self.qkv_order, ("new", "legacy"))
+        check_choice("resampling", self.resampling, ("residual", "convolution", "pooling"))
         unknown = sorted(set(self.attention) - set(self.factors))
         if unknown:
             raise UserError(
@@ -199,9 +205,7 @@ class Parts:
     def __init__(self, params: BackboneParams) -> None:
         self.params = params
 
-    def block(
-        self, channels: int, out_channels: int, resample: Upsample | Downsample | None = None
-    ) -> ResidualBlock:
+    def block(self, channels: int, out_channels: int, resample: Upsample | Downsample | None = None) -> ResidualBlock:
         p = self.params
         return ResidualBlock(
             p.dims,
@@ -223,20 +227,16 @@ class Parts:
             site, channels, count, order=p.qkv_order, groups=p.norm_groups, checkpointing=p.checkpointing
         )
 
-    def stage(
-        self, site: str, level: int, channels: int, out_channels: int, heads: int | None = None
-    ) -> Stage:
+    def stage(self, site: str, level: int, channels: int, out_channels: int, heads: int | None = None) -> Stage:
         attends = self.params.factors[level] in self.params.attention
         block = self.block(channels, out_channels)
         return Stage(block, self.attention(f"{site}.self", out_channels, heads) if attends else None)
 
-    def resample(
-        self, kind: type[Upsample | Downsample], channels: int
-    ) -> Upsample | Downsample | ResidualBlock:
+    def resample(self, kind: type[Upsample | Downsample], channels: int) -> Upsample | Downsample | ResidualBlock:
         p = self.params
-        if p.residual_resampling:
+        if p.resampling == "residual":
             return self.block(channels, channels, kind(p.dims, channels, learned=False))
-        return kind(p.dims, channels, learned=p.learned_resampling)
+        return kind(p.dims, channels, learned=p.resampling == "convolution")
 
 
 class Encoder(nn.Module):
@@ -264,7 +264,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, attend: Attend | None) -> tuple[Tensor, list[Tensor]]:
         """x [B, C, *S] and the activated embedding [B, E]: the middle's output, and each map before."""
-        h = self.stem(x)
+        h = self.stem(x.to(self.stem.weight.dtype))  # type: ignore[arg-type]
         maps = [h]
         for level in self.levels:
             for stage in level.stages:  # type: ignore[union-attr]
@@ -274,6 +274,21 @@ class Encoder(nn.Module):
                 h = level.resample(h, embedding)  # type: ignore[operator]
                 maps.append(h)
         return self.middle(h, embedding, attend), maps
+
+
+def cast_torso(network: nn.Module, dtype: torch.dtype) -> None:
+    """Turn the convolutions and attention projections of encoder and decoder into `dtype`, in place.
+
+    Norms, embeddings and the output stay in float32: what guided-diffusion's `use_fp16` does.
+    """
+    for name in ("encoder", "decoder"):
+        torso = getattr(network, name, None)
+        for module in [] if torso is None else torso.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                module.to(dtype)
+            elif isinstance(module, SelfAttention):
+                module.qkv.to(dtype)
+                module.out.to(dtype)
 
 
 def attention_sites(network: nn.Module) -> tuple[str, ...]:

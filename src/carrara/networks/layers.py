@@ -52,6 +52,11 @@ def sinusoidal_embedding(time: Tensor, width: int, max_period: float = 10_000.0)
     return F.pad(waves, (0, width % 2))
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same values; images lie with their channels side by side in memory, as CPU and GPU kernels like them."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
 def largest_divisor(channels: int, most: int) -> int:
     """The largest divisor of `channels` that is not above `most`."""
     return next(d for d in range(min(most, channels), 0, -1) if channels % d == 0)
@@ -129,9 +134,7 @@ class ResidualBlock(nn.Module):
         self.norm_out = GroupNorm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zeroed(convolution(dims, out_channels, out_channels))
-        self.skip = (
-            convolution(dims, channels, out_channels, 1) if channels != out_channels else nn.Identity()
-        )
+        self.skip = convolution(dims, channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B, C, *S] and the activated embedding [B, E] to [B, C', *S']."""

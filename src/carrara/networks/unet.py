@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.networks.backbone import BackboneParams, Encoder, Level, Parts, TimeEmbedding, attention_sites
-from carrara.networks.layers import GroupNorm, Upsample, convolution, count_heads, zeroed
+from carrara.networks.layers import GroupNorm, Upsample, channels_last, convolution, count_heads, zeroed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +95,7 @@ class UNet(nn.Module):
         for level, out in reversed(list(enumerate(params.widths))):
             stages = []
             for index in range(params.blocks_per_level + 1):
-                stages.append(
-                    parts.stage(f"up.{level}.{index}", level, width + skips.pop(), out, params.up_heads)
-                )
+                stages.append(parts.stage(f"up.{level}.{index}", level, width + skips.pop(), out, params.up_heads))
                 width = out
             levels.append(Level(stages, parts.resample(Upsample, width) if level else None))
         self.decoder = nn.ModuleList(levels)
@@ -117,9 +115,7 @@ class UNet(nn.Module):
             UserError: the network was made without one.
         """
         if self.params.num_classes is None or not self.params.null_label:
-            raise UserError(
-                "this network has no null label: train it with label dropout (network.null_label)."
-            )
+            raise UserError("this network has no null label: train it with label dropout (network.null_label).")
         return self.params.num_classes
 
     def forward(self, x: Tensor, network_time: Tensor, condition: Condition | None = None) -> Tensor:
@@ -138,8 +134,7 @@ class UNet(nn.Module):
         condition = (condition or Condition()).batch(len(x))
         self._check(condition)
         embedding = F.silu(self._embedding(network_time.reshape(-1).expand(len(x)), condition))
-        h = self._input(x, condition).to(self.encoder.stem.weight.dtype)  # type: ignore[arg-type]
-        h, maps = self.encoder(h, embedding, condition.attend)
+        h, maps = self.encoder(self._input(x, condition), embedding, condition.attend)
         for level in self.decoder:
             for stage in level.stages:  # type: ignore[union-attr]
                 h = stage(torch.cat([h, maps.pop()], dim=1), embedding, condition.attend)
@@ -157,18 +152,14 @@ class UNet(nn.Module):
         return embedding
 
     def _input(self, x: Tensor, condition: Condition) -> Tensor:
-        if x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
         if condition.concat is None:
-            return x
+            return channels_last(x)
         beside = condition.concat.to(x.dtype)
         if self.params.upsample_concat:
             beside = F.interpolate(beside, x.shape[2:], mode="bilinear")
         elif beside.shape[2:] != x.shape[2:]:
-            raise UserError(
-                f"the condition's concat is of size {tuple(beside.shape[2:])}, x of {tuple(x.shape[2:])}."
-            )
-        return torch.cat([x, beside], dim=1)
+            raise UserError(f"the condition's concat is of size {tuple(beside.shape[2:])}, x of {tuple(x.shape[2:])}.")
+        return channels_last(torch.cat([x, beside], dim=1))
 
     def _check(self, condition: Condition) -> None:
         p = self.params

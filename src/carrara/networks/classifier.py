@@ -1,0 +1,132 @@
+"""ADM's noisy classifier: p(y | x_t), told the time (Dhariwal & Nichol 2021, section 4 and appendix H)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carrara.errors import UserError
+from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice
+from carrara.networks.layers import GroupNorm, attention, channels_last, count_heads, split_heads, zeroed
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderClassifierParams(BackboneParams):
+    """What the classifier is made of, beside its encoder's `BackboneParams`.
+
+    Attributes:
+        num_classes: classes it tells apart.
+        pool: how the maps become one vector. "attention": attention pooling of the last map, at the size
+            trained for only; "adaptive": its mean; "spatial": the means of all maps through a hidden layer of
+            2048; "spatial_v2": the same, with a group norm and SiLU.
+    """
+
+    num_classes: int = 10
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
+
+    def _check(self) -> None:
+        super()._check()
+        if self.dims != 2:
+            raise UserError(f"a classifier takes images, but network.image_size is {self.image_size}.")
+        if self.num_classes < 1:
+            raise UserError(f"network.num_classes is {self.num_classes}: it must be at least 1.")
+        check_choice("pool", self.pool, ("attention", "adaptive", "spatial", "spatial_v2"))
+
+    def check_size(self, *size: int) -> None:
+        super().check_size(*size)
+        if self.pool == "attention" and size != tuple(self.image_size):
+            trained = "×".join(map(str, self.image_size))
+            raise UserError(
+                f"this classifier reads images of {trained}, not of {'×'.join(map(str, size))}: "
+                "its attention pool has a position for each place of that size only."
+            )
+
+
+class AttentionPool(nn.Module):
+    """One attention over [mean; places] + positions, of which the first token's answer is kept (as in CLIP)."""
+
+    def __init__(self, channels: int, places: int, heads: int, out: int, groups: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = GroupNorm(channels, groups)
+        self.positions = nn.Parameter(torch.randn(places + 1, channels) / math.sqrt(channels))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, out)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        tokens = F.silu(self.norm(maps[-1])).flatten(2).transpose(1, 2)  # [B, N, C]
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positions
+        q, k, v = split_heads(self.qkv(tokens), self.heads, "new")
+        first = attention("pool", q[:, :, :1], k, v, None)  # [B, heads, 1, d]
+        return self.out(first.flatten(1))  # type: ignore[no-any-return]
+
+
+class AdaptivePool(nn.Module):
+    """The mean over the places of the last map, then a linear map that starts at zero."""
+
+    def __init__(self, channels: int, out: int, groups: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(channels, groups)
+        self.out = zeroed(nn.Linear(channels, out))
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.out(F.silu(self.norm(maps[-1])).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+class SpatialPool(nn.Module):
+    """The means of every map through one hidden layer of 2048, with ReLU, or with group norm and SiLU."""
+
+    def __init__(self, channels: int, out: int, normed: bool) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, 2048)
+        self.norm = GroupNorm(2048) if normed else None
+        self.out = nn.Linear(2048, out)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        h = self.hidden(torch.cat([h.mean(dim=(2, 3)) for h in maps], dim=1))
+        h = F.relu(h) if self.norm is None else F.silu(self.norm(h))
+        return self.out(h)  # type: ignore[no-any-return]
+
+
+class EncoderClassifier(nn.Module):
+    """The encoder half of ADM's U-Net and a pool: `logits = classifier(x, network_time)`."""
+
+    def __init__(self, params: EncoderClassifierParams) -> None:
+        super().__init__()
+        self.params = params
+        self.time = TimeEmbedding(params.channels, params.embedding)
+        self.encoder = Encoder(params, params.in_channels)
+        self.pool = self._pool()
+
+    def _pool(self) -> AttentionPool | AdaptivePool | SpatialPool:
+        p = self.params
+        width = p.widths[-1]
+        if p.pool == "attention":
+            places = math.prod(side // p.factors[-1] for side in p.image_size)
+            heads = count_heads(width, p.heads, p.head_channels)
+            return AttentionPool(width, places, heads, p.num_classes, p.norm_groups)
+        if p.pool == "adaptive":
+            return AdaptivePool(width, p.num_classes, p.norm_groups)
+        return SpatialPool(sum(self.encoder.skips) + width, p.num_classes, normed=p.pool == "spatial_v2")
+
+    def forward(self, x: Tensor, network_time: Tensor) -> Tensor:
+        """Args:
+            x: float [B, C, H, W], the noisy images.
+            network_time: float [B] (or one for all), the time as the network was trained to be told it.
+
+        Returns:
+            float [B, num_classes], logits in x's type.
+
+        Raises:
+            UserError: the size does not fit.
+        """
+        self.params.check_size(*x.shape[2:])
+        embedding = F.silu(self.time(network_time.reshape(-1).expand(len(x))))
+        h, maps = self.encoder(channels_last(x), embedding, None)
+        logits: Tensor = self.pool([m.to(x.dtype) for m in (*maps, h)])
+        return logits.to(x.dtype)
