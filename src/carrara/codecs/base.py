@@ -1,0 +1,79 @@
+"""Pixels to what the diffusion model works in, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from carrara.process.noise import Noise
+
+
+class Posterior(Protocol):
+    """What an image may be encoded to: q(z|x)."""
+
+    def mode(self) -> Tensor:
+        """The most probable latent, for inversion and evaluation, [B, C', H', W']."""
+        ...
+
+    def sample(self, noise: Noise) -> Tensor:
+        """A draw of the latent, for training, [B, C', H', W']."""
+        ...
+
+
+class Codec(Protocol):
+    """`decode(encode(x).mode())` is the reconstruction. The identity makes pixel diffusion the same program.
+
+    Attributes:
+        kind: the word that `config.json` names it by.
+        reduction: how many pixels one side of a latent position covers.
+        pixels: whether latents are pixels in [-1, 1], so that clipping a prediction makes sense.
+    """
+
+    kind: str
+    reduction: int
+    pixels: bool
+
+    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        """The latent's [C', H', W'] for an image's [C, H, W]."""
+        ...
+
+    def encode(self, x: Tensor) -> Posterior:
+        """Images [B, C, H, W] in [-1, 1] to their latent posterior, scaled to about unit variance."""
+        ...
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents to images [B, C, H, W], about [-1, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The posterior of a codec without randomness: one latent."""
+
+    latent: Tensor
+
+    def mode(self) -> Tensor:
+        return self.latent
+
+    def sample(self, noise: Noise) -> Tensor:
+        return self.latent
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Latents are the pixels themselves."""
+
+    kind: str = "identity"
+    reduction: int = 1
+    pixels: bool = True
+
+    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        return channels, height, width
+
+    def encode(self, x: Tensor) -> Exact:
+        return Exact(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z

@@ -1,0 +1,70 @@
+"""What is minimised, and by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from carrara.condition import Condition
+from carrara.process.noise import Noise
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What an objective learns from.
+
+    Attributes:
+        x0: clean images in [-1, 1], or scaled latents, [B, C, H, W].
+        condition: what the model is told of each sample, before any dropout.
+    """
+
+    x0: Tensor
+    condition: Condition = field(default_factory=Condition)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one player minimises on one batch.
+
+    Attributes:
+        per_sample: [B], differentiable; the loss is its mean.
+        scalars: what to log beside it, detached, each [B] or a single number.
+        quarter: int64 [B], which quarter of the noise levels every sample fell into (0 the cleanest); None where
+            there are no levels.
+    """
+
+    per_sample: Tensor
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+    quarter: Tensor | None = None
+
+
+class Objective(Protocol):
+    """An objective with named players: a GAN has two, a diffusion model one. Each player has its own optimiser;
+    they step in the declared order on the same batch, the others frozen."""
+
+    @property
+    def players(self) -> dict[str, nn.Module]:
+        """The modules that learn, by name, in stepping order."""
+        ...
+
+    def terms(self, batch: Examples, draw: Noise, player: str) -> Terms:
+        """What `player` minimises on a batch.
+
+        Args:
+            batch: the samples.
+            draw: randomness whose rows are the samples' global positions in the run, so that neither the number
+                of processes nor an interruption changes it.
+            player: one of `players`.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the objective remembers between steps (a loss history), for the checkpoint."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        ...
