@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from carrara.condition import Attend
+from carrara.condition import Attend, Condition
 from carrara.errors import UserError, nearest
 from carrara.networks.layers import (
     Downsample,
@@ -19,6 +20,27 @@ from carrara.networks.layers import (
     count_heads,
     sinusoidal_embedding,
 )
+
+
+def check_slots(condition: Condition, takes: Mapping[str, int]) -> None:
+    """Whether a condition fills just the slots that a network takes; nothing is silently ignored.
+
+    Args:
+        condition: what the network is about to be told.
+        takes: the network's slots and their widths; 0 and absent are "no".
+
+    Raises:
+        UserError: a slot is missing, or filled for nothing, or of another width.
+    """
+    filled = condition.tensors()
+    for slot in filled:
+        if not takes.get(slot):
+            raise UserError(f"this network takes no {slot}: leave that slot of the condition empty.")
+    for slot, width in takes.items():
+        if width and slot not in filled:
+            raise UserError(f"this network needs the condition's {slot}.")
+        if slot != "label" and width and filled[slot].shape[1] != width:
+            raise UserError(f"the condition's {slot} has {filled[slot].shape[1]} channels: the network takes {width}.")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -195,7 +217,7 @@ class TimeEmbedding(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
-        waves = sinusoidal_embedding(time, self.channels)
+        waves = sinusoidal_embedding(time, self.channels).to(self.hidden.weight.dtype)
         return self.out(self.activation(self.hidden(waves)))  # type: ignore[no-any-return]
 
 

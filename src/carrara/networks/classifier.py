@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from carrara.condition import Attend, Condition
 from carrara.errors import UserError
-from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice
+from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice, check_slots
 from carrara.networks.layers import GroupNorm, attention, channels_last, count_heads, split_heads, zeroed
 
 
@@ -58,11 +59,11 @@ class AttentionPool(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, out)
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
+    def forward(self, maps: list[Tensor], attend: Attend | None) -> Tensor:
         tokens = F.silu(self.norm(maps[-1])).flatten(2).transpose(1, 2)  # [B, N, C]
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positions
         q, k, v = split_heads(self.qkv(tokens), self.heads, "new")
-        first = attention("pool", q[:, :, :1], k, v, None)  # [B, heads, 1, d]
+        first = attention("pool", q[:, :, :1], k, v, attend)  # [B, heads, 1, d]
         return self.out(first.flatten(1))  # type: ignore[no-any-return]
 
 
@@ -74,7 +75,7 @@ class AdaptivePool(nn.Module):
         self.norm = GroupNorm(channels, groups)
         self.out = zeroed(nn.Linear(channels, out))
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
+    def forward(self, maps: list[Tensor], attend: Attend | None) -> Tensor:
         return self.out(F.silu(self.norm(maps[-1])).mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
@@ -87,7 +88,7 @@ class SpatialPool(nn.Module):
         self.norm = GroupNorm(2048) if normed else None
         self.out = nn.Linear(2048, out)
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
+    def forward(self, maps: list[Tensor], attend: Attend | None) -> Tensor:
         h = self.hidden(torch.cat([h.mean(dim=(2, 3)) for h in maps], dim=1))
         h = F.relu(h) if self.norm is None else F.silu(self.norm(h))
         return self.out(h)  # type: ignore[no-any-return]
@@ -114,19 +115,22 @@ class EncoderClassifier(nn.Module):
             return AdaptivePool(width, p.num_classes, p.norm_groups)
         return SpatialPool(sum(self.encoder.skips) + width, p.num_classes, normed=p.pool == "spatial_v2")
 
-    def forward(self, x: Tensor, network_time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, network_time: Tensor, condition: Condition | None = None) -> Tensor:
         """Args:
             x: float [B, C, H, W], the noisy images.
             network_time: float [B] (or one for all), the time as the network was trained to be told it.
+            condition: may hold the attention seam; a classifier is told nothing else.
 
         Returns:
             float [B, num_classes], logits in x's type.
 
         Raises:
-            UserError: the size does not fit.
+            UserError: the size does not fit, or a slot of the condition is filled.
         """
         self.params.check_size(*x.shape[2:])
+        condition = condition or Condition()
+        check_slots(condition, {})
         embedding = F.silu(self.time(network_time.reshape(-1).expand(len(x))))
-        h, maps = self.encoder(channels_last(x), embedding, None)
-        logits: Tensor = self.pool([m.to(x.dtype) for m in (*maps, h)])
+        h, maps = self.encoder(channels_last(x), embedding, condition.attend)
+        logits: Tensor = self.pool([m.to(embedding.dtype) for m in (*maps, h)], condition.attend)
         return logits.to(x.dtype)

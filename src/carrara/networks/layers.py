@@ -63,7 +63,7 @@ def largest_divisor(channels: int, most: int) -> int:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation in float32 whatever the input's type (Wu & He 2018).
+    """Group normalisation, in float32 where the input has less (Wu & He 2018).
 
     Has `groups` groups, or the largest divisor of `channels` below that.
     """
@@ -72,9 +72,9 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(largest_divisor(channels, groups), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return super().forward(x)
-        return super().forward(x.float()).to(x.dtype)
+        if x.dtype in (torch.float16, torch.bfloat16):
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
 
 
 class Upsample(nn.Module):

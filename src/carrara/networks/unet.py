@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from carrara.condition import Condition
 from carrara.errors import UserError
-from carrara.networks.backbone import BackboneParams, Encoder, Level, Parts, TimeEmbedding, attention_sites
+from carrara.networks.backbone import (
+    BackboneParams,
+    Encoder,
+    Level,
+    Parts,
+    TimeEmbedding,
+    attention_sites,
+    check_slots,
+)
 from carrara.networks.layers import GroupNorm, Upsample, channels_last, convolution, count_heads, zeroed
 
 
@@ -140,7 +148,7 @@ class UNet(nn.Module):
                 h = stage(torch.cat([h, maps.pop()], dim=1), embedding, condition.attend)
             if level.resample is not None:
                 h = level.resample(h, embedding)  # type: ignore[operator]
-        raw: Tensor = self.out(F.silu(self.norm(h.to(x.dtype))))
+        raw: Tensor = self.out(F.silu(self.norm(h.to(self.out.weight.dtype))))
         return raw.to(x.dtype).contiguous()
 
     def _embedding(self, time: Tensor, condition: Condition) -> Tensor:
@@ -164,19 +172,9 @@ class UNet(nn.Module):
     def _check(self, condition: Condition) -> None:
         p = self.params
         takes = {"label": p.labels, "vector": p.vector_channels, "concat": p.concat_channels}
-        filled = condition.tensors()
-        for slot in filled:
-            if not takes.get(slot):
-                raise UserError(f"this network takes no {slot}: leave that slot of the condition empty.")
-        for slot, width in takes.items():
-            if width and slot not in filled:
-                raise UserError(f"this network needs the condition's {slot}.")
-            if slot != "label" and width and filled[slot].shape[1] != width:
-                raise UserError(
-                    f"the condition's {slot} has {filled[slot].shape[1]} channels: the network takes {width}."
-                )
-        if p.labels:
-            check_labels(filled["label"], p.num_classes or 0, p.null_label)
+        check_slots(condition, takes)
+        if p.num_classes is not None and condition.label is not None:
+            check_labels(condition.label, p.num_classes, p.null_label)
 
 
 def check_labels(label: Tensor, num_classes: int, null_label: bool) -> None:
