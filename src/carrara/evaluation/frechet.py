@@ -71,7 +71,8 @@ def _factored(side: Normal | Rows) -> _Factored:
             mean = rows.mean(0)
             return _Factored(mean, (rows - mean).T / (count - 1) ** 0.5, well_posed=False)
         side = Moments.of(rows)
-    mean, covariance = side.mean, side.covariance
+    statistics = side.statistics() if isinstance(side, Moments) else side
+    mean, covariance = statistics.mean.double(), statistics.covariance.double()
     lower, failed = torch.linalg.cholesky_ex(covariance)
     floor = len(mean) * EPSILON * covariance.diagonal().max()
     if not failed and lower.diagonal().square().min() > floor:

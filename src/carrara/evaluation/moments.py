@@ -29,16 +29,22 @@ def as_rows(values: Rows, what: str = "features") -> Tensor:
     Raises:
         UserError: no rows, or NaN or infinite entries.
     """
-    rows = torch.as_tensor(values).to(torch.float64)
+    return _checked(values, what).double()
+
+
+def _checked(values: Rows, what: str = "features") -> Tensor:
+    """The rows as a matrix [N, D] of their own number type, without NaN or infinite entries."""
+    rows = torch.as_tensor(values)
     if rows.ndim < 2 or rows.shape[0] == 0:
         raise UserError(f"the {what} have shape {list(rows.shape)}: give one row for each of at least one image.")
     rows = rows.flatten(1)
-    if not torch.isfinite(rows).all():
-        bad = int((~torch.isfinite(rows).all(1)).nonzero()[0])
-        raise UserError(
-            f"the {what} hold NaN or infinite numbers, first in row {bad}: "
-            "mend the images or the network that made them."
-        )
+    if not rows.sum(dtype=torch.float64).isfinite():  # one cheap pass; only then look closer
+        good = torch.isfinite(rows).all(1)
+        if not good.all():
+            raise UserError(
+                f"the {what} hold NaN or infinite numbers, first in row {int((~good).nonzero()[0])}: "
+                "mend the images or the network that made them."
+            )
     return rows
 
 
@@ -79,14 +85,14 @@ class Moments:
         self.dimension = dimension
         self._count = 0
         self._mean = torch.zeros(dimension, dtype=torch.float64)
-        self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # lower block triangle is valid
-        self._pending: list[Tensor] = []
+        self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # its lower triangle is valid
+        self._block = torch.empty(0, dimension, dtype=torch.float64)
         self._waiting = 0
 
     @classmethod
     def of(cls, features: Rows) -> Moments:
         """The moments of features [N, D] (or images, flattened) that are all at hand."""
-        rows = as_rows(features)
+        rows = _checked(features)
         return cls(rows.shape[1]).update(rows)
 
     def update(self, features: Rows) -> Moments:
@@ -95,21 +101,22 @@ class Moments:
         Raises:
             UserError: another dimension than before, or NaN or infinite entries.
         """
-        rows = as_rows(features).cpu()
+        rows = _checked(features)
         if rows.shape[1] != self.dimension:
             raise UserError(
                 f"features of dimension {rows.shape[1]} cannot join moments of dimension {self.dimension}: "
                 "use one feature network and one image size throughout."
             )
-        self._pending.append(rows)
-        self._waiting += rows.shape[0]
-        if self._waiting >= BLOCK:
-            rows = torch.cat(self._pending)
-            whole = self._waiting - self._waiting % BLOCK
-            for block in rows[:whole].split(BLOCK):
-                self._absorb(block)
-            self._waiting -= whole
-            self._pending = [rows[whole:].clone()] if self._waiting else []
+        if len(self._block) == 0:
+            self._block = torch.empty(BLOCK + 1, self.dimension, dtype=torch.float64)
+        taken = 0
+        while taken < len(rows):
+            part = rows[taken : taken + BLOCK - self._waiting]
+            self._block[self._waiting : self._waiting + len(part)] = part
+            self._waiting += len(part)
+            taken += len(part)
+            if self._waiting == BLOCK:
+                self._absorb()
         return self
 
     def merge(self, other: Moments) -> Moments:
@@ -119,11 +126,10 @@ class Moments:
         """
         if other.dimension != self.dimension:
             raise UserError(f"moments of dimensions {self.dimension} and {other.dimension} cannot be merged.")
-        self._flush()
+        self._absorb()
         other = other._settled()
         if other._count:
-            joint = self._join(other._mean, other._count)
-            _add_gram(self._scatter, joint[None])
+            _add_gram(self._scatter, self._join(other._mean, other._count)[None])
             self._scatter += other._scatter
         return self
 
@@ -140,14 +146,19 @@ class Moments:
     @property
     def covariance(self) -> Tensor:
         """float64 [D, D], ddof 1, exactly symmetric."""
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, here {self.count}: add images.")
-        lower = self._settled()._scatter.tril()
-        return (lower + lower.tril(-1).T) / (self.count - 1)
+        return self.statistics().covariance
 
     def statistics(self) -> Statistics:
-        """Mean, covariance and count, frozen."""
-        return Statistics(self.mean, self.covariance, self.count)
+        """Mean, covariance and count, frozen.
+
+        Raises:
+            UserError: fewer than 2 rows.
+        """
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least 2 images, here {self.count}: add images.")
+        settled = self._settled()
+        lower = settled._scatter.tril().div_(self.count - 1)
+        return Statistics(settled._mean, lower + lower.tril(-1).T, self.count)
 
     def _join(self, mean: Tensor, count: int) -> Tensor:
         """Moves count and mean to those of the union; returns the row whose square the scatter must gain."""
@@ -158,15 +169,15 @@ class Moments:
         self._count = total
         return row
 
-    def _absorb(self, block: Tensor) -> None:
-        mean = block.mean(0)
-        joint = self._join(mean, block.shape[0])
-        _add_gram(self._scatter, torch.cat([block - mean, joint[None]]))
-
-    def _flush(self) -> None:
+    def _absorb(self) -> None:
+        """Adds the waiting rows, in place, to mean and scatter."""
         if self._waiting:
-            self._absorb(torch.cat(self._pending))
-            self._pending, self._waiting = [], 0
+            rows = self._block[: self._waiting]
+            mean = rows.mean(0)
+            rows -= mean
+            self._block[self._waiting] = self._join(mean, self._waiting)
+            _add_gram(self._scatter, self._block[: self._waiting + 1])
+            self._waiting = 0
 
     def _settled(self) -> Moments:
         """Itself where nothing waits, else a copy that has absorbed the waiting rows: reading changes nothing."""
@@ -174,6 +185,6 @@ class Moments:
             return self
         copy = Moments(self.dimension)
         copy._count, copy._mean, copy._scatter = self._count, self._mean, self._scatter.clone()
-        copy._pending, copy._waiting = self._pending, self._waiting
-        copy._flush()
+        copy._block, copy._waiting = self._block[: self._waiting + 1].clone(), self._waiting
+        copy._absorb()
         return copy
