@@ -1,0 +1,382 @@
+"""The assembled, saved, loadable thing: a network with its schedule, codec and conditioning."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import carrara
+from carrara import images as pictures
+from carrara.codecs import Codec, Identity
+from carrara.condition import Condition
+from carrara.conditioning import Labels
+from carrara.errors import UserError, nearest
+from carrara.guidance import classifier_free, static_threshold
+from carrara.networks import UNet, UNetParams
+from carrara.process import Denoiser, Grid, NetworkDenoiser, Noise, Predicts, Schedule, grids, schedules
+from carrara.solvers import DDIM, Solver, Step, integrate, named
+
+FORMAT = 1
+"""The version of `config.json`; a newer one is refused, an older one is read."""
+
+CODECS: dict[str, Callable[[], Codec]] = {"identity": Identity}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What sampling gives.
+
+    Attributes:
+        images: float32 [N, C, H, W] in [-1, 1].
+        latents: what the codec decoded, [N, C', H', W']; for pixel models the images before clamping.
+        labels: the class of every image, or None.
+        protocol: everything needed to make them again.
+    """
+
+    images: Tensor
+    latents: Tensor
+    labels: list[int] | None
+    protocol: dict[str, Any]
+
+    def save(self, folder: str | Path, columns: int | None = None) -> None:
+        """Write one PNG per image (its protocol and row in the metadata), `grid.png`, and `samples.npz`
+        (`arr_0` uint8 [N, H, W, C], `arr_1` labels)."""
+        folder = Path(folder)
+        first = int(self.protocol["first"])
+        for row, image in enumerate(self.images):
+            history = {**self.protocol, "row": first + row}
+            if self.labels is not None:
+                history["label"] = self.labels[row]
+            pictures.save_png(image, folder / f"seed{self.protocol['seed']}-{first + row:05d}.png", history)
+        sheet = pictures.grid(self.images, columns)
+        pictures.save_png(sheet, folder / "grid.png", self.protocol, scale=max(1, 64 // self.images.shape[-1]))
+        pictures.save_npz(folder / "samples.npz", self.images, self.labels)
+
+
+@dataclass
+class DiffusionModel:
+    """A diffusion model: what a user of the library needs on page one.
+
+    Attributes:
+        network: tells ε, x_0 or v at a noisy image and a time; its `params` say its shape.
+        schedule: the noise levels it was trained on.
+        shape: an image's [C, H, W].
+        predicts: what the network tells.
+        labels: the classes, or None for a model that is told nothing.
+        levels: how many values a channel of the training images had (256; the scanned digits have 17).
+        codec: pixels to latents and back; the identity for a pixel model.
+        sampling: default `solver`, `steps`, `spacing` and `guidance`.
+        origin: where the weights come from, for protocols ("EMA of step 1200").
+    """
+
+    network: nn.Module
+    schedule: Schedule
+    shape: tuple[int, int, int]
+    predicts: Predicts = "eps"
+    labels: Labels | None = None
+    levels: int = 256
+    codec: Codec = field(default_factory=Identity)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network tells its reverse variance too."""
+        return bool(getattr(getattr(self.network, "params", None), "learned_variance", False))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> DiffusionModel:
+        """Move the weights; returns the model itself."""
+        self.network.to(device)
+        return self
+
+    def denoiser(self) -> Denoiser:
+        """The network as a denoiser, without any guidance."""
+        return NetworkDenoiser(self.network, self.schedule, self.predicts, self.learned_variance)
+
+    def grid(self, steps: int, spacing: str = "trailing") -> Grid:
+        """The times of a walk.
+
+        Raises:
+            UserError: an unknown spacing, or steps outside 1..T.
+        """
+        spacings = (grids.leading, grids.trailing, grids.linspace, grids.quadratic, grids.karras, grids.log_snr)
+        known: dict[str, Callable[[Schedule, int], Grid]] = {f.__name__: f for f in spacings}
+        if spacing not in known:
+            raise UserError(f"there is no spacing '{spacing}': {nearest(spacing, known)}")
+        return known[spacing](self.schedule, steps)
+
+    def sample(
+        self,
+        labels: Sequence[int | str] | Tensor | None = None,
+        count: int | None = None,
+        *,
+        steps: int | None = None,
+        solver: str | Solver | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        eta: float | None = None,
+        spacing: str | None = None,
+        start: Tensor | None = None,
+        first: int = 0,
+        batch_size: int = 256,
+        on_step: Callable[[Step, int], None] | None = None,
+    ) -> Samples:
+        """Make pictures. Picture k has seed `seed`, row `first + k`, whatever the batch size.
+
+        Args:
+            labels: the class of every picture, as numbers or names; needed by a class-conditional model.
+            count: how many pictures, where there are no labels (1 by default).
+            steps: pairs of the grid, 1..T.
+            solver: a word of `carrara.solvers.SOLVERS`, or a solver.
+            guidance: classifier-free scale; 1 is the plain conditional model and costs one pass.
+            seed: of all noise.
+            eta: DDIM's η, 0..1.
+            spacing: "trailing", "leading", "linspace", "quadratic", "karras" or "log_snr".
+            start: the noise to begin from, [N, C', H', W'], in place of the seed's.
+            first: the row number of the first picture, so that a large set can be made in parts.
+            batch_size: how many pictures are worked on at once.
+            on_step: called after every step with the step and the first row of its batch.
+
+        Returns:
+            Samples, whose images are float32 [N, C, H, W] in [-1, 1].
+
+        Raises:
+            UserError: a label out of range, guidance of a model that knows no null condition, steps outside 1..T.
+        """
+        choices: dict[str, Any] = {
+            "solver": "dpm++2m",
+            "steps": 20,
+            "spacing": "trailing",
+            "guidance": 1.0,
+        } | self.sampling
+        given = {"solver": solver, "steps": steps, "spacing": spacing, "guidance": guidance}
+        choices |= {key: value for key, value in given.items() if value is not None}
+        method = _solver(choices["solver"], eta)
+        scale = float(choices["guidance"])
+        denoiser = self._guided(scale)
+        grid = self.grid(int(choices["steps"]), choices["spacing"])
+        condition, indices, total = self._told(labels, count, start)
+        noise = Noise(seed)
+        parts = []
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                for low in range(0, total, batch_size):
+                    rows = range(first + low, first + min(low + batch_size, total))
+                    own = noise.rows(rows)
+                    x = self._begin(grid, own, len(rows)) if start is None else start[low : low + len(rows)]
+                    part = condition.rows(slice(low, low + len(rows))).to(self.device)
+                    x = x.to(device=self.device, dtype=torch.float32)
+                    for step in integrate(denoiser, self.schedule, method, grid, x, part, own):
+                        if on_step is not None:
+                            on_step(step, low)
+                    parts.append(step.x)
+                latents = torch.cat(parts)
+                decoded = torch.cat([self.codec.decode(z) for z in latents.split(batch_size)])
+        finally:
+            self.network.train(was_training)
+        protocol = {
+            "carrara": carrara.__version__,
+            "weights": self.origin,
+            "solver": repr(method),
+            "steps": len(grid),
+            "grid": grid.name,
+            "guidance": scale,
+            "seed": seed,
+            "first": first,
+        }
+        return Samples(decoded.float().clamp(-1, 1).cpu(), latents.cpu(), indices, protocol)
+
+    def _guided(self, scale: float) -> Denoiser:
+        """network → classifier-free → threshold: the documented order (MATH §6)."""
+        denoiser = self.denoiser()
+        if scale != 1:
+            if self.labels is None:
+                raise UserError(
+                    f"guidance {scale:g} needs a conditional model, this one is told nothing: use guidance 1."
+                )
+            denoiser = classifier_free(scale=scale, null=self.labels.null())(denoiser)
+        return static_threshold()(denoiser) if self.codec.pixels else denoiser
+
+    def _told(
+        self, labels: Sequence[int | str] | Tensor | None, count: int | None, start: Tensor | None
+    ) -> tuple[Condition, list[int] | None, int]:
+        """The condition, the labels as numbers, and how many pictures were asked for."""
+        if self.labels is None:
+            if labels is not None:
+                raise UserError("this model was trained without labels: leave them out and give count.")
+            total = count if count is not None else (1 if start is None else len(start))
+            condition, indices = Condition(), None
+        else:
+            if labels is None:
+                raise UserError(
+                    f"this model is told a class: give labels, 0..{len(self.labels.names) - 1} or their names."
+                )
+            condition = self.labels.condition(labels)
+            assert condition.label is not None
+            indices = [int(i) for i in condition.label]
+            total = len(indices)
+            if count is not None and count != total:
+                raise UserError(f"{total} labels were given for a count of {count}: give one label for each picture.")
+        if total < 1:
+            raise UserError("at least one picture must be asked for.")
+        if start is not None and len(start) != total:
+            raise UserError(f"{len(start)} starting noises were given for {total} pictures.")
+        return condition, indices, total
+
+    def _begin(self, grid: Grid, noise: Noise, count: int) -> Tensor:
+        """Pure noise at the grid's first time, s(t)·ε, float32 [count, C', H', W']."""
+        scale = float(self.schedule.sigma(grid.times[0]))
+        return scale * noise.normal((count, *self.codec.latent_shape(*self.shape)))
+
+    # ---- on disk -------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the weights, as plain data."""
+        params = getattr(self.network, "params", None)
+        if not isinstance(params, UNetParams):
+            raise UserError("only models around Carrara's own networks can be saved.")
+        labels = None if self.labels is None else {"names": list(self.labels.names), "dropout": self.labels.dropout}
+        return {
+            "format": FORMAT,
+            "carrara": carrara.__version__,
+            "network": {"kind": "unet", **asdict(params)},
+            "schedule": self.schedule.spec,
+            "shape": list(self.shape),
+            "predicts": self.predicts,
+            "labels": labels,
+            "levels": self.levels,
+            "codec": {"kind": self.codec.kind},
+            "sampling": self.sampling,
+            "origin": self.origin,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `network.safetensors`, each whole or not at all."""
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
+        write_whole(folder / "network.safetensors", save(state))
+        write_whole(folder / "config.json", (json.dumps(self.config(), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> DiffusionModel:
+        """A model from a run folder or its `model/` folder.
+
+        Raises:
+            UserError: a missing or cut file, a config of a newer version, weights that do not fit it.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UserError(f"there is no model folder {folder}.")
+        if (folder / "model").is_dir():
+            folder = folder / "model"
+        config = _read_config(folder / "config.json")
+        try:
+            network = UNet(UNetParams(**{k: v for k, v in config["network"].items() if k != "kind"}))
+            labels = config["labels"]
+            codec = CODECS[config["codec"]["kind"]]()
+            model = cls(
+                network=network,
+                schedule=schedules.build(config["schedule"]),
+                shape=tuple(config["shape"]),
+                predicts=config["predicts"],
+                labels=labels and Labels(tuple(labels["names"]), labels["dropout"]),
+                levels=config["levels"],
+                codec=codec,
+                sampling=config["sampling"],
+                origin=config["origin"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder / 'config.json'} does not describe a model: {error!r} is wrong or missing."
+            ) from None
+        load_weights(network, folder / "network.safetensors")
+        network.eval()
+        return model.to(device)
+
+
+def _solver(choice: str | Solver, eta: float | None) -> Solver:
+    if eta is None:
+        return named(choice) if isinstance(choice, str) else choice
+    if choice != "ddim":
+        raise UserError(f"only the solver ddim takes an eta, {choice} does not.")
+    return DDIM(eta=eta)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no config.json: it is not a model folder of Carrara.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+        raise UserError(f"{path} does not describe a model of Carrara.")
+    if config["format"] > FORMAT:
+        raise UserError(f"{path} was written by a newer Carrara (format {config['format']}): upgrade this one.")
+    return config
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module from a safetensors file, every key of both used.
+
+    Raises:
+        UserError: a missing or cut file; the first missing, unexpected or misshapen key is named.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"the weights file {path} is missing: copy it again, or train again.")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the weights file {path} is cut short or damaged ({error}): copy it again.") from None
+    own = module.state_dict()
+    for key in own.keys() | state.keys():
+        if key not in state:
+            raise UserError(f"{path} lacks the weights '{key}'.")
+        if key not in own:
+            raise UserError(f"{path} holds the unexpected weights '{key}'.")
+        if own[key].shape != state[key].shape:
+            raise UserError(
+                f"{path}: '{key}' has the shape {tuple(state[key].shape)}, {tuple(own[key].shape)} is needed."
+            )
+    module.load_state_dict(state)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all: to a temporary name, synced, then renamed.
+
+    Raises:
+        UserError: the disk is full or the folder not writable; what stood there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}): what stood there before is kept."
+        ) from None

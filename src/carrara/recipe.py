@@ -1,0 +1,349 @@
+"""A whole run as data: typed, validated, read from YAML. Nothing in a recipe can name code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from carrara.errors import UserError, nearest
+
+Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(_Section):
+    """Which images, and how they are brought to size.
+
+    Attributes:
+        path: a folder, file, archive or data set; or "digits", scikit-learn's scanned digits.
+        split: which split, where the data has several.
+        resolution: one side of a square, or [height, width]. The shorter side is resized, the rest cropped.
+        channels: 1 gray, 3 colour, 4 colour with transparency.
+        resize: the filter: "adm" (reduce by boxes, then bicubic), "bicubic", "lanczos", "box", "nearest".
+        crop: "center" or "random".
+        flip: mirror half of the images. Off by default: digits, text and logos are not symmetric.
+        caption_column: which column or key holds the captions, where the usual names do not fit.
+        unreadable_limit: share of unreadable images that is skipped; more are refused.
+        workers: processes that decode images; 0 decodes in this one.
+    """
+
+    path: str
+    split: str = "train"
+    resolution: Size
+    channels: Literal[1, 3, 4] = 3
+    resize: Literal["adm", "bicubic", "lanczos", "box", "nearest"] = "adm"
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    caption_column: str | None = None
+    unreadable_limit: float = Field(0.01, ge=0, le=1)
+    workers: int = Field(0, ge=0)
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+
+class Conditioning(_Section):
+    """What the model is told.
+
+    Attributes:
+        kind: "none", or "labels": the class of every image.
+        dropout: share of samples whose condition is dropped in training, so that the model can be guided
+            classifier-free; 0 trains no null condition.
+    """
+
+    kind: Literal["none", "labels"] = "none"
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+
+class ScheduleChoice(_Section):
+    """The noise schedule; arguments that its kind does not take are refused."""
+
+    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid", "edm", "rectified_flow", "vp_sde"] = "cosine"
+    steps: int | None = Field(None, ge=2)
+    beta_start: float | None = None
+    beta_end: float | None = None
+    start: float | None = None
+    end: float | None = None
+    tau: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    shift: float | None = None
+    beta_min: float | None = None
+    beta_max: float | None = None
+    zero_terminal_snr: bool = False
+
+    def spec(self) -> dict[str, object]:
+        """The plain data from which `schedules.build` makes the schedule."""
+        spec: dict[str, object] = {
+            k: v for k, v in self.model_dump(exclude={"zero_terminal_snr"}).items() if v is not None
+        }
+        return {"kind": "zero_terminal_snr", "schedule": spec} if self.zero_terminal_snr else spec
+
+
+class ObjectiveChoice(_Section):
+    """What is minimised.
+
+    Attributes:
+        predicts: what the network tells: "eps", "x0", "v", "flow" or "edm".
+    """
+
+    predicts: Literal["eps", "x0", "v", "flow", "edm"] = "eps"
+
+
+class Training(_Section):
+    """How it is minimised. A step is one optimiser step; all counts are totals, not "more".
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        batch_size: images of one optimiser step, over all processes.
+        learning_rate: as it is, never multiplied behind the user's back.
+        warmup: steps over which the learning rate rises linearly from 0.
+        decay: "constant", "cosine" (to 0 at the last step), or "inverse_sqrt" (falls as 1/√step after the
+            warm-up).
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        clip: largest norm of the gradient; larger ones are scaled down.
+        ema: decay of the running mean of the weights (kept in float32); early steps use (1 + step)/(10 + step)
+            where that is smaller, so that it does not remember the initial weights.
+        precision: "fp32", or "bf16" for the network's forward and backward pass.
+        log_every, checkpoint_every, sample_every: in steps.
+        keep_checkpoints: how many of the newest are kept.
+    """
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup: int = Field(100, ge=0)
+    decay: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.999, ge=0, lt=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: int = Field(20, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    sample_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class Sampling(_Section):
+    """How samples are made, in training's previews and by default later.
+
+    Attributes:
+        solver: a word of `carrara.solvers.SOLVERS`.
+        steps: pairs of the grid.
+        spacing: a constructor of `carrara.process.grids`.
+        guidance: classifier-free scale; 1 is the plain conditional model.
+        count: how many pictures a preview shows.
+        seed: picture k of a preview is row k of this seed.
+    """
+
+    solver: str = "dpm++2m"
+    steps: int = Field(20, ge=1)
+    spacing: Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr"] = "trailing"
+    guidance: float = 1.0
+    count: int = Field(16, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class Recipe(_Section):
+    """A whole run.
+
+    Attributes:
+        name: what the run folder is called by default.
+        seed: of the weights, the order, and every draw.
+        network: fields of `UNetParams`, without those that data and conditioning decide.
+    """
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    seed: int = Field(0, ge=0)
+    data: Data
+    conditioning: Conditioning = Conditioning()
+    network: dict[str, Any] = Field(default_factory=dict)
+    schedule: ScheduleChoice = ScheduleChoice()
+    objective: ObjectiveChoice = ObjectiveChoice()
+    training: Training
+    sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        from carrara.process import schedules
+
+        schedules.build(self.schedule.spec())
+        self.network_params(2 if self.conditioning.kind == "labels" else None)
+        return self
+
+    def network_params(self, classes: int | None) -> Any:
+        """The U-Net's params for this recipe's images and a number of classes.
+
+        Raises:
+            UserError: an unknown or decided-elsewhere key, a wrong type, or a size that does not fit.
+        """
+        from carrara.networks import UNetParams
+
+        return params_from(
+            UNetParams,
+            self.network,
+            {
+                "image_size": self.data.resolution,
+                "in_channels": self.data.channels,
+                "num_classes": classes,
+                "null_label": classes is not None and self.conditioning.dropout > 0,
+            },
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `load` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def params_from(kind: type, given: Mapping[str, Any], decided: Mapping[str, Any]) -> Any:
+    """A params dataclass from a recipe's keys and from what the rest of the recipe decides.
+
+    Raises:
+        UserError: an unknown key, one that is decided elsewhere, or a wrong type.
+    """
+    import dataclasses
+
+    from pydantic import TypeAdapter
+
+    known = {field.name for field in dataclasses.fields(kind)}
+    for key in given:
+        if key in decided:
+            raise UserError(f"network.{key} follows from the data and the conditioning: leave it out.")
+        if key not in known:
+            raise UserError(f"the recipe has an unknown key 'network.{key}': {nearest(key, known - decided.keys())}")
+    try:
+        return TypeAdapter(kind).validate_python({**given, **decided})
+    except ValidationError as error:
+        raise UserError(_sentence(error, "network.")) from None
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """The keys that a recipe may hold at a place."""
+    model: Any = Recipe
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _sentence(error: ValidationError, prefix: str = "") -> str:
+    """The first of pydantic's complaints as one sentence that names the key."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = prefix + ".".join(path)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return str(cause)
+    if first["type"] == "extra_forbidden":
+        return f"the recipe has an unknown key '{key}': {nearest(path[-1], _known_keys(path[:-1]))}"
+    if first["type"] == "missing":
+        return f"the recipe lacks the key '{key}': add it, or use --set {key}=VALUE."
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"the recipe's '{key}' is {first['input']!r}, but {message}."
+
+
+def validate(data: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
+    """A recipe from plain data.
+
+    Raises:
+        UserError: names the first wrong key, and for an unknown one the nearest known.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_sentence(error).replace("the recipe", origin, 1)) from None
+
+
+def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply `section.key=value` assignments, values being YAML, to plain recipe data (a changed copy).
+
+    Raises:
+        UserError: an assignment without "=", or a path through something that is no section.
+    """
+    import copy
+
+    data = copy.deepcopy(data)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise UserError(f"--set {assignment} is not of the form section.key=value.")
+        *sections, key = path.strip().split(".")
+        place = data
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"--set {assignment}: '{section}' is a value, not a section of the recipe.")
+        try:
+            place[key] = _plain(yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment}: '{text}' cannot be read as a YAML value.") from None
+    return data
+
+
+def _plain(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; a recipe means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def shipped() -> list[str]:
+    """The names of the recipes that come with Carrara."""
+    folder = resources.files("carrara") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read(name: str | Path) -> dict[str, Any]:
+    """The plain data of a shipped recipe, or of a YAML file.
+
+    Raises:
+        UserError: neither a shipped recipe nor a readable YAML mapping.
+    """
+    if isinstance(name, str) and name in shipped():
+        text = (resources.files("carrara") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"there is no recipe '{name}': {nearest(str(name), shipped())}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"the recipe {path} cannot be read: {error}.") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the recipe {name} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"the recipe {name} holds no sections: it must be a YAML mapping.")
+    plain: dict[str, Any] = _plain(data)
+    return plain
+
+
+def load(name: str | Path, assignments: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe or a YAML file, with overrides, validated."""
+    return validate(override(read(name), assignments), f"the recipe {name}")
+
+
+SPACINGS: tuple[str, ...] = get_args(Sampling.model_fields["spacing"].annotation)
+"""The words for a grid's spacing."""
