@@ -1,0 +1,264 @@
+"""Batches by global position: the same samples however many processes and workers make them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from carrara.data.decode import UnreadablePicture
+from carrara.data.order import augmentation_draws, shuffled_index
+from carrara.data.preprocess import Preprocess
+from carrara.data.source import Source
+from carrara.errors import UserError
+
+_THREADED_BYTES = 4096
+_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process trains on in one step.
+
+    Attributes:
+        images: float32 [B, C, H, W] in [-1, 1].
+        label: int64 [B] or None.
+        captions: B texts or None.
+        positions: int64 [B], the global positions.
+        names: what messages call the pictures.
+    """
+
+    images: Tensor
+    label: Tensor | None
+    captions: list[str] | None
+    positions: Tensor
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+@dataclass
+class _Rows:
+    """A batch before the main process has seen it: uint8 pixels travel four times lighter than floats."""
+
+    pixels: list[Tensor]
+    index: list[int]
+    captions: list[str] | None
+    unreadable: dict[int, str] = field(default_factory=dict)
+    conversions: Counter[str] = field(default_factory=Counter)
+
+
+class Batches:
+    """An endless sequence of batches; batch `step` holds positions step·batch_size onwards.
+
+    The sample at global position p is `shuffled_index(seed, p, len(source))` and its augmentation comes from
+    `augmentation_draws(seed, p)`. A picture that cannot be read is named in `source.unreadable` and replaced by
+    one drawn for that position; too many of them stop the run.
+
+    Args:
+        source: the pictures.
+        prepare: what is done to them.
+        seed: of order and augmentation.
+        batch_size: the global batch, over all processes.
+        rank, world: this process and their number; it takes its own slice of each global batch.
+        workers: processes that decode ahead; 0 decodes in this one. Not used where the cache holds everything.
+        cache_bytes: a data set whose encoded and whose prepared pictures both fit is decoded once, here, and
+            kept as uint8.
+
+    Raises:
+        UserError: fewer pictures than a batch, a batch that the processes cannot share, or too many unreadable.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        prepare: Preprocess,
+        seed: int = 0,
+        batch_size: int = 64,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        cache_bytes: int = 2**29,
+    ) -> None:
+        if batch_size < 1 or workers < 0:
+            raise UserError(f"a batch holds at least 1 image (not {batch_size}), workers are 0 or more ({workers}).")
+        if len(source) < batch_size:
+            raise UserError(
+                f"{source.name} holds {len(source)} images, fewer than one batch of {batch_size}: "
+                f"set training.batch_size to {len(source)} or less, or add images."
+            )
+        if batch_size % world or not 0 <= rank < world:
+            raise UserError(f"a batch of {batch_size} cannot be shared by {world} processes: make it a multiple.")
+        self.source = source
+        self.prepare = prepare
+        self.seed = seed
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self.workers = workers
+        self._cache = _decode_all(source, prepare) if _fits(source, prepare, cache_bytes) else None
+        source.refuse_unreadable()
+
+    @property
+    def cached(self) -> bool:
+        """Whether all pictures are kept decoded in memory."""
+        return self._cache is not None
+
+    def positions(self, step: int) -> Tensor:
+        """The global positions of this process's part of batch `step`: int64 [batch_size / world]."""
+        share = self.batch_size // self.world
+        start = step * self.batch_size + self.rank * share
+        return torch.arange(start, start + share)
+
+    def at(self, step: int) -> Batch:
+        """This process's part of batch `step`, made here: a function of (seed, step) alone.
+
+        Raises:
+            UserError: too many pictures are unreadable, or a shard is gone.
+        """
+        return self._finish(step, self._rows(step))
+
+    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from `start_step` on, without end, the same as `at` gives, decoded ahead by the workers."""
+        if self._cache is not None or self.workers == 0:
+            step = start_step
+            while True:
+                yield self.at(step)
+                step += 1
+        yield from self._from_workers(start_step)
+
+    def _from_workers(self, step: int) -> Iterator[Batch]:
+        """Batches made by worker processes. Killed workers are started again at the batch that is missing."""
+        restarted_at = -1
+        while True:
+            loader: DataLoader[_Rows | UserError] = DataLoader(
+                _Steps(self),
+                batch_size=None,
+                sampler=range(step, 2**62),
+                num_workers=self.workers,
+                prefetch_factor=_AHEAD,
+                collate_fn=_as_it_is,
+            )
+            try:
+                for rows in loader:
+                    yield self._finish(step, rows)
+                    step += 1
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                if restarted_at == step:
+                    raise UserError(
+                        f"the data workers died twice at batch {step} (out of memory?): set data.workers lower."
+                    ) from error
+                restarted_at = step
+
+    def _rows(self, step: int) -> _Rows:
+        positions = self.positions(step)
+        index = shuffled_index(self.seed, positions.numpy(), len(self.source))
+        draws = augmentation_draws(self.seed, int(positions[0]), len(positions))
+        rows = _Rows([], [], None)
+        for i, draw in zip(index.tolist(), draws.tolist(), strict=True):
+            found, picture = self._readable(i, draw, rows)
+            rows.index.append(found)
+            rows.pixels.append(self.prepare.cut(picture, draw))
+        captions = self.source.captions
+        rows.captions = None if captions is None else [captions[i] for i in rows.index]
+        return rows
+
+    def _readable(self, index: int, draw: list[float], rows: _Rows) -> tuple[int, Tensor]:
+        """The picture at `index`; where it cannot be read, the next readable one from a drawn place."""
+        count = len(self.source)
+        for attempt in range(count + 1):
+            if attempt:
+                index = (int(draw[3] * count) + attempt - 1) % count
+            try:
+                return index, self._picture(index, rows)
+            except UnreadablePicture as error:
+                rows.unreadable[index] = str(error)
+        raise UserError(f"none of the {count} images in {self.source.name} can be read.")
+
+    def _picture(self, index: int, rows: _Rows) -> Tensor:
+        if self._cache is not None:
+            if index in self.source.unreadable:
+                raise UnreadablePicture(self.source.unreadable[index])
+            return self._cache[index]
+        image, notes = self.source.decode(index)
+        rows.conversions.update(notes)
+        return self.prepare.resized(image)
+
+    def _finish(self, step: int, rows: _Rows | UserError) -> Batch:
+        if isinstance(rows, UserError):
+            raise rows
+        source = self.source
+        source.unreadable.update(rows.unreadable)
+        source.conversions.update(rows.conversions)
+        source.refuse_unreadable()
+        pixels = torch.stack(rows.pixels).clamp_(max=source.levels - 1)  # bicubic may overshoot 17 levels
+        return Batch(
+            images=pixels * (2 / (source.levels - 1)) - 1,
+            label=None if source.labels is None else torch.from_numpy(source.labels[rows.index]),
+            captions=rows.captions,
+            positions=self.positions(step),
+            names=[source.pictures.name(i) for i in rows.index],
+        )
+
+
+class _Steps(Dataset[_Rows | UserError]):
+    """Batches by step, as `DataLoader` asks its workers for them."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> _Rows | UserError:
+        try:
+            return self.batches._rows(step)
+        except UserError as error:  # raised in the main process, without the worker's traceback
+            return error
+
+
+def _as_it_is(rows: Any) -> Any:
+    return rows
+
+
+def _fits(source: Source, prepare: Preprocess, cache_bytes: int) -> bool:
+    # A random crop keeps the whole resized picture; a ratio of 2:1 is a fair guess before any is seen.
+    margin = 1 if prepare.crop == "center" else 2
+    prepared = len(source) * prepare.channels * prepare.height * prepare.width * margin
+    return prepared <= cache_bytes and source.pictures.encoded_bytes <= cache_bytes
+
+
+class _Prepared(Protocol):
+    def __getitem__(self, index: int) -> Tensor: ...
+
+
+def _decode_all(source: Source, prepare: Preprocess) -> _Prepared:
+    """Every picture, prepared as far as no draw decides; unreadable ones are noted and left black."""
+    blank = torch.zeros(prepare.channels, prepare.height, prepare.width, dtype=torch.uint8)
+
+    def one(index: int) -> tuple[Tensor, tuple[str, ...], str | None]:
+        try:
+            image, notes = source.decode(index)
+        except UnreadablePicture as error:
+            return blank, (), str(error)
+        return prepare.resized(image), notes, None
+
+    kept: list[Tensor] | Tensor = [blank] * len(source)
+    if prepare.crop == "center":
+        kept = torch.empty(len(source), *blank.shape, dtype=torch.uint8)
+    # Tiny pictures keep the interpreter busy, not the decoder: threads would only get in each other's way.
+    threads = source.pictures.encoded_bytes > _THREADED_BYTES * len(source)
+    with ThreadPoolExecutor(None if threads else 1) as pool:
+        results = pool.map(one, range(len(source))) if threads else map(one, range(len(source)))
+        for index, (pixels, notes, reason) in enumerate(results):
+            kept[index] = pixels
+            source.conversions.update(notes)
+            if reason is not None:
+                source.unreadable[index] = reason
+    return kept

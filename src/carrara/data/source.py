@@ -1,0 +1,161 @@
+"""The one shape in which every layout arrives: numbered pictures with a label, a caption and a name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from carrara.data.decode import UnreadablePicture, decode
+from carrara.errors import UserError
+
+_HASHED_BYTES = 2**30
+_NAMES_SHOWN = 5
+
+
+class Pictures(Protocol):
+    """Where the encoded pictures lie: a folder, an archive, a table. Picklable; any thread may read."""
+
+    encoded_bytes: int
+    """Size of all encoded pictures together."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What a message calls this picture."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            UnreadablePicture: this picture cannot be read.
+            UserError: what holds it and others (a shard, a table) is gone.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture as it lies in the data set: upright, 8 bits, mode L, RGB or RGBA, in its own size."""
+
+    image: Image.Image
+    label: int | None
+    caption: str | None
+    name: str
+
+
+@dataclass
+class Source:
+    """A data set of any layout, with random access.
+
+    Attributes:
+        name: what the data set is called (its path).
+        layout: how it was understood, a readable sentence.
+        pictures: the encoded pictures.
+        labels: int64 [N], 0..K-1, or None.
+        captions: N texts (read when asked for), or None.
+        class_names: K names, or None.
+        levels: distinct values of a channel, stored as 0..levels-1; 256 but for the scanned digits (17).
+        unreadable_limit: the share of unreadable pictures that is skipped; above it they are refused.
+        notices: what the reader of the layout found worth saying.
+        unreadable: reason by index, for each picture found unreadable so far.
+        conversions: how many pictures met so far were converted, by conversion.
+    """
+
+    name: str
+    layout: str
+    pictures: Pictures
+    labels: NDArray[np.int64] | None = None
+    captions: Sequence[str] | None = None
+    class_names: tuple[str, ...] | None = None
+    levels: int = 256
+    unreadable_limit: float = 0.01
+    notices: list[str] = field(default_factory=list)
+    unreadable: dict[int, str] = field(default_factory=dict)
+    conversions: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether every picture has a text."""
+        return self.captions is not None
+
+    def __getitem__(self, index: int) -> Example:
+        """The picture at `index`, decoded.
+
+        Raises:
+            UserError: it cannot be read, or what holds it is gone.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} holds {len(self)} images, so there is no number {index}.")
+        try:
+            image, _ = self.decode(index)
+        except UnreadablePicture as error:
+            raise UserError(f"{self.pictures.name(index)} cannot be read: {error}.") from error
+        label = None if self.labels is None else int(self.labels[index])
+        caption = None if self.captions is None else self.captions[index]
+        return Example(image, label, caption, self.pictures.name(index))
+
+    def decode(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+        """The picture and the conversions it needed.
+
+        Raises:
+            UnreadablePicture: it cannot be read.
+            UserError: what holds it is gone.
+        """
+        return decode(self.pictures.read(index))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know: notices of the layout, unreadable pictures, conversions met so far."""
+        lines = list(self.notices)
+        if self.unreadable:
+            lines.append(f"{self._unreadable_sentence()} skipped.")
+        lines += [f"{count} images: {what}." for what, count in sorted(self.conversions.items())]
+        return lines
+
+    def refuse_unreadable(self) -> None:
+        """Stop when more pictures were found unreadable than `unreadable_limit` allows.
+
+        Raises:
+            UserError: names the first of them and the limit.
+        """
+        if len(self.unreadable) > self.unreadable_limit * len(self):
+            raise UserError(
+                f"{self._unreadable_sentence()} more than the limit of {self.unreadable_limit:.2%}: "
+                "mend or remove them, or raise data.unreadable_limit."
+            )
+
+    def _unreadable_sentence(self) -> str:
+        bad = [f"{self.pictures.name(i)} ({why})" for i, why in sorted(self.unreadable.items())[:_NAMES_SHOWN]]
+        more = len(self.unreadable) - len(bad)
+        names = ", ".join(bad) + (f" and {more} more" if more else "")
+        return f"{len(self.unreadable)} of {len(self)} images in {self.name} cannot be read: {names};"
+
+    def fingerprint(self) -> str:
+        """A hash of names, labels, captions and encoded pictures, for stamps and caches: 32 hexadecimal digits.
+
+        Beyond 1 GiB only evenly spaced pictures of about that much are read.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((len(self), self.pictures.encoded_bytes, self.class_names, self.levels)).encode())
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        stride = max(1, self.pictures.encoded_bytes // _HASHED_BYTES)
+        for index in range(0, len(self), stride):
+            caption = None if self.captions is None else self.captions[index]
+            digest.update(repr((self.pictures.name(index), caption)).encode())
+            try:
+                digest.update(self.pictures.read(index))
+            except UnreadablePicture:
+                digest.update(b"unreadable")
+        return digest.hexdigest()

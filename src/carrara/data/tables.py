@@ -1,0 +1,278 @@
+"""Tables: parquet files, Arrow files and data sets that Hugging Face `datasets` saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from carrara.data.decode import UnreadablePicture
+from carrara.data.source import Source
+from carrara.errors import UserError, nearest
+
+LABELS = ("label", "labels", "class", "fine_label", "category")
+"""Column names taken for a class, in this order, where no column is declared as one."""
+CAPTIONS = ("text", "caption", "captions", "prompt", "description")
+"""Column names taken for a caption, in this order."""
+_NO_CAPTIONS = {*LABELS, "id", "key", "name", "file_name", "filename", "path", "url", "source", "license", "split"}
+_IN_MEMORY_BYTES = 2**30
+
+
+class Column:
+    """One column of a table, read row by row where it lies (in memory, or mapped from a file)."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = column.chunks
+        self._starts = np.cumsum([0, *map(len, self._chunks)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> Any:
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._chunks[chunk][row - int(self._starts[chunk])].as_py()
+
+
+class Texts(Sequence[str]):
+    """A text column: an absent text is the empty one, of a list of texts the first is taken."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = Column(column)
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        text = self._column[index]
+        if isinstance(text, list):
+            text = text[0] if text else ""
+        return text or ""
+
+
+class TablePictures:
+    """Pictures in a column of bytes, or of structs with `bytes` or `path`."""
+
+    def __init__(self, column: pa.ChunkedArray, name: str, folder: Path) -> None:
+        self._column = Column(column)
+        self._name = name
+        self._folder = folder
+        self.encoded_bytes = int(column.nbytes)
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def name(self, index: int) -> str:
+        return f"{self._name} row {index}"
+
+    def read(self, index: int) -> bytes:
+        cell = self._column[index]
+        if isinstance(cell, dict):
+            path = cell.get("path")
+            cell = cell.get("bytes")
+            if cell is None and path:
+                return self._read_file(path)
+        if cell is None:
+            raise UnreadablePicture("the cell is empty")
+        return bytes(cell)
+
+    def _read_file(self, path: str) -> bytes:
+        try:
+            return (self._folder / path).read_bytes()
+        except OSError as error:
+            raise UnreadablePicture(f"{path}: {error.strerror}") from error
+
+
+def open_parquet(files: Sequence[Path], name: str, caption_column: str | None = None) -> Source:
+    """Parquet files as one data set, row after row.
+
+    Up to 1 GiB is read into memory; beyond that Hugging Face `datasets` converts it once to Arrow in its own
+    cache and maps it.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds no column of images.
+    """
+    import pyarrow.parquet as pq
+
+    size = 0
+    for file in files:
+        try:
+            size += sum(
+                pq.ParquetFile(file).metadata.row_group(i).total_byte_size
+                for i in range(pq.ParquetFile(file).metadata.num_row_groups)
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file} cannot be read as parquet: {error}.") from error
+    if size <= _IN_MEMORY_BYTES:
+        try:
+            table = pa.concat_tables([pq.read_table(file, memory_map=True) for file in files])
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"the parquet files of {name} do not fit together or are damaged: {error}.") from error
+        return _from_table(table, name, f"{len(files)} parquet file(s)", files[0].parent, caption_column)
+    import datasets
+
+    data = datasets.Dataset.from_parquet([str(file) for file in files])
+    source = _from_table(data.data.table, name, f"{len(files)} parquet file(s)", files[0].parent, caption_column)
+    source.notices.append(f"{size / 2**30:.1f} GiB of parquet lie converted to Arrow in {_cache_folder(data)}.")
+    return source
+
+
+def open_arrow(path: Path, split: str, name: str, caption_column: str | None = None) -> Source:
+    """What `datasets.save_to_disk` wrote (one data set or a dictionary of splits), memory-mapped.
+
+    Raises:
+        UserError: it cannot be loaded, or has no such split.
+    """
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, pa.ArrowException, KeyError) as error:
+        raise UserError(f"{path} cannot be loaded as a saved data set: {error}.") from error
+    if isinstance(data, datasets.DatasetDict):
+        data = data[choose_split(split, tuple(data), path)]
+    elif split != "train" and str(data.split) != split:
+        raise UserError(f"{path} is one saved data set without splits, so it has no split '{split}'.")
+    if data._indices is not None:  # rows were selected or shuffled before saving
+        data = data.flatten_indices()
+    return _from_table(data.data.table, name, "a data set saved by Hugging Face datasets", path, caption_column)
+
+
+def choose_split(split: str, known: Sequence[str], path: Path) -> str:
+    """The known split that is meant by `split`, with the usual other spellings of "validation".
+
+    Raises:
+        UserError: there is no such split.
+    """
+    spellings = {"validation", "valid", "val", "dev"}
+    wanted = spellings if split in spellings else {split}
+    for name in known:
+        if name in wanted:
+            return name
+    raise UserError(f"{path} has no split '{split}': {nearest(split, known)}")
+
+
+def _cache_folder(data: Any) -> str:
+    files = data.cache_files
+    return str(Path(files[0]["filename"]).parent) if files else "memory"
+
+
+def _from_table(table: pa.Table, name: str, kind: str, folder: Path, caption_column: str | None) -> Source:
+    features = _features(table)
+    image = _image_column(table, features, name)
+    label, class_names = _label_column(table, features)
+    caption = _caption_column(table, caption_column, name)
+    if len(table) == 0:
+        raise UserError(f"{name} has no rows.")
+    labels = None
+    if label is not None:
+        labels, class_names = _labels(table.column(label), class_names, f"column '{label}' of {name}")
+    used = [f"images in '{image}'"]
+    used += [f"{len(class_names)} classes in '{label}'"] if class_names else []
+    used += [f"captions in '{caption}'"] if caption else []
+    return Source(
+        name=name,
+        layout=f"{kind}: {len(table)} rows, {', '.join(used)}",
+        pictures=TablePictures(table.column(image), Path(name).name, folder),
+        labels=labels,
+        captions=None if caption is None else Texts(table.column(caption)),
+        class_names=class_names,
+    )
+
+
+def _features(table: pa.Table) -> dict[str, Any]:
+    """What Hugging Face `datasets` wrote about the columns into the schema."""
+    import datasets
+
+    return dict(datasets.Features.from_arrow_schema(table.schema))
+
+
+def _image_column(table: pa.Table, features: dict[str, Any], name: str) -> str:
+    declared = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
+    by_type = [field.name for field in table.schema if _holds_bytes(field.type)]
+    found = declared or by_type
+    if not found:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
+        raise UserError(f"{name} has no column of encoded images; its columns are: {columns}.")
+    return "image" if "image" in found else found[0]
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _label_column(table: pa.Table, features: dict[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
+    for key, feature in features.items():
+        if type(feature).__name__ == "ClassLabel":
+            return key, tuple(feature.names)
+    for key in LABELS:
+        if key in table.column_names and _is_class(table.schema.field(key).type):
+            return key, None
+    return None, None
+
+
+def _is_class(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _labels(
+    column: pa.ChunkedArray, names: tuple[str, ...] | None, what: str
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    values = column.to_pylist()
+    if any(value is None for value in values):
+        raise UserError(f"{what} has {values.count(None)} empty cells: every image needs its class.")
+    if names is None:
+        return class_numbers(values)
+    labels = np.asarray(values, dtype=np.int64)
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise UserError(f"{what} holds the label {labels.max()} but names only {len(names)} classes.")
+    return labels, names
+
+
+def class_numbers(values: Sequence[object]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Classes of any spelling, numbered 0..K-1 in sorted order (numbers by value), and their names."""
+    numbers = all(isinstance(value, int) for value in values)
+    names = sorted(set(values), key=lambda value: value if numbers else str(value))  # type: ignore[arg-type,return-value]
+    place = {name: i for i, name in enumerate(names)}
+    return np.array([place[value] for value in values], dtype=np.int64), tuple(str(name) for name in names)
+
+
+def _caption_column(table: pa.Table, wanted: str | None, name: str) -> str | None:
+    texts = [field.name for field in table.schema if _is_text(field.type)]
+    return choose_caption(texts, table.column_names, wanted, name)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def choose_caption(texts: Sequence[str], columns: Sequence[str], wanted: str | None, name: str) -> str | None:
+    """The caption column: the one asked for, else the first known name, else the only text column.
+
+    Raises:
+        UserError: the column asked for is absent or holds no text.
+    """
+    if wanted is not None:
+        if wanted not in columns:
+            raise UserError(f"{name} has no caption column '{wanted}': {nearest(wanted, columns)}")
+        if wanted not in texts:
+            raise UserError(f"column '{wanted}' of {name} holds no text: text columns are {', '.join(texts)}.")
+        return wanted
+    named = [key for key in CAPTIONS if key in texts]
+    if named:
+        return named[0]
+    free = [key for key in texts if key.lower() not in _NO_CAPTIONS]
+    return free[0] if len(free) == 1 else None

@@ -1,0 +1,172 @@
+"""Trees of files: a folder, a zip archive, or tar shards, all asked the same two questions."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import threading
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from carrara.data.decode import UnreadablePicture
+from carrara.errors import UserError
+
+_NOISE = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+class Tree(Protocol):
+    """Files by their relative name, with forward slashes, sorted; hidden files are left out."""
+
+    sizes: dict[str, int]
+    """Bytes of each file, by name, sorted by name."""
+
+    def read(self, name: str) -> bytes:
+        """The whole file.
+
+        Raises:
+            UnreadablePicture: this file cannot be read.
+            UserError: the archive around it is gone.
+        """
+        ...
+
+    def where(self, name: str) -> str:
+        """The file as a message calls it."""
+        ...
+
+
+class FolderTree:
+    """The files below a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sizes = dict(sorted(_walk(root, "")))
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise UnreadablePicture(error.strerror or str(error)) from error
+
+    def where(self, name: str) -> str:
+        return name
+
+
+def _walk(root: Path, below: str) -> list[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
+    try:
+        entries = list(os.scandir(root / below))
+    except PermissionError as error:
+        raise UserError(f"{root / below} may not be read: give yourself the permission to.") from error
+    for entry in entries:
+        name = f"{below}{entry.name}"
+        if entry.name.startswith(".") or entry.name in _NOISE:
+            continue
+        if entry.is_dir():
+            found += _walk(root, name + "/")
+        elif entry.is_file():
+            found.append((name, entry.stat().st_size))
+        else:
+            found.append((name, 0))  # a link to nothing: named when it is read, like every unreadable file
+    return found
+
+
+class ZipTree:
+    """The files inside a zip archive, read in place. Each process and thread opens its own handle."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._local = threading.local()
+        members = self._archive().infolist()
+        if any(member.flag_bits & 1 for member in members):
+            raise UserError(f"{path} is encrypted: unpack it into a folder first.")
+        names = {m.filename: m.file_size for m in members if not m.is_dir() and not _hidden(m.filename)}
+        self.sizes = dict(sorted(names.items()))
+
+    def _archive(self) -> zipfile.ZipFile:
+        if getattr(self._local, "process", None) != os.getpid():  # a fork shares the file offset: open anew
+            try:
+                self._local.archive = zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise UserError(f"{self.path} cannot be opened as a zip archive: {error}.") from error
+            self._local.process = os.getpid()
+        archive: zipfile.ZipFile = self._local.archive
+        return archive
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "sizes": self.sizes}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._archive().read(name)
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
+            raise UnreadablePicture(str(error)) from error
+        except Exception as error:  # zlib.error and lzma's own: damaged bytes inside the archive
+            raise UnreadablePicture(f"damaged inside the archive ({error})") from error
+
+    def where(self, name: str) -> str:
+        return f"{self.path.name}/{name}"
+
+
+class ShardTree:
+    """The files inside webdataset tar shards, read in place by their offset: nothing is unpacked.
+
+    Names are "SHARD/MEMBER". Opening reads only the headers of the members, so sets far larger than memory
+    start at once and every process reads just the samples of its own share.
+    """
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self.shards = {shard.name: shard for shard in shards}
+        if len(self.shards) < len(shards):
+            raise UserError(f"two of the {len(shards)} shards bear the same name: rename one of them.")
+        self._at: dict[str, tuple[str, int]] = {}
+        sizes: dict[str, int] = {}
+        for shard in shards:
+            for member, offset, size in _members(shard):
+                name = f"{shard.name}/{member}"
+                self._at[name] = (shard.name, offset)
+                sizes[name] = size
+        self.sizes = dict(sorted(sizes.items()))
+
+    def read(self, name: str) -> bytes:
+        shard, offset = self._at[name]
+        try:
+            with open(self.shards[shard], "rb") as file:
+                file.seek(offset)
+                return file.read(self.sizes[name])
+        except FileNotFoundError as error:
+            raise UserError(f"the shard {self.shards[shard]} is gone: put it back, then continue.") from error
+        except OSError as error:
+            raise UnreadablePicture(error.strerror or str(error)) from error
+
+    def where(self, name: str) -> str:
+        return name
+
+
+def _members(shard: Path) -> list[tuple[str, int, int]]:
+    """Name, offset and size of each plain file in a shard."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            files = [member for member in archive if member.isfile() and not _hidden(member.name)]
+    except FileNotFoundError as error:
+        raise UserError(f"the shard {shard} is missing: fetch it, or leave it out of the list.") from error
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{shard} is no whole, uncompressed tar file ({error}): fetch it again, or decompress it."
+        ) from error
+    if not files:
+        raise UserError(f"the shard {shard} holds no files: fetch it again, or remove it.")
+    end = shard.stat().st_size
+    if any(member.offset_data + member.size > end for member in files):
+        raise UserError(f"the shard {shard} is cut off at {end} bytes: fetch it again.")
+    return [(member.name.removeprefix("./"), member.offset_data, member.size) for member in files]
+
+
+def _hidden(name: str) -> bool:
+    parts = name.removeprefix("./").split("/")
+    return any(part.startswith(".") or part in _NOISE for part in parts)
