@@ -55,13 +55,13 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = GroupNorm(channels, groups)
-        self.positions = nn.Parameter(torch.randn(places + 1, channels) / math.sqrt(channels))
+        self.positions = nn.Parameter(torch.randn(channels, places + 1) / math.sqrt(channels))
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, out)
 
     def forward(self, maps: list[Tensor], attend: Attend | None) -> Tensor:
         tokens = F.silu(self.norm(maps[-1])).flatten(2).transpose(1, 2)  # [B, N, C]
-        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positions
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positions.T
         q, k, v = split_heads(self.qkv(tokens), self.heads, "new")
         first = attention("pool", q[:, :, :1], k, v, attend)  # [B, heads, 1, d]
         return self.out(first.flatten(1))  # type: ignore[no-any-return]

@@ -1,0 +1,441 @@
+"""Checkpoints of guided-diffusion and improved-diffusion (OpenAI), in and out.
+
+Their networks and ours have the same layers under other names, so a checkpoint is mapped key by key, without
+loss. Arguments are those of the original constructors `UNetModel`, `SuperResModel` and `EncoderUNetModel`,
+their defaults too; `image_size` may be left out, as Improved DDPM's constructor does not take it (the params
+then name the smallest size that the network can take).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from carrara.errors import UserError, nearest
+from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
+from carrara.networks.backbone import BackboneParams, Level, Stage, cast_torso
+from carrara.networks.classifier import AdaptivePool, AttentionPool, SpatialPool
+from carrara.networks.layers import Downsample, ResidualBlock, SelfAttention, Upsample
+
+StateDict = Mapping[str, Tensor]
+Network = UNet | EncoderClassifier
+AnyNetwork = TypeVar("AnyNetwork", UNet, EncoderClassifier)
+
+REQUIRED = ("in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
+DEFAULTS: dict[str, Any] = {
+    "image_size": None,
+    "dropout": 0,
+    "channel_mult": (1, 2, 4, 8),
+    "conv_resample": True,
+    "dims": 2,
+    "use_checkpoint": False,
+    "use_fp16": False,
+    "num_heads": 1,
+    "num_head_channels": -1,
+    "num_heads_upsample": -1,
+    "use_scale_shift_norm": False,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+}
+UNET_DEFAULTS = DEFAULTS | {"num_classes": None}
+CLASSIFIER_DEFAULTS = DEFAULTS | {"pool": "adaptive"}
+
+
+# Networks from checkpoints, and back
+
+
+def load_unet(state_dict: StateDict, **arguments: Any) -> UNet:
+    """A U-Net with the checkpoint's weights, from the arguments of the original `UNetModel`.
+
+    Raises:
+        UserError: an argument is unknown or missing, or the checkpoint does not fit the arguments.
+    """
+    return load(UNet, unet_params(**arguments), state_dict, half=arguments.get("use_fp16", False))
+
+
+def load_super_resolution(state_dict: StateDict, **arguments: Any) -> UNet:
+    """An up-sampler from the arguments of the original `SuperResModel`.
+
+    `in_channels` are the image's, as the original doubles them itself. The small image goes to
+    `Condition.concat`; the network up-samples it bilinearly and lays it beside x.
+    """
+    params = super_resolution_params(**arguments)
+    return load(UNet, params, state_dict, half=arguments.get("use_fp16", False))
+
+
+def load_classifier(state_dict: StateDict, **arguments: Any) -> EncoderClassifier:
+    """A noisy classifier from the arguments of the original `EncoderUNetModel`."""
+    params = classifier_params(**arguments)
+    return load(EncoderClassifier, params, state_dict, half=arguments.get("use_fp16", False))
+
+
+def state_dict(network: Network) -> dict[str, Tensor]:
+    """The network's weights under the original's keys, for its own `load_state_dict`.
+
+    Raises:
+        UserError: the network has something that the original does not know.
+    """
+    _check_exportable(network.params)
+    ours = network.state_dict()
+    return {theirs: _to_theirs(ours[mine], kind) for theirs, mine, kind in _keys(network)}
+
+
+def load(
+    kind: Callable[[Any], AnyNetwork], params: BackboneParams, checkpoint: StateDict, *, half: bool = False
+) -> AnyNetwork:
+    """A network of our own params with the checkpoint's weights, in float32.
+
+    Args:
+        kind: `UNet` or `EncoderClassifier`.
+        params: its params, from arguments or from a preset.
+        checkpoint: the weights under the original's keys.
+        half: turn the torso into float16, as the original's `use_fp16` does.
+
+    Raises:
+        UserError: the checkpoint does not fit the params.
+    """
+    with torch.device("meta"):  # the random start would only be thrown away
+        network = kind(params)
+    ours = to_ours(checkpoint, network)
+    network.to_empty(device="cpu").load_state_dict(ours)
+    if half:
+        cast_torso(network, torch.float16)
+    return network
+
+
+def to_ours(checkpoint: StateDict, network: Network) -> dict[str, Tensor]:
+    """A checkpoint under our names, which all are there and all fit `network` (of which only shapes are read).
+
+    Raises:
+        UserError: a key is missing, unexpected or of another shape; the first one is named.
+    """
+    theirs = strip_prefixes(checkpoint)
+    keys = list(_keys(network))
+    expected = network.state_dict()
+    for key, mine, kind in keys:
+        if key not in theirs:
+            raise UserError(f"the checkpoint lacks '{key}', which a network of these arguments has.")
+        shape = tuple(_to_theirs(expected[mine], kind).shape)
+        if tuple(theirs[key].shape) != shape:
+            raise UserError(
+                f"the checkpoint's '{key}' has the shape {tuple(theirs[key].shape)}, "
+                f"a network of these arguments {shape}."
+            )
+    for key in theirs:
+        if key not in {known for known, _, _ in keys}:
+            raise UserError(f"the checkpoint holds '{key}', which a network of these arguments does not have.")
+    return {mine: _to_ours(theirs[key], kind) for key, mine, kind in keys}
+
+
+def strip_prefixes(checkpoint: StateDict) -> dict[str, Tensor]:
+    """The same tensors without the "module." and "_orig_mod." that wrappers put before every key."""
+    stripped = dict(checkpoint)
+    for prefix in ("module.", "_orig_mod.") * 2:
+        if stripped and all(key.startswith(prefix) for key in stripped):
+            stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
+    return stripped
+
+
+# Arguments
+
+
+def unet_params(**arguments: Any) -> UNetParams:
+    """`UNetModel`'s arguments as our params."""
+    a = _complete(arguments, UNET_DEFAULTS)
+    up_heads = a["num_heads_upsample"]
+    differ = a["num_head_channels"] == -1 and up_heads not in (-1, a["num_heads"])
+    return UNetParams(
+        **_encoder_params(a),
+        up_heads=up_heads if differ else None,
+        learned_variance=a["out_channels"] == 2 * a["in_channels"],
+        out_channels=None if a["out_channels"] in (a["in_channels"], 2 * a["in_channels"]) else a["out_channels"],
+        num_classes=a["num_classes"],
+    )
+
+
+def super_resolution_params(**arguments: Any) -> UNetParams:
+    """`SuperResModel`'s arguments as our params."""
+    params = unet_params(**arguments)
+    return replace(params, concat_channels=params.in_channels, upsample_concat=True)
+
+
+def classifier_params(**arguments: Any) -> EncoderClassifierParams:
+    """`EncoderUNetModel`'s arguments as our params."""
+    a = _complete(arguments, CLASSIFIER_DEFAULTS)
+    if a["pool"] == "attention" and (a["num_head_channels"] == -1 or a["image_size"] is None):
+        raise UserError("a classifier with attention pooling needs the arguments image_size and num_head_channels.")
+    return EncoderClassifierParams(**_encoder_params(a), num_classes=a["out_channels"], pool=a["pool"])
+
+
+def _complete(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    known = {*REQUIRED, *defaults}
+    for name in arguments:
+        if name not in known:
+            raise UserError(f"the original's constructor has no argument '{name}': {nearest(name, known)}")
+    missing = [name for name in REQUIRED if name not in arguments]
+    if missing:
+        raise UserError(
+            f"the argument {missing[0]} is missing: name it, or let `infer_arguments` read it from the shapes."
+        )
+    return {**defaults, **arguments}
+
+
+def _encoder_params(a: Mapping[str, Any]) -> dict[str, Any]:
+    levels = len(a["channel_mult"])
+    factors = [2**level for level in range(levels)]
+    by_count = a["num_head_channels"] == -1
+    resampling = "convolution" if a["conv_resample"] else "pooling"
+    return {
+        "image_size": (a["image_size"] or factors[-1],) * a["dims"],
+        "in_channels": a["in_channels"],
+        "channels": a["model_channels"],
+        "channel_mult": tuple(a["channel_mult"]),
+        "blocks_per_level": a["num_res_blocks"],
+        # A factor that no level has leaves attention to the middle, in the original too.
+        "attention": tuple(factor for factor in factors if factor in a["attention_resolutions"]),
+        "heads": a["num_heads"] if by_count else None,
+        "head_channels": None if by_count else a["num_head_channels"],
+        "qkv_order": "new" if a["use_new_attention_order"] else "legacy",
+        "adaptive_norm": a["use_scale_shift_norm"],
+        "resampling": "residual" if a["resblock_updown"] else resampling,
+        "dropout": float(a["dropout"]),
+        "checkpointing": a["use_checkpoint"],
+    }
+
+
+def infer_arguments(checkpoint: StateDict, **named: Any) -> dict[str, Any]:
+    """The constructor's arguments, read from a checkpoint's shapes where they tell, else from `named`.
+
+    Shapes tell neither heads nor their order nor (but for attention pools) the image size: name `image_size`,
+    `num_heads` or `num_head_channels`, and `use_new_attention_order`. An up-sampler looks like a U-Net of twice
+    the channels: halve `in_channels` for `load_super_resolution`.
+
+    Returns:
+        Arguments for `load_classifier` if the checkpoint has no decoder, else for `load_unet`.
+
+    Raises:
+        UserError: something has to be named, or a named argument contradicts the shapes.
+    """
+    theirs = strip_prefixes(checkpoint)
+    named = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+    if not {"time_embed.0.weight", "input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight"} <= theirs.keys():
+        raise UserError("this is no checkpoint of guided-diffusion: it lacks 'input_blocks' or 'time_embed'.")
+    blocks = 1 + max(int(key.split(".")[1]) for key in theirs if key.startswith("input_blocks."))
+    levels = [count for count in range(1, blocks + 1) if blocks % count == 0 and blocks // count > 1]
+    guesses = [guess for count in levels for guess in _guesses(theirs, count, blocks // count)]
+    fitting = [g for g in guesses if all(g.get(k, v) == v for k, v in named.items()) and _fits(theirs, g)]
+    if not fitting:
+        raise UserError("the shapes of this checkpoint fit no arguments of the original's constructor.")
+    first, *others = fitting
+    open_ = sorted({key for other in others for key in other if other[key] != first[key]})
+    needed = [name for name in ("image_size", "use_new_attention_order") if name not in {**first, **named}]
+    if not {"num_heads", "num_head_channels"} & named.keys():
+        needed.append("num_head_channels (or num_heads)")
+    if open_ or needed:
+        raise UserError(f"the shapes leave {', '.join(open_ + needed)} open: name them.")
+    return {**first, **named}
+
+
+def _guesses(theirs: StateDict, levels: int, blocks: int) -> Iterator[dict[str, Any]]:
+    """What the arguments could be if there are so many levels, each of `blocks` numbered blocks."""
+    starts = [1 + level * blocks for level in range(levels)]
+    widths = [theirs.get(f"input_blocks.{start}.0.in_layers.2.weight") for start in starts]
+    if any(width is None for width in widths):
+        return
+    channels = theirs["time_embed.0.weight"].shape[1]
+    mult = [len(width) / channels for width in widths if width is not None]
+    stem = theirs["input_blocks.0.0.weight"]
+    shared = {
+        "in_channels": stem.shape[1],
+        "dims": stem.ndim - 2,
+        "model_channels": channels,
+        "num_res_blocks": blocks - 1,
+        "channel_mult": tuple(int(m) if m == int(m) else m for m in mult),
+        "attention_resolutions": tuple(
+            2**level for level, start in enumerate(starts) if f"input_blocks.{start}.1.qkv.weight" in theirs
+        ),
+        "use_scale_shift_norm": len(theirs["input_blocks.1.0.emb_layers.1.weight"]) == 2 * widths[0].shape[0],  # type: ignore[union-attr]
+    }
+    if "output_blocks.0.0.in_layers.2.weight" in theirs:
+        labels = theirs.get("label_emb.weight")
+        shared["out_channels"] = len(theirs["out.2.weight"])
+        shared["num_classes"] = None if labels is None else len(labels)
+    else:
+        shared |= _pool_arguments(theirs, 2 ** (levels - 1))
+    for updown, learned in ((True, True), (False, True), (False, False)):
+        yield shared | {"resblock_updown": updown, "conv_resample": learned}
+
+
+def _pool_arguments(theirs: StateDict, factor: int) -> dict[str, Any]:
+    places = theirs.get("out.2.positional_embedding")
+    if places is not None:
+        size = math.isqrt(places.shape[1] - 1) * factor
+        return {"pool": "attention", "out_channels": len(theirs["out.2.c_proj.weight"]), "image_size": size}
+    if "out.1.weight" in theirs:
+        return {"pool": "spatial_v2", "out_channels": len(theirs["out.3.weight"])}
+    if "out.2.weight" in theirs:
+        return {"pool": "spatial", "out_channels": len(theirs["out.2.weight"])}
+    return {"pool": "adaptive", "out_channels": len(theirs["out.3.weight"])}
+
+
+def _fits(theirs: StateDict, guess: Mapping[str, Any]) -> bool:
+    with torch.device("meta"):
+        if "pool" in guess:
+            network: Network = EncoderClassifier(classifier_params(**guess, num_head_channels=guess["model_channels"]))
+        else:
+            network = UNet(unet_params(**guess))
+    return shapes(network) == {key: tuple(value.shape) for key, value in theirs.items()}
+
+
+def shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    """The shapes of the network's weights under the original's keys (the network may be on the meta device)."""
+    ours = network.state_dict()
+    return {theirs: tuple(_to_theirs(ours[mine], axes).shape) for theirs, mine, axes in _keys(network)}
+
+
+def constructor_arguments(params: UNetParams | EncoderClassifierParams) -> dict[str, Any]:
+    """The arguments that make the original constructor build this network: the inverse of the three above.
+
+    For an up-sampler they are `SuperResModel`'s.
+
+    Raises:
+        UserError: the network has something that the original does not know.
+    """
+    _check_exportable(params)
+    heads = params.heads or 1
+    arguments: dict[str, Any] = {
+        "image_size": params.image_size[-1],
+        "in_channels": params.in_channels,
+        "model_channels": params.channels,
+        "num_res_blocks": params.blocks_per_level,
+        "attention_resolutions": params.attention,
+        "dropout": params.dropout,
+        "channel_mult": params.channel_mult,
+        "conv_resample": params.resampling != "pooling",
+        "dims": params.dims,
+        "use_checkpoint": params.checkpointing,
+        "num_heads": heads,
+        "num_head_channels": -1 if params.heads else params.head_channels,
+        "use_scale_shift_norm": params.adaptive_norm,
+        "resblock_updown": params.resampling == "residual",
+        "use_new_attention_order": params.qkv_order == "new",
+    }
+    if isinstance(params, EncoderClassifierParams):
+        return arguments | {"out_channels": params.num_classes, "pool": params.pool}
+    up_heads = params.up_heads or -1
+    classes = params.labels or None
+    return arguments | {
+        "out_channels": params.raw_channels,
+        "num_classes": classes,
+        "num_heads_upsample": up_heads,
+    }
+
+
+def _check_exportable(params: BackboneParams) -> None:
+    unknown = None
+    if params.norm_groups != 32 or any(width % 32 for width in params.widths):
+        unknown = "group norms of other than 32 groups"
+    elif params.heads is None and params.head_channels is None:
+        unknown = "heads of varying width"
+    elif isinstance(params, UNetParams):
+        if params.vector_channels:
+            unknown = "a condition vector"
+        elif params.concat_channels and not params.upsample_concat:
+            unknown = "a concatenated condition of the image's size"
+    if unknown:
+        raise UserError(f"guided-diffusion knows no {unknown}, so this network cannot be written in its layout.")
+
+
+# Keys
+
+
+def _keys(network: Network) -> Iterator[tuple[str, str, int]]:
+    """Every parameter as (their key, our key, axes): `axes` counts the size-1 axes at the end of their weight,
+    where they have a convolution and we a linear map."""
+    for theirs, mine, axes in _leaves(network):
+        for name, _ in network.get_submodule(mine).named_parameters(recurse=False):
+            yield f"{theirs}.{name}", f"{mine}.{name}", axes if name == "weight" else 0
+    if isinstance(network, EncoderClassifier) and isinstance(network.pool, AttentionPool):
+        yield "out.2.positional_embedding", "pool.positions", 0
+
+
+def _leaves(network: Network) -> Iterator[tuple[str, str, int]]:
+    """(their module, our module, axes) for every innermost module that holds weights."""
+    for theirs, mine in _places(network):
+        for part, name, axes in _parts(network.get_submodule(mine)):
+            yield ".".join(filter(None, (theirs, name))), ".".join(filter(None, (mine, part))), axes
+
+
+def _places(network: Network) -> Iterator[tuple[str, str]]:
+    """(their module, our module) for every layer."""
+    yield "time_embed.0", "time.hidden"
+    yield "time_embed.2", "time.out"
+    yield "input_blocks.0.0", "encoder.stem"
+    yield from _levels("input_blocks", 1, "encoder.levels", network.encoder.levels)
+    for index, part in enumerate(("block_in", "attention", "block_out")):
+        yield f"middle_block.{index}", f"encoder.middle.{part}"
+    if isinstance(network, EncoderClassifier):
+        yield "out", "pool"
+        return
+    if network.label is not None:
+        yield "label_emb", "label"
+    yield from _levels("output_blocks", 0, "decoder", network.decoder)
+    yield "out.0", "norm"
+    yield "out.2", "out"
+
+
+def _levels(theirs: str, start: int, mine: str, levels: nn.ModuleList) -> Iterator[tuple[str, str]]:
+    """Their blocks are numbered through all levels. On the way down a change of size is a block of its own, on the
+    way up it is the last layer of the level's last block."""
+    block = start
+    for number, level in enumerate(cast("Iterable[Level]", levels)):
+        layers = 0
+        for index, stage in enumerate(cast("Iterable[Stage]", level.stages)):
+            layers = 1 if stage.attention is None else 2
+            for layer, part in enumerate(("block", "attention")[:layers]):
+                yield f"{theirs}.{block}.{layer}", f"{mine}.{number}.stages.{index}.{part}"
+            block += 1
+        if level.resample is not None:
+            down = theirs == "input_blocks"
+            yield f"{theirs}.{block}.0" if down else f"{theirs}.{block - 1}.{layers}", f"{mine}.{number}.resample"
+            block += down
+
+
+def _parts(module: nn.Module) -> tuple[tuple[str, str, int], ...]:
+    """(our name, their name, axes) for what is inside a layer; names are empty for the layer itself."""
+    if isinstance(module, ResidualBlock):
+        return (
+            ("norm_in", "in_layers.0", 0),
+            ("conv_in", "in_layers.2", 0),
+            ("embed", "emb_layers.1", 0),
+            ("norm_out", "out_layers.0", 0),
+            ("conv_out", "out_layers.3", 0),
+            ("skip", "skip_connection", 0),
+        )
+    if isinstance(module, SelfAttention):
+        return ("norm", "norm", 0), ("qkv", "qkv", 1), ("out", "proj_out", 1)
+    if isinstance(module, Downsample):
+        return () if module.conv is None else (("conv", "op", 0),)
+    if isinstance(module, Upsample):
+        return (("conv", "conv", 0),)
+    if isinstance(module, AttentionPool):
+        return ("norm", "0", 0), ("qkv", "2.qkv_proj", 1), ("out", "2.c_proj", 1)
+    if isinstance(module, AdaptivePool):
+        return ("norm", "0", 0), ("out", "3", 2)
+    if isinstance(module, SpatialPool):
+        hidden = ("hidden", "0", 0)
+        return (hidden, ("out", "2", 0)) if module.norm is None else (hidden, ("norm", "1", 0), ("out", "3", 0))
+    return (("", "", 0),)
+
+
+def _to_theirs(tensor: Tensor, axes: int) -> Tensor:
+    return tensor.reshape(*tensor.shape, *[1] * axes)
+
+
+def _to_ours(tensor: Tensor, axes: int) -> Tensor:
+    return tensor.reshape(tensor.shape[: tensor.ndim - axes])
