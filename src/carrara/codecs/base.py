@@ -31,9 +31,14 @@ class Codec(Protocol):
         pixels: whether latents are pixels in [-1, 1], so that clipping a prediction makes sense.
     """
 
-    kind: str
-    reduction: int
-    pixels: bool
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def reduction(self) -> int: ...
+
+    @property
+    def pixels(self) -> bool: ...
 
     def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
         """The latent's [C', H', W'] for an image's [C, H, W]."""

@@ -1,1 +1,5 @@
-"""TODO room."""
+"""The training loop and what it keeps: the running mean, checkpoints, the run folder and its log."""
+
+from carrara.training.loop import Progress, Trainer
+
+__all__ = ["Progress", "Trainer"]

@@ -1,0 +1,125 @@
+"""Checkpoints: one folder each, whole or not at all.
+
+    checkpoints/step-00005000/  network.safetensors  ema.safetensors  state.pt  manifest.json
+
+The folder is written under a temporary name, synced and renamed; the manifest with every file's checksum is
+written last, and a folder without a matching one does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from carrara.errors import UserError
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """The folder of one step's checkpoint."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def save(checkpoints: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Write the checkpoint of a step.
+
+    Args:
+        weights: state dicts by file name ("network", "ema").
+        state: everything else, of types that `torch.load(weights_only=True)` reads back.
+
+    Raises:
+        UserError: the disk is full or the folder not writable; earlier checkpoints are untouched.
+    """
+    final = folder_of(checkpoints, step)
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, tensors in weights.items():
+            whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(whole, partial / f"{name}.safetensors")
+        torch.save(state, partial / "state.pt")
+        manifest = {"step": step, "files": {path.name: _checksum(path) for path in sorted(partial.iterdir())}}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _sync(checkpoints)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint {final} could not be written ({error}): free some space and run the same command again, "
+            "it goes on from the newest whole checkpoint."
+        ) from None
+    return final
+
+
+def newest(checkpoints: Path) -> tuple[int, list[str]]:
+    """The step of the newest whole checkpoint (0 where there is none), and a sentence for every newer one that
+    is not whole."""
+    complaints: list[str] = []
+    for step in sorted(_steps(checkpoints), reverse=True):
+        complaint = _verify(folder_of(checkpoints, step))
+        if complaint is None:
+            return step, complaints
+        complaints.append(complaint)
+    return 0, complaints
+
+
+def load(checkpoints: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The weights and the state of one step's checkpoint, as `save` took them."""
+    folder = folder_of(checkpoints, step)
+    weights = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    return weights, state
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for step in sorted(_steps(checkpoints))[:-keep]:
+        shutil.rmtree(folder_of(checkpoints, step), ignore_errors=True)
+
+
+def _steps(checkpoints: Path) -> list[int]:
+    if not checkpoints.is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in checkpoints.iterdir())
+    return [int(match[1]) for match in matches if match]
+
+
+def _verify(folder: Path) -> str | None:
+    """None where every file is as the manifest says, else what is wrong."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, checksum in manifest["files"].items():
+            if _checksum(folder / name) != checksum:
+                return f"the checkpoint {folder} is damaged ({name} does not match its checksum) and was passed over."
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"the checkpoint {folder} is not whole ({error}) and was passed over."
+    return None
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
