@@ -107,7 +107,7 @@ def linear_axis(values: Sequence[float], count: int, tight: bool = False) -> Axi
     low, high = min(values), max(values)
     if not tight and 0 <= low <= 0.35 * high:
         low = 0.0
-    if low == high:
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):  # too close for a tick to tell them apart
         margin = abs(low) / 2 or 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / count
@@ -124,7 +124,7 @@ def linear_axis(values: Sequence[float], count: int, tight: bool = False) -> Axi
 def log_axis(values: Sequence[float], tight: bool = False) -> Axis:
     """A logarithmic axis over positive `values`; ticks at powers of ten, with 2 and 5 between few of them."""
     low, high = min(values), max(values)
-    if low == high:
+    if high <= low * (1 + 1e-9):
         low, high = low / 2, high * 2
     if not tight:
         margin = (high / low) ** 0.06
@@ -144,7 +144,7 @@ def tick_labels(axis: Axis) -> list[str]:
     largest = max(map(abs, axis.ticks), default=0.0)
     smallest = min((abs(tick) for tick in axis.ticks if abs(tick) > 1e-9 * largest), default=1.0)
     far = largest >= 1e6 or smallest < 1e-4
-    if axis.log:
+    if axis.log and largest >= 4 * smallest:
         return [power_text(tick) if far else f"{tick:,.6g}" for tick in axis.ticks]
     exponent = math.floor(math.log10(largest)) if far else 0
     ticks = [tick / 10.0**exponent + 0.0 for tick in axis.ticks]
@@ -340,7 +340,7 @@ def thinned(run: Sequence[tuple[float, float]], most: int) -> list[tuple[float, 
     """At most `most` of the points: the lowest and the highest of each bucket, so that no peak is lost."""
     if len(run) <= most:
         return list(run)
-    size = -(-2 * len(run) // most)
+    size = -(-len(run) // (most // 2))
     kept = []
     for start in range(0, len(run), size):
         bucket = range(start, min(start + size, len(run)))

@@ -91,7 +91,7 @@ class Figure:
         if not math.isfinite(self.value):
             return value_text(self.value)
         decimals = self.decimals
-        while self.reached is False and self._reaches(round(self.value, decimals)) and decimals < 12:
+        while self.reached is False and self._reaches(round(self.value, decimals)):
             decimals += 1
         return f"{self.value:,.{decimals}f}".replace("-", "−")
 
@@ -229,7 +229,7 @@ class Pairs:
         right_name: what the right ones are.
         captions: a few words under each pair (its distance).
         caption: one sentence that says what is shown and how to read it.
-        scale: page pixels for each picture pixel; None chooses about 64 page pixels for a picture.
+        scale: page pixels for each picture pixel; None chooses about 96 page pixels for a picture.
     """
 
     kind: ClassVar[str] = "pairs"
@@ -369,6 +369,7 @@ class Report:
             part.write_text(self.html(), encoding="utf-8", newline="\n")
             part.replace(target)
         except OSError as error:
+            part.unlink(missing_ok=True)
             raise UserError(f"the report {target} cannot be written: {error.strerror or error}.") from error
 
 
