@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from carrara.errors import UserError
 
 _THREADED_BYTES = 4096
 _AHEAD = 4
+_CHUNK = 1024
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Batches:
         workers: processes that decode ahead; 0 decodes in this one. Not used where the cache holds everything.
         cache_bytes: a data set whose encoded and whose prepared pictures both fit is decoded once, here, and
             kept as uint8.
+        progress: told (pictures decoded, pictures in all) while the cache fills.
 
     Raises:
         UserError: fewer pictures than a batch, a batch that the processes cannot share, or too many unreadable.
@@ -86,6 +90,7 @@ class Batches:
         world: int = 1,
         workers: int = 0,
         cache_bytes: int = 2**29,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if batch_size < 1 or workers < 0:
             raise UserError(f"a batch holds at least 1 image (not {batch_size}), workers are 0 or more ({workers}).")
@@ -103,8 +108,12 @@ class Batches:
         self.rank = rank
         self.world = world
         self.workers = workers
-        self._cache = _decode_all(source, prepare) if _fits(source, prepare, cache_bytes) else None
-        source.refuse_unreadable()
+        self._cache: _Prepared | None = None
+        self._cannot: dict[int, str] = {}  # pictures that are missing from the cache, with the reason
+        if _fits(source, prepare, cache_bytes):
+            self._cache, self._cannot = _decode_all(source, prepare, progress)
+            source.unreadable.update(self._cannot)
+            source.refuse_unreadable()
 
     @property
     def cached(self) -> bool:
@@ -186,8 +195,8 @@ class Batches:
 
     def _picture(self, index: int, rows: _Rows) -> Tensor:
         if self._cache is not None:
-            if index in self.source.unreadable:
-                raise UnreadablePicture(self.source.unreadable[index])
+            if index in self._cannot:
+                raise UnreadablePicture(self._cannot[index])
             return self._cache[index]
         image, notes = self.source.decode(index)
         rows.conversions.update(notes)
@@ -238,9 +247,12 @@ class _Prepared(Protocol):
     def __getitem__(self, index: int) -> Tensor: ...
 
 
-def _decode_all(source: Source, prepare: Preprocess) -> _Prepared:
-    """Every picture, prepared as far as no draw decides; unreadable ones are noted and left black."""
+def _decode_all(
+    source: Source, prepare: Preprocess, progress: Callable[[int, int], None] | None
+) -> tuple[_Prepared, dict[int, str]]:
+    """Every picture, prepared as far as no draw decides, and why some are left black."""
     blank = torch.zeros(prepare.channels, prepare.height, prepare.width, dtype=torch.uint8)
+    count = len(source)
 
     def one(index: int) -> tuple[Tensor, tuple[str, ...], str | None]:
         try:
@@ -249,16 +261,29 @@ def _decode_all(source: Source, prepare: Preprocess) -> _Prepared:
             return blank, (), str(error)
         return prepare.resized(image), notes, None
 
-    kept: list[Tensor] | Tensor = [blank] * len(source)
+    kept: list[Tensor] | Tensor = [blank] * count
     if prepare.crop == "center":
-        kept = torch.empty(len(source), *blank.shape, dtype=torch.uint8)
-    # Tiny pictures keep the interpreter busy, not the decoder: threads would only get in each other's way.
-    threads = source.pictures.encoded_bytes > _THREADED_BYTES * len(source)
-    with ThreadPoolExecutor(None if threads else 1) as pool:
-        results = pool.map(one, range(len(source))) if threads else map(one, range(len(source)))
-        for index, (pixels, notes, reason) in enumerate(results):
-            kept[index] = pixels
-            source.conversions.update(notes)
-            if reason is not None:
-                source.unreadable[index] = reason
-    return kept
+        kept = torch.empty(count, *blank.shape, dtype=torch.uint8)
+    unreadable: dict[int, str] = {}
+    for index, (pixels, notes, reason) in enumerate(in_threads(source, one, range(count))):
+        kept[index] = pixels
+        source.conversions.update(notes)
+        if reason is not None:
+            unreadable[index] = reason
+        if progress is not None and (index % 256 == 255 or index + 1 == count):
+            progress(index + 1, count)
+    return kept, unreadable
+
+
+def in_threads(source: Source, work: Callable[[int], Result], indices: Sequence[int]) -> Iterator[Result]:
+    """`work` on each picture, results in order; in threads where decoding is what takes the time.
+
+    Decoders let go of the interpreter, but tiny pictures keep the interpreter busy instead, and threads would
+    only get in each other's way.
+    """
+    if source.pictures.encoded_bytes <= _THREADED_BYTES * len(source):
+        yield from map(work, indices)
+        return
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(indices), _CHUNK):  # `map` would hold every result of a slow consumer
+            yield from pool.map(work, indices[start : start + _CHUNK])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -34,12 +33,8 @@ def decode(encoded: bytes) -> tuple[Image.Image, tuple[str, ...]]:
     if not encoded:
         raise UnreadablePicture("the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a damaged EXIF block is no reason to speak: the pixels decide
-            return _upright_8bit(Image.open(io.BytesIO(encoded)))
-    except UnreadablePicture:
-        raise
-    except MemoryError:
+        return _upright_8bit(Image.open(io.BytesIO(encoded)))
+    except (UnreadablePicture, MemoryError):
         raise
     except Exception as error:  # decoders raise anything from struct.error to IndexError on damaged bytes
         reason = "no image that Pillow can read" if "cannot identify" in str(error) else str(error)

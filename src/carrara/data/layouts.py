@@ -66,28 +66,34 @@ def open_source(
     Raises:
         UserError: nothing is there, or it cannot be understood; the sentence says what was looked for.
     """
-    if str(path) == "digits":
-        return open_digits(split)
     if not 0 <= unreadable_limit <= 1:
         raise UserError(f"data.unreadable_limit is a share between 0 and 1, not {unreadable_limit}.")
+    source = _opened(path, split, unreadable_limit, caption_column)
+    source.unreadable_limit = unreadable_limit
+    return source
+
+
+def _opened(path: str | Path, split: str, limit: float, caption_column: str | None) -> Source:
+    if str(path) == "digits":
+        return open_digits(split)
     name = str(path)
     if _BRACES.search(name):
-        return _open_tree(ShardTree(_expand(name)), name, "webdataset shards", unreadable_limit, caption_column)
+        return _open_tree(ShardTree(_expand(name)), name, "webdataset shards", limit, caption_column)
     path = Path(path).expanduser()
     _refuse_missing(path)
     if path.is_file():
-        return _open_file(path, split, unreadable_limit, caption_column)
+        return _open_file(path, split, limit, caption_column)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return open_arrow(path, split, name, caption_column)
     if next(path.rglob("*.parquet"), None) is not None:
         return open_parquet(_parquet_of_split(path, split), name, caption_column)
     shards = _shards_of_split(path, split)
     if shards:
-        source = _open_tree(ShardTree(shards), name, "webdataset shards", unreadable_limit, caption_column)
+        source = _open_tree(ShardTree(shards), name, "webdataset shards", limit, caption_column)
         source.notices += _gaps(shards)
         return source
     folder = _folder_of_split(path, split)
-    return _open_tree(FolderTree(folder), str(folder), "a folder", unreadable_limit, caption_column)
+    return _open_tree(FolderTree(folder), str(folder), "a folder", limit, caption_column)
 
 
 def _refuse_missing(path: Path) -> None:
@@ -141,7 +147,6 @@ def _open_tree(tree: Tree, name: str, kind: str, limit: float, caption_column: s
         labels=labels,
         captions=described.captions,
         class_names=class_names,
-        unreadable_limit=limit,
         notices=[*notices, *described.notices],
     )
 

@@ -114,6 +114,10 @@ class Source:
         """
         return decode(self.pictures.read(index))
 
+    def shown(self, image: Image.Image) -> Image.Image:
+        """A picture for eyes: its levels spread over 0..255."""
+        return image if self.levels == 256 else image.point(lambda value: value * 255 / (self.levels - 1))
+
     @property
     def warnings(self) -> list[str]:
         """What a user should know: notices of the layout, unreadable pictures, conversions met so far."""

@@ -103,27 +103,27 @@ def open_parquet(files: Sequence[Path], name: str, caption_column: str | None = 
     """
     import pyarrow.parquet as pq
 
-    size = 0
-    for file in files:
-        try:
-            size += sum(
-                pq.ParquetFile(file).metadata.row_group(i).total_byte_size
-                for i in range(pq.ParquetFile(file).metadata.num_row_groups)
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file} cannot be read as parquet: {error}.") from error
-    if size <= _IN_MEMORY_BYTES:
-        try:
+    kind = "a parquet file" if len(files) == 1 else f"{len(files)} parquet files"
+    folder = files[0].parent
+    try:
+        if sum(_uncompressed_bytes(file) for file in files) <= _IN_MEMORY_BYTES:
             table = pa.concat_tables([pq.read_table(file, memory_map=True) for file in files])
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"the parquet files of {name} do not fit together or are damaged: {error}.") from error
-        return _from_table(table, name, f"{len(files)} parquet file(s)", files[0].parent, caption_column)
+            return _from_table(table, name, kind, folder, caption_column)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"the parquet of {name} is missing, damaged or of several schemas: {error}.") from error
     import datasets
 
     data = datasets.Dataset.from_parquet([str(file) for file in files])
-    source = _from_table(data.data.table, name, f"{len(files)} parquet file(s)", files[0].parent, caption_column)
-    source.notices.append(f"{size / 2**30:.1f} GiB of parquet lie converted to Arrow in {_cache_folder(data)}.")
+    source = _from_table(data.data.table, name, kind, folder, caption_column)
+    source.notices.append(f"the parquet lies converted to Arrow in {Path(data.cache_files[0]['filename']).parent}.")
     return source
+
+
+def _uncompressed_bytes(file: Path) -> int:
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(file)
+    return sum(int(metadata.row_group(i).total_byte_size) for i in range(metadata.num_row_groups))
 
 
 def open_arrow(path: Path, split: str, name: str, caption_column: str | None = None) -> Source:
@@ -159,11 +159,6 @@ def choose_split(split: str, known: Sequence[str], path: Path) -> str:
         if name in wanted:
             return name
     raise UserError(f"{path} has no split '{split}': {nearest(split, known)}")
-
-
-def _cache_folder(data: Any) -> str:
-    files = data.cache_files
-    return str(Path(files[0]["filename"]).parent) if files else "memory"
 
 
 def _from_table(table: pa.Table, name: str, kind: str, folder: Path, caption_column: str | None) -> Source:

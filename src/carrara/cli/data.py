@@ -1,0 +1,159 @@
+"""`carrara data`: look at images before training on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from carrara.data.check import DataReport
+
+app = typer.Typer(help="Look at images before training on them.", no_args_is_help=True)
+
+_SHOWN = 10
+
+
+@app.callback()
+def data() -> None:
+    """Look at images before training on them."""
+
+
+@app.command()
+def check(
+    path: Annotated[str, typer.Argument(help="A folder, parquet, zip or tar file, or the word 'digits'.")],
+    split: Annotated[str, typer.Option(help="Which split, where the data has several.")] = "train",
+    resolution: Annotated[str | None, typer.Option(help="Size to train at: N or HxW.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 gray, 3 RGB, 4 RGBA.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--train_batch_size", help="Images in a step.")] = 64,
+    steps: Annotated[int, typer.Option(help="Steps to train, for the number of epochs.")] = 10_000,
+    images_per_second: Annotated[float | None, typer.Option(help="Training speed, for the hours.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="The caption column, if not 'text'.")] = None,
+    unreadable_limit: Annotated[float, typer.Option(help="Share of unreadable images that is skipped.")] = 0.01,
+    sample: Annotated[int | None, typer.Option(help="Look at this many images only.")] = None,
+    preview: Annotated[Path | None, typer.Option(help="Write three images before and after, as one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is in PATH and what training would make of it; exit code 2 if training would fail."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from carrara.data.check import check_data
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("looking at the images", total=None)
+        report = check_data(
+            path,
+            split=split,
+            resolution=None if resolution is None else parse_resolution(resolution),
+            channels=channels,
+            batch_size=batch_size,
+            steps=steps,
+            images_per_second=images_per_second,
+            caption_column=caption_column,
+            unreadable_limit=unreadable_limit,
+            sample=sample,
+            preview=preview,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if as_json:
+        print(report.to_json())
+    else:
+        show(report, Console())
+    if not report.ok:
+        raise typer.Exit(2)
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Height and width from "64" or "64x96".
+
+    Raises:
+        UserError: neither.
+    """
+    from carrara.errors import UserError
+
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+        raise UserError(f"--resolution is N or HxW, such as 64 or 64x96, not '{text}'.")
+    return int(sides[0]), int(sides[-1])
+
+
+def show(report: DataReport, console: Console) -> None:
+    """Print a report for people."""
+    from rich.table import Table
+
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in _facts(report):
+        facts.add_row(f"[bold]{name}[/bold]", value)
+    console.print(facts)
+    if report.classes:
+        console.print(_class_table(report.classes))
+    for title, groups in (("exact", report.exact_duplicates), ("near", report.near_duplicates)):
+        for group in groups[:_SHOWN]:
+            console.print(f"{title} duplicates: {', '.join(group[:6])}{' …' * (len(group) > 6)}", markup=False)
+        if len(groups) > _SHOWN:
+            console.print(f"… and {len(groups) - _SHOWN} more groups of {title} duplicates (all with --json)")
+    for line in report.warnings:
+        console.print(f"! {line}", style="yellow", markup=False)
+    for line in report.problems:
+        console.print(f"✗ {line}", style="bold red", markup=False)
+    if report.ok:
+        console.print("✓ training can start", style="green")
+
+
+def _facts(report: DataReport) -> list[tuple[str, str]]:
+    from rich.markup import escape
+
+    looked = "" if report.looked_at == report.images else f" ({report.looked_at} looked at)"
+    facts = [
+        ("data", escape(f"{report.path}, split '{report.split}'")),
+        ("layout", escape(report.layout)),
+        ("images", f"{report.images}{looked}, {len(report.unreadable)} unreadable"),
+    ]
+    if report.sizes:
+        low, middle, high = report.sizes["shorter_side"]
+        facts += [
+            (
+                "size",
+                f"{_range(report.sizes['width'])} wide, {_range(report.sizes['height'])} high, "
+                f"{report.sizes['shapes']} shapes, shorter side {low} to {high}, median {middle}",
+            ),
+            ("colour", ", ".join(f"{count} {mode}" for mode, count in report.modes.items())),
+        ]
+    if report.captions:
+        words = _range(report.captions["words"])
+        facts.append(
+            ("captions", f"{report.captions['distinct']} distinct of {report.captions['count']}, {words} words")
+        )
+    if report.suggested:
+        height, width = report.suggested["resolution"]
+        facts += [
+            ("suggested", f"{height}×{width}, {report.suggested['channels']} channel(s)"),
+            ("prepared", escape(report.prepared)),
+        ]
+    facts.append(("plan", _plan(report.plan)))
+    facts.append(("reading", f"{report.timings['images_per_second']:,.0f} images/s in this check"))
+    return facts
+
+
+def _plan(plan: dict[str, Any]) -> str:
+    text = f"{plan['steps']:,} steps of {plan['batch_size']} are {plan['epochs']:,g} epochs"
+    return text if plan["hours"] is None else f"{text}, about {plan['hours']:g} hours"
+
+
+def _range(values: list[int]) -> str:
+    return str(values[0]) if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+def _class_table(classes: dict[str, int]) -> Any:
+    from rich.table import Table
+
+    table = Table("class", "images", box=None, padding=(0, 2, 0, 0))
+    for name, count in list(classes.items())[:50]:
+        table.add_row(name, str(count))
+    if len(classes) > 50:
+        table.add_row(f"… and {len(classes) - 50} more", "")
+    return table
