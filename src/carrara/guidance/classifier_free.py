@@ -6,66 +6,65 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.errors import UserError
+from carrara.guidance.combine import ask_together, extrapolate
+from carrara.guidance.rescale import Quantity, rescaled
 from carrara.process.prediction import Denoiser, Guide, Prediction
 from carrara.process.schedules import Time
 
+Null = Condition | Callable[[Time], Condition]
+"""The condition of "nothing said", one row or the batch's; or a function of t that gives it."""
 
-def classifier_free(scale: float, null: Condition | Callable[[Time], Condition]) -> Guide:
+
+def classifier_free(scale: float, null: Null, *, rescale: float = 0.0, of: Quantity = "eps") -> Guide:
     """ε̂ = ε_∅ + w (ε_c - ε_∅): w = 1 is the plain conditional model and costs one pass; the paper's 1 + ω is w.
 
-    Conditional and null rows share one call. Only ε is guided: a learned variance stays the conditional one.
+    Conditional and null rows share one call. Only the prediction is guided: a learned variance stays the
+    conditional one. A negative condition (what should not be seen) takes the place of the null.
 
     Args:
         scale: w, any finite number.
-        null: the condition of "nothing said", one row or the batch's; or a function of t that gives it.
+        null: what the guidance leads away from.
+        rescale: φ in 0..1, see `carrara.guidance.rescale`.
+        of: what φ is measured on.
 
     Raises:
-        UserError: the scale is NaN or infinite.
+        UserError: the scale is NaN or infinite, or φ lies outside 0..1.
     """
-    if not math.isfinite(scale):
-        raise UserError(f"the guidance scale must be a finite number, not {scale}.")
+    check_scale(scale)
+    if not 0 <= rescale <= 1:
+        raise UserError(f"the guidance rescale must lie in 0..1, {rescale} does not.")
 
     def guide(denoiser: Denoiser) -> Denoiser:
         if scale == 1:
             return denoiser
 
         def guided(x: Tensor, t: Time, condition: Condition) -> Prediction:
-            size = len(x)
-            nothing = null(t) if callable(null) else null
-            nothing = replace(nothing.to(x.device), attend=condition.attend)
-            both = Condition.join([condition.batch(size), nothing.batch(size)])
-            time = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
-            prediction = denoiser(torch.cat([x, x]), time, both)
-            told, untold = prediction.eps.chunk(2)
-            eps = torch.lerp(untold, told, scale)
-            return _half(prediction, size).with_eps(eps)
+            told, untold = ask_together(denoiser, x, t, [condition, null_at(null, t, condition)])
+            prediction = extrapolate(untold, told, scale)
+            return rescaled(prediction, told, rescale, of) if rescale else prediction
 
         return guided
 
     return guide
 
 
-def _half(prediction: Prediction, size: int) -> Prediction:
-    """The first `size` rows of a prediction."""
+def check_scale(scale: float) -> None:
+    """Whether a guidance scale is a finite number.
 
-    def rows(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[:size]
+    Raises:
+        UserError: it is NaN or infinite.
+    """
+    if not math.isfinite(scale):
+        raise UserError(f"the guidance scale must be a finite number, not {scale}.")
 
-    def scale(value: float | Tensor) -> float | Tensor:
-        return value[:size] if isinstance(value, Tensor) and value.ndim and len(value) > 1 else value
 
-    return Prediction(
-        prediction.x[:size],
-        scale(prediction.alpha),
-        scale(prediction.sigma),
-        prediction.x0[:size],
-        prediction.eps[:size],
-        rows(prediction.variance_fraction),
-        rows(prediction.pending),
-        rows(prediction.x0_variance),
-    )
+def null_at(null: Null, t: Time, condition: Condition) -> Condition:
+    """The null condition at time t, on the condition's device and with its attention seam."""
+    nothing = null(t) if callable(null) else null
+    for tensor in condition.tensors().values():
+        nothing = nothing.to(tensor.device)
+    return replace(nothing, attend=condition.attend)

@@ -1,0 +1,118 @@
+"""Classifier guidance (Dhariwal & Nichol 2021, algorithms 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from carrara.condition import Condition
+from carrara.errors import UserError, nearest
+from carrara.guidance.classifier_free import check_scale
+from carrara.process.grids import Grid
+from carrara.process.prediction import Denoiser, Guide, Prediction, scales
+from carrara.process.schedules import Schedule, Time
+
+Classifier = Callable[[Tensor, Time], Tensor]
+"""`classifier(x, t) -> logits` [B, K], t in schedule time: `NoisyClassifier`, or the oracle's."""
+
+
+def classifier_guidance(
+    classifier: Classifier,
+    scale: float,
+    label: int | Tensor | None = None,
+    form: Literal["score", "mean"] = "score",
+    at: Literal["x", "mean"] = "x",
+    schedule: Schedule | None = None,
+    grid: Grid | None = None,
+) -> Guide:
+    """Leads towards p(x_t)·p(y|x_t)^w with g = ∇ log p(y|·), taken in float32 or more whatever the autocast.
+
+    Args:
+        classifier: trained on noisy images, told the original time whatever grid is walked.
+        scale: w; 0 asks no classifier.
+        label: y, one class for all, or int64 [B]; None takes the condition's label.
+        form: "score" (algorithm 2, for every solver): ε̂ ← ε̂ - w s g. "mean" (algorithm 1): w·g pends until the
+            ancestral solver adds Σ·w·g to its mean; every other solver folds it into ε̂ as above.
+        at: where g is taken: "x" is (x_t, t), as the authors' program does; "mean" is (μ, s), as the paper
+            writes it: the posterior mean and the next time of the walk. The classifier is never asked at the
+            clean point, but at the least noisy time instead.
+        schedule, grid: the walk, from which μ and s follow; for at = "mean" only.
+
+    Raises:
+        UserError: a scale that is NaN or infinite, an unknown word, a missing or unknown label or grid.
+    """
+    check_scale(scale)
+    for word, known in ((form, ("score", "mean")), (at, ("x", "mean"))):
+        if word not in known:
+            raise UserError(f"classifier guidance knows no '{word}': {nearest(word, known)}")
+    if (at == "mean") != (schedule is not None and grid is not None):
+        raise UserError("classifier guidance takes schedule and grid with at='mean', where it needs both.")
+
+    def guide(denoiser: Denoiser) -> Denoiser:
+        if scale == 0:
+            return denoiser
+
+        def guided(x: Tensor, t: Time, condition: Condition) -> Prediction:
+            prediction = denoiser(x, t, condition)
+            asked, time = x, t
+            if schedule is not None and grid is not None:
+                asked, time = _mean(prediction, t, schedule, grid)
+            gradient = scale * log_gradient(classifier, asked, time, _labels(label, condition, x))
+            if form == "score":
+                return prediction.with_score(gradient)
+            if prediction.pending is not None:
+                gradient = gradient + prediction.pending
+            return replace(prediction, pending=gradient)
+
+        return guided
+
+    return guide
+
+
+def log_gradient(classifier: Classifier, x: Tensor, t: Time, labels: Tensor) -> Tensor:
+    """∇_x log p(y|x) at time t, [B, …] in x's type; works inside `no_grad`, `inference_mode` and autocast.
+
+    Raises:
+        UserError: a label that the classifier does not know.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        precise = torch.promote_types(x.dtype, torch.float32)
+        asked = x.detach().to(precise).clone().requires_grad_()
+        logits = classifier(asked, t)
+        _check_labels(labels, logits.shape[1])
+        log_probability = logits.to(precise).log_softmax(dim=1).gather(1, labels[:, None])
+        (gradient,) = torch.autograd.grad(log_probability.sum(), asked)
+    return gradient.to(x.dtype)
+
+
+def _labels(label: int | Tensor | None, condition: Condition, x: Tensor) -> Tensor:
+    if label is None:
+        label = condition.label
+    if label is None:
+        raise UserError("classifier guidance needs a class: give a label, or a condition that holds one.")
+    return torch.as_tensor(label, dtype=torch.int64, device=x.device).reshape(-1).expand(len(x))
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.device.type != "cpu":
+        return  # reading values would stall the device; `gather` fails there by itself
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.numel():
+        raise UserError(f"label {int(wrong[0])} is out of range: the classifier knows 0..{classes - 1}.")
+
+
+def _mean(prediction: Prediction, t: Time, schedule: Schedule, grid: Grid) -> tuple[Tensor, Time]:
+    """The posterior mean μ of the pair that starts at t (MATH §2), and the time s of its end."""
+    rising = torch.as_tensor(grid.times, dtype=torch.float64).sort().values
+    now = torch.as_tensor(t, dtype=torch.float64).cpu()
+    later = rising[(torch.searchsorted(rising, now) - 1).clamp(min=0)]  # the largest grid time below t
+    a_s, s_s = scales(schedule, later, prediction.x)
+    a_t, s_t = prediction.alpha, prediction.sigma
+    step = a_t / a_s
+    variance = s_t**2 - (step * s_s) ** 2
+    mean = prediction.x * (step * s_s**2 / s_t**2) + prediction.x0 * (a_s * variance / s_t**2)
+    return mean, later.clamp(min=schedule.first_time)
