@@ -317,6 +317,13 @@ def test_moving_average_is_a_mean_of_neighbours(values: list[float], window: int
         assert mean == pytest.approx(sum(near) / len(near), abs=1e-12)
 
 
+@pytest.mark.parametrize(("count", "rows"), [(1, [1]), (6, [6]), (7, [4, 3]), (12, [6, 6])])
+def test_long_film_is_cut_in_two(count: int, rows: list[int]) -> None:
+    film = FilmStrip("film", pictures(count), pictures(count), range(count), "c")
+    assert [len(half) for half in film.halves] == rows
+    assert [k for half in film.halves for k in half] == list(range(count))
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"'grid' needs pictures .* not \[2, 2, 8, 8\]"):
         ImageGrid("grid", torch.zeros(2, 2, 8, 8), 2, "c")

@@ -278,9 +278,13 @@ class FilmStrip:
 
     @property
     def halves(self) -> list[range]:
-        """The frames of the first and of the second half; a phone shows them one under the other."""
-        middle = -(-len(self.times) // 2)
-        return [range(middle), range(middle, len(self.times))]
+        """The frames of the first and of the second half, which a phone shows one under the other.
+
+        Up to six frames stay in one row.
+        """
+        count = len(self.times)
+        middle = -(-count // 2) if count > 6 else count
+        return [half for half in (range(middle), range(middle, count)) if half]
 
 
 @dataclass(frozen=True)
