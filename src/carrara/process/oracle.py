@@ -107,7 +107,7 @@ class GaussianMixture:
 
 def _column(scale: Scale, x: Tensor) -> Tensor:
     """A scale as [B, 1] (or [1, 1])."""
-    return torch.as_tensor(scale).to(x).reshape(-1, 1)
+    return torch.as_tensor(scale, dtype=x.dtype, device=x.device).reshape(-1, 1)
 
 
 def _shift(alpha: Scale, condition: Condition | None, x: Tensor) -> Tensor | float:
