@@ -1,30 +1,80 @@
 """Solvers: one pure step each, walked by the one `integrate`. One family a file."""
 
 from collections.abc import Callable
+from functools import partial
 
 from carrara.errors import UserError, nearest
+from carrara.solvers.adaptive import Adaptive
 from carrara.solvers.ancestral import Ancestral
 from carrara.solvers.base import NonFinite, Solver, Step, integrate, solve
 from carrara.solvers.ddim import DDIM
-from carrara.solvers.dpm_solver import DPMSolver
+from carrara.solvers.dpm_solver import DPMSolver, DPMSolver2S
+from carrara.solvers.euler import Euler, EulerAncestral
+from carrara.solvers.heun import Heun
+from carrara.solvers.multistep import LMS, PLMS
+from carrara.solvers.parallel import Picard, integrate_parallel, solve_parallel
+from carrara.solvers.unipc import UniPC
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "ddpm": Ancestral,
     "ddim": DDIM,
+    "euler": Euler,
+    "euler-ancestral": EulerAncestral,
+    "heun": Heun,
+    "heun-sde": partial(Heun, churn=40, s_min=0.05, s_max=50, s_noise=1.003),
     "dpm++2m": DPMSolver,
+    "dpm++3m": partial(DPMSolver, order=3),
+    "dpm++2s": DPMSolver2S,
+    "dpm++2m-sde": partial(DPMSolver, eta=1.0),
+    "dpm++3m-sde": partial(DPMSolver, order=3, eta=1.0),
+    "unipc": UniPC,
+    "unipc1": partial(UniPC, order=1),
+    "unipc3": partial(UniPC, order=3),
+    "lms": LMS,
+    "plms": PLMS,
+    "adaptive": Adaptive,
 }
 """The words of the command line and of recipes; the contract tests walk all of them."""
 
 
+def _plain(name: str) -> str:
+    """The word without what people spell differently: "DPM++ 2M SDE", "dpmpp_2m_sde", "Euler a"."""
+    word = "".join(c for c in name.lower() if c.isalnum() or c == "+").replace("dpmpp", "dpm++")
+    return {"eulera": "eulerancestral", "pndm": "plms"}.get(word, word)
+
+
 def named(name: str) -> Solver:
-    """The solver behind a word.
+    """The solver behind a word; case, spaces, hyphens and underscores do not matter.
 
     Raises:
         UserError: an unknown word; the nearest known one is named.
     """
-    if name not in SOLVERS:
-        raise UserError(f"there is no solver '{name}': {nearest(name, SOLVERS)}")
-    return SOLVERS[name]()
+    for word, make in SOLVERS.items():
+        if _plain(word) == _plain(name):
+            return make()
+    raise UserError(f"there is no solver '{name}': {nearest(name, SOLVERS)}")
 
 
-__all__ = ["DDIM", "SOLVERS", "Ancestral", "DPMSolver", "NonFinite", "Solver", "Step", "integrate", "named", "solve"]
+__all__ = [
+    "DDIM",
+    "LMS",
+    "PLMS",
+    "SOLVERS",
+    "Adaptive",
+    "Ancestral",
+    "DPMSolver",
+    "DPMSolver2S",
+    "Euler",
+    "EulerAncestral",
+    "Heun",
+    "NonFinite",
+    "Picard",
+    "Solver",
+    "Step",
+    "UniPC",
+    "integrate",
+    "integrate_parallel",
+    "named",
+    "solve",
+    "solve_parallel",
+]

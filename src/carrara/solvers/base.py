@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from carrara.condition import Condition
+from carrara.errors import UserError
 from carrara.process.grids import Grid
 from carrara.process.noise import Noise
 from carrara.process.prediction import Denoiser, Prediction
@@ -39,6 +40,11 @@ class Step:
     time: float
     index: int = 0
     total: int = 1
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What `integrate(..., resume=…)` needs to go on behind this step: plain data and tensors, which
+        `torch.save` and `torch.load(weights_only=True)` keep."""
+        return {"x": self.x, "state": self.state, "index": self.index}
 
 
 class Solver(Protocol):
@@ -76,6 +82,23 @@ class Solver(Protocol):
         ...
 
 
+def needs_descent(grid: Grid) -> None:
+    """Refuse a reversed grid on behalf of the solvers that cannot invert.
+
+    Raises:
+        UserError: the grid ascends.
+    """
+    if grid.ascending:
+        raise UserError("this solver walks from noise to image only: invert a reversed grid with DDIM(eta=0).")
+
+
+def combine(x: Tensor, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """x + Σ_j weights[j]·values[j]; values beyond the weights are left out."""
+    for value, weight in zip(values, weights, strict=False):
+        x = torch.add(x, value, alpha=weight)
+    return x
+
+
 class NonFinite(ArithmeticError):
     """A prediction held NaN or infinity; the sentence names the step and the time."""
 
@@ -90,7 +113,7 @@ def integrate(
     noise: Noise | None = None,
     *,
     after_step: Callable[[Step], Tensor] | None = None,
-    resume: Step | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Walk `grid` from x and yield every step: previews, progress and cancelling are the caller's `for` loop.
 
@@ -104,7 +127,8 @@ def integrate(
         noise: addressed randomness; step i uses draw i + 1, draw 0 being the starting noise.
         after_step: called with each step; the tensor it returns takes the place of `step.x` (inpainting's
             known pixels).
-        resume: the last step of an interrupted walk of the same grid; it goes on behind it.
+        resume: the `checkpoint` of the last step of an interrupted walk of the same grid; it goes on behind it, and
+            `x` is not looked at.
 
     Raises:
         NonFinite: a prediction held NaN or infinity.
@@ -113,8 +137,9 @@ def integrate(
     schedule.check(grid.times)
     condition = condition or Condition()
     noise = noise or Noise()
-    first, state = (0, solver.start(x, grid)) if resume is None else (resume.index + 1, resume.state)
-    x = x if resume is None else resume.x
+    first, state = 0, solver.start(x, grid)
+    if resume is not None:
+        first, x, state = resume["index"] + 1, resume["x"], resume["state"]
     pairs = grid.pairs()
     for index in range(first, len(pairs)):
         t, s = pairs[index]
