@@ -22,6 +22,12 @@ SIGMA_DATA = 0.5
 """EDM's σ_data, the standard deviation of the data that its preconditioning presumes (Karras et al. 2022)."""
 
 
+def _spread(alpha: Scale, sigma: Scale) -> Scale:
+    """√(s² + a² σ_data²): the standard deviation of x_t that EDM's preconditioning presumes."""
+    spread: Scale = (sigma**2 + (alpha * SIGMA_DATA) ** 2) ** 0.5
+    return spread
+
+
 def network_times(schedule: Schedule, t: Time, x: Tensor) -> Tensor:
     """What the network is told at time t: [B] on x's device, float64 where x is, else float32."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -58,8 +64,7 @@ class NetworkDenoiser:
         alpha, sigma = scales(self.schedule, t, x)
         seen = x
         if self.predicts == "edm":
-            ratio = sigma / alpha
-            seen = x * (1 / (alpha * (ratio**2 + SIGMA_DATA**2) ** 0.5))
+            seen = x * (1 / _spread(alpha, sigma))  # c_in·x/a
         raw = self.network(seen, network_times(self.schedule, t, x), condition).to(x.dtype)
         fraction = None
         expected = x.shape[1] * (2 if self.learned_variance else 1)
@@ -82,9 +87,9 @@ class NetworkDenoiser:
             x0, eps = self._of_velocity(x, raw, alpha, sigma)
             return Prediction(x, alpha, sigma, x0, eps, variance_fraction=fraction)
         if self.predicts == "edm":
-            ratio = sigma / alpha
-            total = ratio**2 + SIGMA_DATA**2
-            x0 = x * (SIGMA_DATA**2 / (total * alpha)) + raw * (ratio * SIGMA_DATA / total**0.5)
+            # c_skip·x/a + c_out·F, multiplied out by a so that it holds at zero SNR too.
+            total = _spread(alpha, sigma)
+            x0 = x * (alpha * SIGMA_DATA**2 / total**2) + raw * (sigma * SIGMA_DATA / total)
         elif self.predicts == "previous":
             # x_0 from the posterior mean of the training neighbours (t, t - 1): MATH §2 solved for x_0.
             a_s, s_s = scales(self.schedule, torch.as_tensor(t, dtype=torch.float64) - 1, x)
