@@ -262,7 +262,7 @@ def _warn(report: DataReport, source: Source, looks: Sequence[_Look], prepare: P
         say(f"{len(blank)} images look blank, the first is {source.pictures.name(blank[0].index)}.")
     for kind, groups in (("exact", report.exact_duplicates), ("near", report.near_duplicates)):
         if groups:
-            say(f"{sum(map(len, groups))} images in {len(groups)} groups are {kind} duplicates: they count double.")
+            say(f"{sum(map(len, groups))} images in {len(groups)} groups are {kind} duplicates of each other.")
 
 
 def _share_kept(size: tuple[int, int], prepare: Preprocess) -> float:

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 METHOD = (
-    "exact: the same decoded pixels (BLAKE2); near: 64-bit DCT hashes of the gray picture at most 3 bits apart "
-    "(Zauner 2010) and 8×8 colour thumbnails at most 3 of 255 levels apart on average"
+    "exact: the same decoded pixels (BLAKE2); near: 64-bit DCT hashes of the gray picture at most 4 bits apart "
+    "(Zauner 2010) and 8×8 colour thumbnails at most 8 of 255 levels apart on average"
 )
 
 _SIDE = 32
-_BANDS = 4  # hashes at most 3 bits apart agree wholly in one of four bands
-_BITS_APART = _BANDS - 1
-_LEVELS_APART = 3.0
+_BITS_APART = 4
+_BANDS = [(0, 13), (13, 13), (26, 13), (39, 13), (52, 12)]  # hashes 4 bits apart agree wholly in one of 5 bands
+_LEVELS_APART = 8.0
 
 Hashes = NDArray[np.uint64]
 
@@ -83,9 +83,8 @@ def near_groups(hashes: Hashes, colours: NDArray[np.uint8]) -> list[list[int]]:
 
 def _candidates(hashes: Hashes) -> Iterable[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """Pairs of hashes at most `_BITS_APART` apart: sorted by one band, neighbours of equal band are compared."""
-    width = 64 // _BANDS
-    for band in range(_BANDS):
-        key = (hashes >> np.uint64(band * width)) & np.uint64(2**width - 1)
+    for low, width in _BANDS:
+        key = (hashes >> np.uint64(low)) & np.uint64(2**width - 1)
         order = np.argsort(key, kind="stable")
         key, value = key[order], hashes[order]
         alive = np.arange(len(order))

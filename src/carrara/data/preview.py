@@ -37,8 +37,8 @@ def save_preview(source: Source, prepare: Preprocess, indices: Sequence[int], pa
         after = _from_pixels(prepare(before).numpy())
         top = _MARGIN + number * row
         for left, picture, text in (
-            (_MARGIN, before, f"{source.pictures.name(index)}, {before.width}×{before.height} {before.mode}"),
-            (_MARGIN + row, after, f"{prepare.width}×{prepare.height} {after.mode}"),
+            (_MARGIN, before, f"{source.pictures.name(index)}, {before.width}x{before.height} {before.mode}"),
+            (_MARGIN + row, after, f"{prepare.width}x{prepare.height} {after.mode}"),
         ):
             sheet.paste(_fitted(source.shown(picture)), (left, top))
             pen.text((left, top - 14), text[-42:], fill="black")
