@@ -10,8 +10,9 @@ from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.objectives.base import Examples, Terms
 from carrara.objectives.times import TimeSampler, UniformTimes, draw_uniform
-from carrara.process.denoiser import Predicts, network_times
+from carrara.process.denoiser import network_times
 from carrara.process.noise import Noise
+from carrara.process.parameterisation import Predicts
 from carrara.process.prediction import scales
 from carrara.process.schedules import Schedule
 

@@ -2,17 +2,21 @@
 
 from carrara.condition import Condition
 from carrara.process import grids, schedules
-from carrara.process.denoiser import NetworkDenoiser, NoisyClassifier, Predicts
+from carrara.process.bound import Chain, ReverseVariance
+from carrara.process.denoiser import NetworkDenoiser, NoisyClassifier
 from carrara.process.grids import Grid
 from carrara.process.noise import GivenNoise, Noise
 from carrara.process.oracle import GaussianMixture
+from carrara.process.parameterisation import Predicts
 from carrara.process.prediction import Denoiser, Guide, Prediction
 from carrara.process.schedules import Schedule
-from carrara.process.transitions import Pair, diffuse
+from carrara.process.transitions import Gaussian, Pair, diffuse, forward, marginal, posterior
 
 __all__ = [
+    "Chain",
     "Condition",
     "Denoiser",
+    "Gaussian",
     "GaussianMixture",
     "GivenNoise",
     "Grid",
@@ -23,8 +27,12 @@ __all__ = [
     "Pair",
     "Prediction",
     "Predicts",
+    "ReverseVariance",
     "Schedule",
     "diffuse",
+    "forward",
     "grids",
+    "marginal",
+    "posterior",
     "schedules",
 ]

@@ -1,7 +1,7 @@
 """Randomness addressed by (seed, sample, draw), so that a picture does not depend on its company.
 
 Underneath lies numpy's Philox, a counter-based generator (Salmon et al. 2011): the key is (seed, draw), the
-counter is the sample's place. Nothing is consumed and nothing remembered: the same address gives the same
+counter is the sample's place and size. Nothing is consumed and nothing remembered: the same address gives the same
 numbers alone, in a batch of 64, on eight processes, and in a run that was resumed.
 """
 
@@ -17,18 +17,52 @@ from torch import Tensor
 
 from carrara.errors import UserError
 
-_WORDS_PER_BLOCK = 8  # one Philox block gives four 64-bit words: eight numbers of 32 bits
+_NUMBERS_PER_BLOCK = 8  # one Philox block gives four 64-bit words: eight numbers of 32 bits
 _SUBDRAWS = 16  # a solver may draw this many times within one step
+_CHUNK = 2**15  # pairs of normals made at a time: the working set stays in the processor's cache
 
 
-def _words(seed: int, draw: int, first_row: int, rows: int, count: int) -> np.ndarray:
-    """uint32 [rows, count] for consecutive rows; every row owns whole blocks of the counter."""
-    blocks = -(-count // _WORDS_PER_BLOCK)
-    place = first_row * blocks
-    counter = [place & 0xFFFFFFFFFFFFFFFF, place >> 64, 0, 0]
-    generator = np.random.Philox(counter=counter, key=[seed & 0xFFFFFFFFFFFFFFFF, draw])
-    raw = generator.random_raw(rows * blocks * 4)
-    return raw.view(np.uint32).reshape(rows, -1)[:, :count]
+def _per_row(count: int) -> int:
+    """How many 32-bit numbers a row of `count` owns: whole blocks of the counter."""
+    return -(-count // _NUMBERS_PER_BLOCK) * _NUMBERS_PER_BLOCK
+
+
+def _generator(seed: int, draw: int, first_row: int, count: int) -> np.random.Philox:
+    """The generator at the place of one row. Samples of other sizes have counters of their own."""
+    place = first_row * (_per_row(count) // _NUMBERS_PER_BLOCK)
+    counter = [place & 0xFFFFFFFFFFFFFFFF, place >> 64, count, 0]
+    return np.random.Philox(counter=counter, key=[seed & 0xFFFFFFFFFFFFFFFF, draw])
+
+
+def _bits(generator: np.random.Philox, rows: int, count: int) -> np.ndarray:
+    """uint32 [rows, _per_row(count)] for consecutive rows."""
+    words = generator.random_raw(rows * _per_row(count) // 2)
+    return words.view(np.uint32).reshape(rows, -1)
+
+
+def _box_muller(generator: np.random.Philox, out: Tensor, count: int) -> None:
+    """Fill `out` [rows, _per_row(count)] with standard normals (Box & Muller 1958).
+
+    Logarithm, sine and cosine are taken in float64 and rounded to out's type, where square root and product are
+    exactly rounded anyway: other processors and libraries see the same float32 picture but for rare last bits.
+    Rows are whole blocks and every operation runs over contiguous memory, so a number's neighbours in memory
+    never matter to it.
+    """
+    pairs = _per_row(count) // 2
+    step = max(1, min(_CHUNK // pairs, len(out)))
+    wide = torch.empty(2, step, pairs, dtype=torch.float64)
+    narrow = torch.empty(2, step, pairs, dtype=out.dtype)
+    for first in range(0, len(out), step):
+        rows = min(step, len(out) - first)
+        bits = _bits(generator, rows, count)
+        uniform, angle, radius, cosine = wide[0, :rows], wide[1, :rows], narrow[0, :rows], narrow[1, :rows]
+        np.add(bits[:, :pairs], 0.5, out=uniform.numpy(), dtype=np.float64)
+        torch.mul(uniform.mul_(2.0**-32).log_(), -2, out=radius)
+        radius.sqrt_()
+        np.multiply(bits[:, pairs:], 2.0**-31 * math.pi, out=angle.numpy(), dtype=np.float64)
+        target = out[first : first + rows]
+        torch.mul(radius, cosine.copy_(torch.cos(angle, out=uniform)), out=target[:, :pairs])
+        torch.mul(radius, cosine.copy_(angle.sin_()), out=target[:, pairs:])
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
@@ -45,7 +79,7 @@ class Noise:
     """Random numbers by address.
 
     Attributes:
-        seed: any integer of 64 bits.
+        seed: a whole number of at most 64 bits, signed or not.
         ids: the sample numbers of the batch's rows; None means 0..B-1. Set by `rows`.
         draw: which draw of the sample: 0 is a sampler's starting noise, i + 1 its step i. Set by `at`.
         toward: another noise and a weight in [0, 1]; normals are interpolated spherically. Set by `slerp`.
@@ -61,6 +95,10 @@ class Noise:
     ids: tuple[int, ...] | None = None
     draw: int = 0
     toward: tuple[Noise, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"a seed is a whole number of 64 bits, {self.seed} is not.")
 
     def rows(self, ids: Sequence[int] | Tensor | range) -> Noise:
         """The noise of other samples: a shard of a batch, or one picture of it.
@@ -89,18 +127,20 @@ class Noise:
             raise UserError(f"a slerp weight lies in 0..1, {weight:g} does not.")
         return replace(self, toward=(replace(other, ids=self.ids, draw=self.draw), weight))
 
-    def _bits(self, rows: int, count: int, sub: int) -> np.ndarray:
-        ids = range(rows) if self.ids is None else self.ids
-        if len(ids) != rows:
-            raise UserError(f"the noise is bound to {len(ids)} samples, a batch of {rows} was asked for.")
+    def _runs(self, rows: int, count: int, sub: int) -> list[tuple[int, int, np.random.Philox]]:
+        """Stretches of consecutive samples: (place in the batch, length, generator)."""
+        if self.ids is not None and len(self.ids) != rows:
+            raise UserError(f"the noise is bound to {len(self.ids)} samples, a batch of {rows} was asked for.")
         if not 0 <= sub < _SUBDRAWS:
             raise UserError(f"a step may draw {_SUBDRAWS} times, draw number {sub} was asked for.")
+        if rows == 0 or count == 0:
+            return []
         key = self.draw * _SUBDRAWS + sub
-        if rows == 0:
-            return np.empty((0, count), dtype=np.uint32)
-        runs = [(0, rows)] if self.ids is None else _runs(self.ids)
-        parts = [_words(self.seed, key, first, length, count) for first, length in runs]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        runs, place = [], 0
+        for first, length in [(0, rows)] if self.ids is None else _runs(self.ids):
+            runs.append((place, length, _generator(self.seed, key, first, count)))
+            place += length
+        return runs
 
     def uniform(
         self,
@@ -115,8 +155,10 @@ class Noise:
             sub: several draws within one step are told apart by this number, 0..15.
         """
         count = math.prod(shape[1:])
-        values = (self._bits(shape[0], count, sub).astype(np.float64) + 0.5) * 2.0**-32
-        return torch.from_numpy(values).reshape(tuple(shape)).to(device=device, dtype=dtype)
+        values = np.empty((shape[0], count))
+        for place, length, generator in self._runs(shape[0], count, sub):
+            np.add(_bits(generator, length, count)[:, :count], 0.5, out=values[place : place + length])
+        return torch.from_numpy(values * 2.0**-32).reshape(tuple(shape)).to(device=device, dtype=dtype)
 
     def normal(
         self,
@@ -125,23 +167,21 @@ class Noise:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Standard normal numbers of `shape` [B, …] by the Box-Muller transform.
+        """Standard normal numbers of `shape` [B, …].
 
-        They are computed in float64 on the CPU and then rounded and moved, so that every device and type
-        sees the same noise.
+        They are made on the CPU and then moved, so that every device sees the same noise; float32 and float64
+        differ by their rounding only, narrower types are rounded from float32.
         """
         count = math.prod(shape[1:])
-        pairs = -(-count // 2)
-        bits = self._bits(shape[0], 2 * pairs, sub)
-        uniform = torch.from_numpy(bits.astype(np.float64))
-        radius = uniform[:, :pairs].add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-        angle = uniform[:, pairs:].mul_(2.0**-31 * math.pi)
-        values = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
-        own = values.reshape(tuple(shape)).to(device=device, dtype=dtype)
-        if self.toward is None:
-            return own
-        other, weight = self.toward
-        return slerp(own, other.normal(shape, sub, dtype, device), weight)
+        made = torch.float64 if dtype == torch.float64 or self.toward is not None else torch.float32
+        values = torch.empty(shape[0], _per_row(count), dtype=made)
+        for place, length, generator in self._runs(shape[0], count, sub):
+            _box_muller(generator, values[place : place + length], count)
+        values = values[:, :count]
+        if self.toward is not None:
+            other, weight = self.toward
+            values = slerp(values, other.normal(shape, sub, torch.float64).reshape(values.shape), weight)
+        return values.reshape(tuple(shape)).to(device=device, dtype=dtype)
 
     def like(self, x: Tensor, sub: int = 0) -> Tensor:
         """Standard normal numbers of x's shape, type and device."""
@@ -175,11 +215,21 @@ class GivenNoise(Noise):
 
 
 def slerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
-    """Spherical interpolation of every sample, [B, …] (Shoemake 1985); straight where the two are parallel."""
-    a, b = start.flatten(1), end.flatten(1)
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
-    angle = cosine.acos().reshape(-1, *[1] * (start.ndim - 1))
-    sine = angle.sin()
-    straight = torch.lerp(start, end, weight)
-    curved = (((1 - weight) * angle).sin() * start + (weight * angle).sin() * end) / sine
-    return torch.where(sine.abs() < 1e-6, straight, curved)
+    """Spherical interpolation of every sample, [B, …] (Shoemake 1985); straight where the two are parallel.
+
+    The angle is taken in float64 with sums that do not depend on the batch.
+    """
+    if weight in (0, 1):
+        return start if weight == 0 else end
+    a, b = (value.detach().flatten(1).double().cpu().numpy() for value in (start, end))
+    cosine = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    parallel = np.sin(angle) < 1e-6
+    sine = np.where(parallel, 1.0, np.sin(angle))
+    shape = (-1, *[1] * (start.ndim - 1))
+    shares = (np.sin((1 - weight) * angle) / sine, np.sin(weight * angle) / sine)
+    ours, theirs = (
+        torch.from_numpy(np.where(parallel, straight, share)).to(start).reshape(shape)
+        for straight, share in zip((1 - weight, weight), shares, strict=True)
+    )
+    return ours * start + theirs * end

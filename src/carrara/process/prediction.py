@@ -84,7 +84,8 @@ class Prediction:
         pending: a guidance gradient w·∇ log p(y|x), [B, …], that has not been folded in: the ancestral solver
             adds Σ·pending to its mean (Dhariwal & Nichol 2021, algorithm 1), every other solver asks for
             `folded()`.
-        x0_variance: Var[x_0|x_t] per dimension, [B, …], where it is known (the exact oracle).
+        x0_variance: Var[x_0|x_t] per dimension, [B, …], where it is known (the exact oracle); a changed x̂_0 or
+            ε̂ belongs to another distribution, whose variance is not known.
     """
 
     x: Tensor
@@ -108,11 +109,11 @@ class Prediction:
 
     def with_x0(self, x0: Tensor) -> Prediction:
         """With another x̂_0 (a clip, a threshold), ε̂ derived again from it."""
-        return replace(self, x0=x0, eps=eps_of_x0(self.x, x0, self.alpha, self.sigma))
+        return replace(self, x0=x0, eps=eps_of_x0(self.x, x0, self.alpha, self.sigma), x0_variance=None)
 
     def with_eps(self, eps: Tensor) -> Prediction:
         """With another ε̂ (guidance), x̂_0 derived again from it."""
-        return replace(self, eps=eps, x0=x0_of_eps(self.x, eps, self.alpha, self.sigma))
+        return replace(self, eps=eps, x0=x0_of_eps(self.x, eps, self.alpha, self.sigma), x0_variance=None)
 
     def with_score(self, gradient: Tensor) -> Prediction:
         """With `gradient` [B, …] added to the score ∇ log p(x_t) = -ε̂/s: ε̂ ← ε̂ - s·gradient

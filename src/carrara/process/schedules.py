@@ -51,7 +51,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def time_at(self, log_snr: Time) -> Tensor:
-        """The time at which the log-SNR is `log_snr` (the inverse of `log_snr`, clamped to the schedule)."""
+        """The time at which the log-SNR is `log_snr`: the inverse of `log_snr`, clamped to the schedule.
+
+        +inf is the clean point. A table whose last level holds no signal has no times between its last two
+        levels: every finite log-SNR below the last but one is that level.
+        """
 
     @abstractmethod
     def network_time(self, t: Time) -> Tensor:
@@ -186,62 +190,76 @@ def from_betas(betas: Tensor | Sequence[float], network_scale: float = 1.0) -> D
     return Discrete(torch.cumprod(1 - values, 0), spec, network_scale)
 
 
+def _count(steps: int) -> int:
+    if not isinstance(steps, int) or steps < 2:
+        raise UserError(f"a discrete schedule needs a whole number of steps, at least two; {steps!r} was asked for.")
+    return steps
+
+
 def linear(steps: int = 1000, network_scale: float = 1.0) -> Discrete:
     """β from 1e-4 to 0.02, both scaled by 1000/T (Ho et al. 2020, §4; the scaling as guided-diffusion does it).
 
     Raises:
         UserError: fewer than 21 steps, where the last β would reach 1.
     """
-    if steps < 21:
+    if _count(steps) < 21:
         raise UserError(f"the linear schedule needs at least 21 steps (its last β is 20/T), {steps} were asked for.")
     betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
     return Discrete(torch.cumprod(1 - betas, 0), {"kind": "linear", "steps": steps}, network_scale)
 
 
-def scaled_linear(steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Discrete:
+def scaled_linear(
+    steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012, network_scale: float = 1.0
+) -> Discrete:
     """β linear in its square root: the schedule of latent diffusion and Stable Diffusion, whose configuration
     files call it "linear" (Rombach et al. 2022)."""
     if not 0 < beta_start < beta_end < 1:
         raise UserError("scaled_linear needs 0 < beta_start < beta_end < 1.")
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, _count(steps), dtype=torch.float64) ** 2
     spec: dict[str, object] = {
         "kind": "scaled_linear",
         "steps": steps,
         "beta_start": beta_start,
         "beta_end": beta_end,
     }
-    return Discrete(torch.cumprod(1 - betas, 0), spec)
+    return Discrete(torch.cumprod(1 - betas, 0), spec, network_scale)
 
 
 def cosine(steps: int = 1000, network_scale: float = 1.0) -> Discrete:
     """ᾱ(t) = f(t)/f(0), f(t) = cos²((t/T + 0.008)/1.008 · π/2), each β capped at 0.999
     (Nichol & Dhariwal 2021, eq. 17)."""
-    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    t = torch.arange(_count(steps) + 1, dtype=torch.float64) / steps
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return Discrete(torch.cumprod(1 - betas, 0), {"kind": "cosine", "steps": steps}, network_scale)
 
 
-def sigmoid(steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Discrete:
+def sigmoid(
+    steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, network_scale: float = 1.0
+) -> Discrete:
     """ᾱ falls along a sigmoid from `start` to `end` at temperature `tau` (Jabri et al. 2022, algorithm 1),
     each β capped at 0.999 as for `cosine`."""
     if not (end > start and tau > 0):
         raise UserError("the sigmoid schedule needs start < end and tau > 0.")
-    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    t = torch.arange(_count(steps) + 1, dtype=torch.float64) / steps
     value = torch.sigmoid((t * (end - start) + start) / tau)
     alphas_cumprod = (value[-1] - value) / (value[-1] - value[0])
     betas = (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
     spec: dict[str, object] = {"kind": "sigmoid", "steps": steps, "start": start, "end": end, "tau": tau}
-    return Discrete(torch.cumprod(1 - betas, 0), spec)
+    return Discrete(torch.cumprod(1 - betas, 0), spec, network_scale)
 
 
 def zero_terminal_snr(schedule: Discrete) -> Discrete:
     """The schedule shifted and scaled so that nothing of the image is left at T (Lin et al. 2023, algorithm 1):
-    √ᾱ' = (√ᾱ - √ᾱ_T)·√ᾱ_1/(√ᾱ_1 - √ᾱ_T)."""
+    √ᾱ' = (√ᾱ - √ᾱ_T)·√ᾱ_1/(√ᾱ_1 - √ᾱ_T). The network is told what it was told before."""
+    if not isinstance(schedule, Discrete):
+        raise UserError("only a discrete schedule can be rescaled to zero terminal SNR.")
     root = schedule.alphas_cumprod.sqrt()
     rescaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
     spec: dict[str, object] = {"kind": "zero_terminal_snr", "schedule": schedule.spec}
-    return Discrete(rescaled**2, spec)
+    rescheduled = Discrete(rescaled**2, spec)
+    rescheduled.network_scale = schedule.network_scale
+    return rescheduled
 
 
 class VarianceExploding(Schedule):
@@ -284,7 +302,9 @@ class RectifiedFlow(Schedule):
         self.spec = {"kind": "rectified_flow", "shift": shift, "first_time": first_time}
 
     def alpha(self, t: Time) -> Tensor:
-        return 1 - self.sigma(t)
+        # 1 - τ, written so that it keeps its digits where it vanishes.
+        times = self.check(t)
+        return (1 - times) / (1 + (self.shift - 1) * times)
 
     def sigma(self, t: Time) -> Tensor:
         times = self.check(t)
@@ -340,6 +360,37 @@ def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, first_time: float = 1e
     return ContinuousVP(beta_min, beta_max, first_time)
 
 
+class Trigonometric(Schedule):
+    """a = cos(πt/2), s = sin(πt/2), t in [0, 1]: the uncapped cosine schedule in continuous time (Salimans & Ho
+    2022, §2). The network is told t itself, as the v-diffusion models are."""
+
+    final_time = 1.0
+
+    def __init__(self, first_time: float) -> None:
+        if not 0 < first_time < 1:
+            raise UserError("the trigonometric schedule needs a first_time between 0 and 1.")
+        self.first_time = first_time
+        self.spec = {"kind": "trigonometric", "first_time": first_time}
+
+    def alpha(self, t: Time) -> Tensor:
+        # The sine of the complement is exactly 0 at t = 1, where the cosine is not.
+        return ((1 - self.check(t)) * (math.pi / 2)).sin()
+
+    def sigma(self, t: Time) -> Tensor:
+        return (self.check(t) * (math.pi / 2)).sin()
+
+    def time_at(self, log_snr: Time) -> Tensor:
+        return torch.exp(-torch.as_tensor(log_snr, dtype=torch.float64) / 2).atan() * (2 / math.pi)
+
+    def network_time(self, t: Time) -> Tensor:
+        return torch.as_tensor(t, dtype=torch.float64)
+
+
+def trigonometric(first_time: float = 1e-3) -> Trigonometric:
+    """The schedule on the quarter circle, from the clean image at t = 0 to pure noise at t = 1."""
+    return Trigonometric(first_time)
+
+
 def build(spec: dict[str, object]) -> Schedule:
     """A schedule from its `spec`: the constructor's name under `kind`, its arguments beside it.
 
@@ -360,6 +411,7 @@ def build(spec: dict[str, object]) -> Schedule:
             edm,
             rectified_flow,
             vp_sde,
+            trigonometric,
         )
     }
     if kind == "zero_terminal_snr":

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from carrara.errors import UserError
+from carrara.process.prediction import Scale, scales
 from carrara.process.schedules import Schedule, Time, level
 
 
@@ -44,9 +47,10 @@ class Pair:
     def variance(self) -> float:
         """σ²_{t|s}, the "large" reverse variance: β_t for neighbours.
 
-        Written as s_t² (1 - SNR_t/SNR_s) so that close levels lose no digits that the tables hold.
+        The difference of squares is taken as a product, which loses half as many digits between close levels.
         """
-        return max(self.s_t**2 - (self.step * self.s_s) ** 2, 0.0)
+        carried = self.step * self.s_s
+        return max((self.s_t - carried) * (self.s_t + carried), 0.0)
 
     @cached_property
     def posterior_variance(self) -> float:
@@ -98,7 +102,106 @@ def diffuse(schedule: Schedule, x0: Tensor, t: Time, eps: Tensor) -> Tensor:
         x0, eps: [B, …].
         t: one time, or [B].
     """
-    from carrara.process.prediction import scales
-
     alpha, sigma = scales(schedule, t, x0)
     return alpha * x0 + sigma * eps
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(mean, e^{log_variance}), every dimension on its own.
+
+    Attributes:
+        mean: [B, …].
+        log_variance: ln Σ, a float for all dimensions or a tensor that broadcasts against the mean; -inf for a
+            point.
+    """
+
+    mean: Tensor
+    log_variance: Scale
+
+    def rows(self, index: Tensor) -> Gaussian:
+        """The Gaussians of some of the samples."""
+        log_variance = self.log_variance
+        return Gaussian(self.mean[index], log_variance[index] if isinstance(log_variance, Tensor) else log_variance)
+
+    def draw(self, z: Tensor) -> Tensor:
+        """mean + √Σ z for standard normal z, [B, …]."""
+        return self.mean + _exp(0.5 * self.log_variance) * z
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """ln N(x; mean, Σ) of every dimension, in nats, [B, …]."""
+        squares = (x - self.mean) ** 2 * _exp(-self.log_variance)
+        return -0.5 * (squares + self.log_variance + math.log(2 * math.pi))
+
+    def kl(self, other: Gaussian) -> Tensor:
+        """KL(self ‖ other) of every dimension, in nats, [B, …]:
+        ½ (ln Σ₂/Σ₁ + Σ₁/Σ₂ + (m₁ - m₂)²/Σ₂ - 1)."""
+        ratio = self.log_variance - other.log_variance
+        growth = torch.expm1(ratio) if isinstance(ratio, Tensor) else math.expm1(ratio)
+        return 0.5 * (growth - ratio + (self.mean - other.mean) ** 2 * _exp(-other.log_variance))
+
+    def bin_log_prob(self, x: Tensor, levels: int = 256, cdf: Literal["erf", "tanh"] = "erf") -> Tensor:
+        """ln of the probability of the bin around every x, in nats, [B, …] (Ho et al. 2020, eq. 13).
+
+        Args:
+            x: images of `levels` evenly spaced values in [-1, 1], both ends included. A bin reaches half a step
+                to either side; the first and the last are open outwards.
+            levels: 256 for 8-bit images, 17 for scikit-learn's digits.
+            cdf: the Gaussian's distribution function: "erf", exact far into the tails, or guided-diffusion's
+                "tanh" approximation with its floor of 1e-12 (up to 1e-4 bits/dim apart).
+        """
+        if levels < 2:
+            raise UserError(f"an image has at least 2 levels, {levels} were asked for.")
+        half = 1 / (levels - 1)
+        narrow = _exp(-0.5 * self.log_variance)
+        above, below = (x - self.mean + half) * narrow, (x - self.mean - half) * narrow
+        first, last = x < -1 + half, x > 1 - half
+        if cdf == "tanh":
+            upper, lower = _tanh_cdf(above), _tanh_cdf(below)
+            inside = torch.where(last, 1 - lower, upper - lower)
+            return torch.where(first, upper, inside).clamp(min=1e-12).log()
+        return _log_normal_between(below, above, first, last)
+
+
+def _exp(value: Scale) -> Scale:
+    return value.exp() if isinstance(value, Tensor) else math.exp(value)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _tanh_cdf(x: Tensor) -> Tensor:
+    """guided-diffusion's approximation of the standard normal distribution function."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _log_normal_between(low: Tensor, high: Tensor, open_low: Tensor, open_high: Tensor) -> Tensor:
+    """ln(Φ(high) - Φ(low)), with low = -∞ or high = ∞ where open; computed in float64, finite for any bin."""
+    # Both ends are mirrored to the side where Φ is small, so that the difference keeps its digits.
+    mirror = torch.where(open_low, False, open_high | (low + high > 0))
+    top = torch.where(mirror, -low, high).double()
+    bottom = torch.where(mirror, -high, low).double()
+    # An open end lies so far out that nothing beyond it counts, yet is finite, as its gradient must be.
+    bottom = torch.where(open_low | open_high, top.detach().clamp(max=0) - 50, bottom)
+    upper, lower = torch.special.log_ndtr(top), torch.special.log_ndtr(bottom)
+    between: Tensor = upper + torch.log(-torch.expm1(lower - upper))
+    return between.to(low.dtype)
+
+
+def marginal(schedule: Schedule, x0: Tensor, t: Time) -> Gaussian:
+    """q(x_t|x_0) = N(a_t x_0, s_t² I) (Ho et al. 2020, eq. 4); t is one time, or [B]."""
+    alpha, sigma = scales(schedule, t, x0)
+    return Gaussian(alpha * x0, 2 * (sigma.log() if isinstance(sigma, Tensor) else _log(sigma)))
+
+
+def forward(schedule: Schedule, x: Tensor, s: float, t: float) -> Gaussian:
+    """q(x_t|x_s) = N(a_{t|s} x_s, σ²_{t|s} I) for any s < t; x is x_s, [B, …]."""
+    pair = Pair.of(schedule, t, s)
+    return Gaussian(pair.step * x, _log(pair.variance))
+
+
+def posterior(schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float) -> Gaussian:
+    """q(x_s|x_t, x_0) for any s < t (Ho et al. 2020, eq. 6-7); x is x_t, [B, …]."""
+    pair = Pair.of(schedule, t, s)
+    return Gaussian(pair.posterior_mean(x, x0), _log(pair.posterior_variance))

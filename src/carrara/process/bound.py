@@ -1,0 +1,176 @@
+"""The variational bound of a reverse chain, term by term (Ho et al. 2020, eq. 5; MATH §4).
+
+-ln p(x_0) ≤ L_T + Σ L_{t-1} + L_0: prior matching, denoising matching, reconstruction. A chain is a schedule and the
+grid it is walked on: each pair's variance, and that of the last pair above all, depends on the whole grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from carrara.errors import UserError, nearest
+from carrara.process.grids import Grid
+from carrara.process.prediction import Prediction, Scale
+from carrara.process.schedules import Schedule, level
+from carrara.process.transitions import Gaussian, Pair, floor_variance, marginal
+
+ReverseVariance = Literal["small", "large", "learned", "optimal"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """p(x_T) Π p_θ(x_s|x_t) over the pairs of a grid, p_θ(x_s|x_t) = N(μ(x_t, x̂_0), Σ).
+
+    Pairs are counted in walking order: index 0 starts at the grid's noisiest time, the last one ends at the
+    clean point and is the reconstruction.
+
+    Attributes:
+        schedule: the noise levels.
+        grid: the times; it must end at the clean point.
+        variance: Σ: "small" (σ²_post), "large" (σ²_{t|s}), "learned" (between the two), or "optimal" (σ²_post +
+            (a_s σ²_{t|s}/s_t²)² Var[x_0|x_t], for denoisers that know the variance). None takes "learned" where
+            the model gives it, else "small". On the last pair, where σ²_post = 0, "small" and "large" are σ²_post
+            of the pair before, as in guided-diffusion.
+        levels: how many evenly spaced values in [-1, 1] a pixel has, for the reconstruction's probability; None
+            for continuous data, whose reconstruction is a density with σ²_{t|0} ("small" and "large").
+        cdf: see `Gaussian.bin_log_prob`.
+
+    Raises:
+        UserError: the grid ascends or does not end at the clean point; an unknown variance.
+    """
+
+    schedule: Schedule
+    grid: Grid
+    variance: ReverseVariance | None = None
+    levels: int | None = 256
+    cdf: Literal["erf", "tanh"] = "erf"
+
+    def __post_init__(self) -> None:
+        self.schedule.check(self.grid.times)
+        if self.grid.ascending or float(self.grid.times[-1]) != 0:
+            raise UserError("the bound needs a grid that descends to the clean point, t = 0.")
+        if self.variance is not None and self.variance not in get_args(ReverseVariance):
+            raise UserError(
+                f"there is no variance '{self.variance}': {nearest(self.variance, get_args(ReverseVariance))}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def index(self, times: Tensor) -> Tensor:
+        """The pairs that start at `times` [B], int64 [B].
+
+        Raises:
+            UserError: a time that starts no pair.
+        """
+        starts = self.grid.times[:-1].flip(0)
+        place = torch.searchsorted(starts, times.cpu().double()).clamp(max=len(starts) - 1)
+        if not torch.equal(starts[place], times.cpu().double()):
+            raise UserError("the bound was asked at a time that its grid does not visit.")
+        return len(starts) - 1 - place
+
+    @cached_property
+    def _pairs(self) -> list[Pair]:
+        return [Pair.of(self.schedule, t, s) for t, s in self.grid.pairs()]
+
+    @cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        """The coefficients of every pair, float64 [n]."""
+        times = self.grid.times.tolist()
+        before = [None, *times[:-2]]
+        floor = [
+            floor_variance(self.schedule, t, s, previous)
+            for (t, s), previous in zip(self.grid.pairs(), before, strict=True)
+        ]
+        large = [pair.variance for pair in self._pairs]
+        end = large[-1] if self.levels is None else floor[-1]
+        columns = {
+            "x": [pair.x_coefficient for pair in self._pairs],
+            "x0": [pair.x0_coefficient for pair in self._pairs],
+            "posterior": [pair.posterior_variance for pair in self._pairs],
+            "small": [*floor[:-1], end],
+            "large": [*large[:-1], end],
+            "floor": floor,
+            "ceiling": large,
+        }
+        return {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
+
+    def _read(self, name: str, index: int | Tensor, x: Tensor, log: bool = False) -> Scale:
+        """A coefficient of one pair as a float, of several as [B, 1, …] in x's type."""
+        table = self._tables[name].log() if log else self._tables[name]
+        if isinstance(index, int):
+            return float(table[index])
+        return table[index.cpu()].to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+    def posterior(self, x: Tensor, x0: Tensor, index: int | Tensor) -> Gaussian:
+        """q(x_s|x_t, x_0), for one pair or one pair a sample."""
+        mean = self._read("x", index, x) * x + self._read("x0", index, x) * x0
+        return Gaussian(mean, self._read("posterior", index, x, log=True))
+
+    def reverse(self, prediction: Prediction, index: int | Tensor) -> Gaussian:
+        """p_θ(x_s|x_t), for one pair or one pair a sample.
+
+        Raises:
+            UserError: a variance that the model does not give.
+        """
+        x, raw = prediction.x, prediction.variance_fraction
+        mean = self._read("x", index, x) * x + self._read("x0", index, x) * prediction.x0
+        kind = self.variance or ("small" if raw is None else "learned")
+        if kind == "optimal":
+            if prediction.x0_variance is None:
+                raise UserError("variance='optimal' needs a denoiser that knows Var[x0|x_t], as the oracle does.")
+            spread = self._read("x0", index, x) ** 2 * prediction.x0_variance
+            return Gaussian(mean, (self._read("posterior", index, x) + spread).log())
+        if kind == "learned":
+            if raw is None:
+                raise UserError("variance='learned' needs a model that was trained with a learned variance.")
+            fraction = (raw + 1) / 2
+            ceiling, floor = self._read("ceiling", index, x, log=True), self._read("floor", index, x, log=True)
+            return Gaussian(mean, fraction * ceiling + (1 - fraction) * floor)
+        return Gaussian(mean, self._read(kind, index, x, log=True))
+
+    def prior(self, x0: Tensor) -> Tensor:
+        """L_T = KL(q(x_T|x_0) ‖ p(x_T)) in nats per dimension, [B].
+
+        p(x_T) is N(0, I) where the variance is preserved, else N(0, s_T² I): what a sampler starts from.
+        """
+        alpha, sigma = level(self.schedule, float(self.grid.times[0]))
+        preserved = abs(alpha**2 + sigma**2 - 1) < 1e-9
+        prior = Gaussian(torch.zeros_like(x0), 0.0 if preserved else 2 * math.log(sigma))
+        return _per_dimension(marginal(self.schedule, x0, float(self.grid.times[0])).kl(prior))
+
+    def term(self, prediction: Prediction, x0: Tensor, index: int | Tensor) -> Tensor:
+        """What one pair adds to the bound: L_{t-1}, or L_0 for the last pair; nats per dimension, [B].
+
+        Args:
+            prediction: what is known at x_t = a_t x_0 + s_t ε.
+            x0: the clean images, [B, …].
+            index: one pair for the batch, or int64 [B].
+        """
+        q, p = self.posterior(prediction.x, x0, index), self.reverse(prediction, index)
+        if isinstance(index, int):
+            return self._reconstruction(p, x0) if index == len(self) - 1 else _per_dimension(q.kl(p))
+        # The rows are parted first: the last pair has no posterior variance to form a KL with.
+        last = (index.cpu() == len(self) - 1).to(x0.device)
+        value = x0.new_zeros(len(x0))
+        for rows, reconstructs in ((~last).nonzero()[:, 0], False), (last.nonzero()[:, 0], True):
+            if len(rows):
+                some = p.rows(rows)
+                part = self._reconstruction(some, x0[rows]) if reconstructs else _per_dimension(q.rows(rows).kl(some))
+                value = value.index_put((rows,), part)
+        return value
+
+    def _reconstruction(self, decoder: Gaussian, x0: Tensor) -> Tensor:
+        """-ln p_θ(x_0|x_1)."""
+        known = decoder.log_prob(x0) if self.levels is None else decoder.bin_log_prob(x0, self.levels, self.cdf)
+        return -_per_dimension(known)
+
+
+def _per_dimension(value: Tensor) -> Tensor:
+    return value.flatten(1).mean(1)
