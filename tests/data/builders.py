@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+Contents = dict[str, bytes | str]
+
 
 def pixels(number: int, height: int = 12, width: int = 12) -> NDArray[np.uint8]:
     """A picture that tells its number: noise of its own seed, uint8 [height, width, 3]."""
@@ -25,7 +27,7 @@ def picture(number: int, height: int = 12, width: int = 12) -> Image.Image:
 
 def encoded(image: Image.Image, kind: str = "png", **options: object) -> bytes:
     file = io.BytesIO()
-    image.save(file, kind, **options)  # type: ignore[arg-type]
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -33,11 +35,11 @@ def png(number: int, height: int = 12, width: int = 12) -> bytes:
     return encoded(picture(number, height, width))
 
 
-def files(count: int, name: str = "{:03d}.png") -> dict[str, bytes]:
+def files(count: int, name: str = "{:03d}.png") -> Contents:
     return {name.format(i): png(i) for i in range(count)}
 
 
-def folder(root: Path, contents: Mapping[str, bytes | str]) -> Path:
+def folder(root: Path, contents: Contents) -> Path:
     for name, content in contents.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,14 +51,14 @@ def jsonl(*rows: Mapping[str, object]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def zipped(path: Path, contents: Mapping[str, bytes | str]) -> Path:
+def zipped(path: Path, contents: Contents) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in contents.items():
             archive.writestr(name, content)
     return path
 
 
-def tarred(path: Path, contents: Mapping[str, bytes | str]) -> Path:
+def tarred(path: Path, contents: Contents) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in contents.items():

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from carrara.data.decode import UnreadablePicture
 from carrara.data.order import augmentation_draws, shuffled_index
 from carrara.data.preprocess import Preprocess
 from carrara.data.source import Source
+from carrara.data.workers import in_order
 from carrara.errors import UserError
 
 _THREADED_BYTES = 4096
-_AHEAD = 4
 _CHUNK = 1024
 
 Result = TypeVar("Result")
@@ -51,9 +53,9 @@ class Batch:
 class _Rows:
     """A batch before the main process has seen it: uint8 pixels travel four times lighter than floats."""
 
-    pixels: list[Tensor]
+    pixels: NDArray[np.uint8]
     index: list[int]
-    captions: list[str] | None
+    captions: list[str] | None = None
     unreadable: dict[int, str] = field(default_factory=dict)
     conversions: Counter[str] = field(default_factory=Counter)
 
@@ -109,6 +111,7 @@ class Batches:
         self.world = world
         self.workers = workers
         self._cache: _Prepared | None = None
+        self._shape = (prepare.channels, prepare.height, prepare.width)
         self._cannot: dict[int, str] = {}  # pictures that are missing from the cache, with the reason
         if _fits(source, prepare, cache_bytes):
             self._cache, self._cannot = _decode_all(source, prepare, progress)
@@ -137,46 +140,26 @@ class Batches:
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on, without end, the same as `at` gives, decoded ahead by the workers."""
         if self._cache is not None or self.workers == 0:
-            step = start_step
-            while True:
-                yield self.at(step)
-                step += 1
-        yield from self._from_workers(start_step)
+            yield from map(self.at, itertools.count(start_step))
+        ahead = in_order(self._safe_rows, start_step, self.workers)
+        yield from map(self._finish, itertools.count(start_step), ahead)
 
-    def _from_workers(self, step: int) -> Iterator[Batch]:
-        """Batches made by worker processes. Killed workers are started again at the batch that is missing."""
-        restarted_at = -1
-        while True:
-            loader: DataLoader[_Rows | UserError] = DataLoader(
-                _Steps(self),
-                batch_size=None,
-                sampler=range(step, 2**62),
-                num_workers=self.workers,
-                prefetch_factor=_AHEAD,
-                collate_fn=_as_it_is,
-            )
-            try:
-                for rows in loader:
-                    yield self._finish(step, rows)
-                    step += 1
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                if restarted_at == step:
-                    raise UserError(
-                        f"the data workers died twice at batch {step} (out of memory?): set data.workers lower."
-                    ) from error
-                restarted_at = step
+    def _safe_rows(self, step: int) -> _Rows | UserError:
+        """What a worker makes; a mistake is handed over, so that it is raised without the worker's traceback."""
+        try:
+            return self._rows(step)
+        except UserError as error:
+            return error
 
     def _rows(self, step: int) -> _Rows:
         positions = self.positions(step)
         index = shuffled_index(self.seed, positions.numpy(), len(self.source))
         draws = augmentation_draws(self.seed, int(positions[0]), len(positions))
-        rows = _Rows([], [], None)
-        for i, draw in zip(index.tolist(), draws.tolist(), strict=True):
+        rows = _Rows(np.empty((len(positions), *self._shape), np.uint8), [])
+        for pixels, i, draw in zip(rows.pixels, index.tolist(), draws.tolist(), strict=True):
             found, picture = self._readable(i, draw, rows)
             rows.index.append(found)
-            rows.pixels.append(self.prepare.cut(picture, draw))
+            pixels[:] = self.prepare.cut(picture, draw).numpy()
         captions = self.source.captions
         rows.captions = None if captions is None else [captions[i] for i in rows.index]
         return rows
@@ -209,7 +192,7 @@ class Batches:
         source.unreadable.update(rows.unreadable)
         source.conversions.update(rows.conversions)
         source.refuse_unreadable()
-        pixels = torch.stack(rows.pixels).clamp_(max=source.levels - 1)  # bicubic may overshoot 17 levels
+        pixels = torch.from_numpy(rows.pixels).clamp_(max=source.levels - 1)  # bicubic may overshoot 17 levels
         return Batch(
             images=pixels * (2 / (source.levels - 1)) - 1,
             label=None if source.labels is None else torch.from_numpy(source.labels[rows.index]),
@@ -217,23 +200,6 @@ class Batches:
             positions=self.positions(step),
             names=[source.pictures.name(i) for i in rows.index],
         )
-
-
-class _Steps(Dataset[_Rows | UserError]):
-    """Batches by step, as `DataLoader` asks its workers for them."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, step: int) -> _Rows | UserError:
-        try:
-            return self.batches._rows(step)
-        except UserError as error:  # raised in the main process, without the worker's traceback
-            return error
-
-
-def _as_it_is(rows: Any) -> Any:
-    return rows
 
 
 def _fits(source: Source, prepare: Preprocess, cache_bytes: int) -> bool:

@@ -1,0 +1,219 @@
+"""Each mistake about data gets one sentence that names the file and says what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from carrara.data import Batches, Preprocess, open_source
+from carrara.errors import UserError
+from tests.data.builders import Contents, encoded, files, folder, jsonl, picture, png, tarred, zipped
+
+
+def refused(path: Path | str, **arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        open_source(path, **arguments)  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith((".", "?"))
+    return text
+
+
+def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
+    folder(tmp_path, {"photos/1.png": png(1)})
+    assert "did you mean 'photos'" in refused(tmp_path / "photo")
+    assert str(tmp_path / "no" / "where") in refused(tmp_path / "no" / "where")
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    assert "is empty" in refused(tmp_path)
+
+
+def test_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
+    text = refused(folder(tmp_path, {"a.txt": "x", "b.pdf": "y"}))
+    assert ".pdf" in text
+    assert "no image" in text
+
+
+def test_a_single_image_is_no_data_set(tmp_path: Path) -> None:
+    assert "give the folder" in refused(folder(tmp_path, files(1)) / "000.png")
+
+
+def test_an_unknown_file(tmp_path: Path) -> None:
+    assert "no data set" in refused(folder(tmp_path, {"a.rar": "x"}) / "a.rar")
+
+
+@pytest.mark.parametrize("limit", [-0.1, 1.5])
+def test_an_impossible_limit(limit: float) -> None:
+    assert "between 0 and 1" in refused("digits", unreadable_limit=limit)
+
+
+DEFECTS: dict[str, bytes] = {"truncated": png(1, 64, 64)[:900], "zero-byte": b"", "not an image": b"hello"}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+def test_unreadable_files_are_named_and_skipped_under_the_limit(tmp_path: Path, defect: str, cache_bytes: int) -> None:
+    path = folder(tmp_path, {**files(19), "bad.png": DEFECTS[defect]})
+    source = open_source(path, unreadable_limit=0.05)
+    batches = Batches(source, Preprocess(8, 8), batch_size=20, cache_bytes=cache_bytes)
+    assert "bad.png" not in batches.at(0).names
+    assert len(batches.at(0).names) == 20
+    assert len(source.warnings) == 1
+    assert "1 of 20 images" in source.warnings[0]
+    assert "bad.png" in source.warnings[0]
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+def test_unreadable_files_are_refused_above_the_limit(tmp_path: Path, defect: str, cache_bytes: int) -> None:
+    source = open_source(folder(tmp_path, {**files(19), "bad.png": DEFECTS[defect]}), unreadable_limit=0.04)
+    with pytest.raises(UserError, match=r"1 of 20 .*bad\.png .*limit of 4\.00%.*data\.unreadable_limit"):
+        Batches(source, Preprocess(8, 8), batch_size=20, cache_bytes=cache_bytes).at(0)
+
+
+def test_the_first_few_of_many_unreadable_are_named(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path, {**files(2), **{f"bad{i}.png": b"" for i in range(9)}}))
+    with pytest.raises(UserError, match="and 4 more"):
+        Batches(source, Preprocess(8, 8), batch_size=2)
+
+
+def test_nothing_readable_ends_instead_of_spinning(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path, {f"{i}.png": b"" for i in range(4)}), unreadable_limit=1.0)
+    with pytest.raises(UserError, match="none of the 4 images"):
+        Batches(source, Preprocess(8, 8), batch_size=2).at(0)
+
+
+def test_asking_for_an_unreadable_picture_names_it(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path, {**files(1), "bad.png": b""}))
+    with pytest.raises(UserError, match=r"bad\.png cannot be read: the file is empty"):
+        source[1]
+
+
+def test_conversions_are_stated(tmp_path: Path) -> None:
+    contents: Contents = {
+        "cmyk.jpg": encoded(picture(1).convert("CMYK"), "jpeg"),
+        "palette.png": encoded(picture(2).quantize(8)),
+        "plain.png": png(3),
+    }
+    source = open_source(folder(tmp_path, contents))
+    Batches(source, Preprocess(8, 8), batch_size=2)
+    assert source.warnings == ["1 images: CMYK to RGB.", "1 images: palette to RGB."]
+
+
+def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path, files(3)))
+    with pytest.raises(UserError, match=r"holds 3 images, fewer than one batch of 4: set training\.batch_size to 3"):
+        Batches(source, Preprocess(8, 8), batch_size=4)
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 3, "world": 2}, {"rank": 2, "world": 2}, {"batch_size": 0}])
+def test_batches_that_cannot_be_shared(tmp_path: Path, arguments: dict[str, int]) -> None:
+    source = open_source(folder(tmp_path, files(4)))
+    with pytest.raises(UserError, match="batch"):
+        Batches(source, Preprocess(8, 8), **{"batch_size": 4, **arguments})  # type: ignore[arg-type]
+
+
+ROWS = [{"file_name": f"{i:03d}.png", "text": f"no {i}"} for i in range(20)]
+
+
+def test_caption_rows_without_an_image_are_listed(tmp_path: Path) -> None:
+    rows = jsonl(*ROWS, {"file_name": "gone.png", "text": "?"})
+    path = folder(tmp_path, {**files(20), "metadata.jsonl": rows})
+    text = refused(path)
+    for word in ("metadata.jsonl", "20 matched", "1 names have no image (gone.png)", "data.unreadable_limit"):
+        assert word in text
+    assert "left out" in open_source(path, unreadable_limit=0.05).warnings[0]
+
+
+def test_images_without_a_caption_row_are_listed(tmp_path: Path) -> None:
+    path = folder(tmp_path, {**files(20), "metadata.jsonl": jsonl(*ROWS[:19])})
+    assert "1 of 20 images have no caption (019.png)" in refused(path)
+    source = open_source(path, unreadable_limit=0.05)
+    assert len(source) == 19
+    assert "019.png" in source.warnings[0]
+
+
+def test_images_without_a_text_file_are_listed(tmp_path: Path) -> None:
+    contents: Contents = {**files(3), "000.txt": "zero", "001.txt": "one", "nobody.txt": "?", "README.txt": "about"}
+    text = refused(folder(tmp_path, contents))
+    assert "1 of 3 images have no caption (002.png)" in text
+    assert "1 names have no image (nobody.txt)" in text
+    assert "README" not in text
+
+
+def test_caption_column_missing_names_the_nearest(tmp_path: Path) -> None:
+    path = folder(tmp_path, {**files(20), "metadata.jsonl": jsonl(*ROWS)})
+    text = refused(path, caption_column="txet")
+    assert "metadata.jsonl" in text
+    assert "did you mean 'text'" in text
+
+
+def test_caption_column_without_any_metadata_says_where_it_looked(tmp_path: Path) -> None:
+    text = refused(folder(tmp_path, files(3)), caption_column="text")
+    for word in ("metadata.jsonl", "metadata.csv", "root", "sub-folder"):
+        assert word in text
+
+
+def test_a_misspelt_metadata_file_is_pointed_out(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path, {**files(20), "metadata.json1": jsonl(*ROWS)}))
+    assert "metadata.json1 is not read" in source.warnings[0]
+
+
+METADATA_FAULTS: dict[str, tuple[str, str]] = {
+    "no rows": ("", "no rows"),
+    "bad json": ('{"file_name": "000.png", "text": \n', "line 1 is no JSON"),
+    "no object": ("[1, 2]\n", "line 1 is no JSON object"),
+    "no file column": (jsonl({"file_nam": "000.png", "text": "x"}), "did you mean 'file_nam'"),
+    "no caption": (
+        jsonl(*({"file_name": f"00{i}.png", "width": 3} for i in (0, 1))),
+        "neither a caption nor a label column",
+    ),
+    "no label in a row": (jsonl(ROWS[0] | {"label": 1}, ROWS[1]), "leaves the column 'label' out of 1 rows"),
+}
+
+
+@pytest.mark.parametrize("fault", METADATA_FAULTS)
+def test_damaged_metadata(tmp_path: Path, fault: str) -> None:
+    content, word = METADATA_FAULTS[fault]
+    assert word in refused(folder(tmp_path, {**files(2), "metadata.jsonl": content}))
+
+
+def test_metadata_that_is_no_utf8(tmp_path: Path) -> None:
+    assert "UTF-8" in refused(folder(tmp_path, {**files(1), "metadata.csv": b"file_name,text\n000.png,caf\xe9\n"}))
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:2000])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("build", "word"),
+    [
+        (lambda p: folder(p, {"a.tar": b"junk" * 300}) / "a.tar", "uncompressed tar"),
+        (lambda p: cut(tarred(p / "a.tar", {"1.png": png(1, 90, 90)})), "cut off|uncompressed tar"),
+        (lambda p: folder(p, {"a.zip": b"junk"}) / "a.zip", "zip archive"),
+        (lambda p: folder(p, {"a.parquet": b"junk"}) / "a.parquet", "parquet"),
+        (lambda p: tarred(p / "a.tar", {"readme.md": "x"}), "no image"),
+        (lambda p: zipped(p / "a.zip", {}), "is empty"),
+    ],
+    ids=["tar junk", "tar cut", "zip junk", "parquet junk", "tar without images", "empty zip"],
+)
+def test_damaged_archives(tmp_path: Path, build: Callable[[Path], Path], word: str) -> None:
+    assert re.search(word, refused(build(tmp_path)))
+
+
+def test_a_named_shard_that_is_missing(tmp_path: Path) -> None:
+    tarred(tmp_path / "0.tar", files(1))
+    assert "1.tar is missing" in refused(str(tmp_path / "{0..1}.tar"))
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_split_that_is_not_there(tmp_path: Path, split: str) -> None:
+    assert split in refused(folder(tmp_path / "f", files(2)), split=split)
+    tarred(tmp_path / "t" / "0.tar", files(1))
+    assert split in refused(tmp_path / "t", split=split)

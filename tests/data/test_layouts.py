@@ -1,0 +1,216 @@
+"""Each layout is found by looking, and gives the same pictures, labels and captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from carrara.data import Source, open_source
+from carrara.errors import UserError
+from tests.data.builders import Contents, files, folder, jsonl, picture, pixels, png, tarred, zipped
+
+CAPTIONED: Contents = {
+    name: data for i in range(4) for name, data in ((f"{i}.png", png(i)), (f"{i}.txt", f"picture {i}\n"))
+}
+CLASSES: Contents = {f"{name}/{i}.png": png(i) for i, name in enumerate(["cat", "dog", "cat", "emu"])}
+DESCRIBED: Contents = {
+    **{f"images/{i}.png": png(i) for i in range(3)},
+    "metadata.jsonl": jsonl(*({"file_name": f"images/{i}.png", "text": f"picture {i}"} for i in range(3))),
+}
+
+
+def same_pixels(source: Source, index: int, number: int) -> bool:
+    return np.array_equal(np.asarray(source[index].image), pixels(number))
+
+
+@pytest.mark.parametrize("archive", ["folder", "zip"])
+def test_plain_images(tmp_path: Path, archive: str) -> None:
+    contents: Contents = {**files(5), "notes.md": "# mine"}
+    path = folder(tmp_path / "a", contents) if archive == "folder" else zipped(tmp_path / "a.zip", contents)
+    source = open_source(path)
+    assert len(source) == 5
+    assert all(same_pixels(source, i, i) for i in range(5))
+    assert (source.class_names, source.has_captions, source.levels) == (None, False, 256)
+    assert source[2].name.endswith("002.png")
+    assert "5 images" in source.layout
+    assert source.warnings == []
+
+
+@pytest.mark.parametrize("archive", ["folder", "zip"])
+def test_class_folders(tmp_path: Path, archive: str) -> None:
+    path = folder(tmp_path / "a", CLASSES) if archive == "folder" else zipped(tmp_path / "a.zip", CLASSES)
+    source = open_source(path)
+    assert source.class_names == ("cat", "dog", "emu")
+    assert [source[i].label for i in range(4)] == [0, 0, 1, 2]
+    assert [same_pixels(source, i, number) for i, number in enumerate([0, 2, 1, 3])] == [True] * 4
+    assert "class folders, 3 classes" in source.layout
+
+
+def test_nested_class_folders_take_the_first_folder(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path, {"cat/old/1.png": png(1), "cat/2.png": png(2), "dog/x/y/3.png": png(3)}))
+    assert source.class_names == ("cat", "dog")
+
+
+def test_images_beside_class_folders_are_told(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path, {**CLASSES, "stray.png": png(9)}))
+    assert source.class_names is None
+    assert source.warnings == ["1 images lie beside the sub-folders, so the sub-folders are not taken for classes."]
+
+
+@pytest.mark.parametrize("archive", ["folder", "zip"])
+def test_text_files_beside_images(tmp_path: Path, archive: str) -> None:
+    path = folder(tmp_path / "a", CAPTIONED) if archive == "folder" else zipped(tmp_path / "a.zip", CAPTIONED)
+    source = open_source(path)
+    assert source.captions is not None
+    assert source.captions[:] == [f"picture {i}" for i in range(4)]
+    assert source[3].caption == "picture 3"
+    assert same_pixels(source, 3, 3)
+
+
+@pytest.mark.parametrize("archive", ["folder", "zip"])
+def test_metadata_jsonl(tmp_path: Path, archive: str) -> None:
+    path = folder(tmp_path / "a", DESCRIBED) if archive == "folder" else zipped(tmp_path / "a.zip", DESCRIBED)
+    source = open_source(path)
+    assert [source[i].caption for i in range(3)] == ["picture 0", "picture 1", "picture 2"]
+    assert "metadata.jsonl (captions in 'text')" in source.layout
+
+
+def test_metadata_csv_with_labels(tmp_path: Path) -> None:
+    table = "file_name,text,label\n0.png,zero,even\n1.png,one,odd\n2.png,two,even\n"
+    source = open_source(folder(tmp_path, {**files(3, "{}.png"), "metadata.csv": table}))
+    assert source.class_names == ("even", "odd")
+    assert [(source[i].caption, source[i].label) for i in range(3)] == [("zero", 0), ("one", 1), ("two", 0)]
+
+
+def test_metadata_in_sub_folders_speaks_of_its_own_folder(tmp_path: Path) -> None:
+    contents: Contents = {
+        "a/x.png": png(1),
+        "a/metadata.jsonl": jsonl({"file_name": "x.png", "text": "first"}),
+        "b/x.png": png(2),
+        "b/metadata.csv": "file_name,text\nx.png,second\n",
+    }
+    source = open_source(folder(tmp_path, contents))
+    assert [(source[i].name, source[i].caption) for i in range(2)] == [("a/x.png", "first"), ("b/x.png", "second")]
+
+
+@pytest.mark.parametrize("column", ["caption", "prompt", "description", "meaning"])
+def test_a_caption_column_of_another_name(tmp_path: Path, column: str) -> None:
+    rows = jsonl({"file_name": "000.png", column: "hello", "width": 3})
+    assert open_source(folder(tmp_path, {**files(1), "metadata.jsonl": rows}))[0].caption == "hello"
+
+
+def test_the_named_caption_column_wins(tmp_path: Path) -> None:
+    rows = jsonl({"file_name": "000.png", "text": "long", "short": "brief"})
+    path = folder(tmp_path, {**files(1), "metadata.jsonl": rows})
+    assert open_source(path)[0].caption == "long"
+    assert open_source(path, caption_column="short")[0].caption == "brief"
+
+
+def test_shards(tmp_path: Path) -> None:
+    for shard in range(3):
+        keys = range(shard * 4, shard * 4 + 4)
+        contents: Contents = {
+            f"{k:05d}.{end}": data for k in keys for end, data in (("png", png(k)), ("txt", f"no {k}"))
+        }
+        contents |= {f"{k:05d}.cls": str(k % 2) for k in keys}
+        tarred(tmp_path / f"{shard:05d}.tar", contents)
+    source = open_source(tmp_path)
+    assert len(source) == 12
+    assert all(same_pixels(source, k, k) for k in range(12))
+    assert [source[k].caption for k in (0, 11)] == ["no 0", "no 11"]
+    assert source.class_names == ("0", "1")
+    assert source[7].label == 1
+    assert source[7].name == "00001.tar/00007.png"
+    braces = open_source(str(tmp_path / "{00001..00002}.tar"))
+    assert len(braces) == 8
+    assert len(open_source(tmp_path / "00001.tar")) == 4
+
+
+def test_shards_with_json(tmp_path: Path) -> None:
+    contents: Contents = {
+        f"{k}.{end}": d for k in range(3) for end, d in (("png", png(k)), ("json", f'{{"caption": "c{k}"}}'))
+    }
+    assert open_source(tarred(tmp_path / "0.tar", contents))[2].caption == "c2"
+
+
+def test_shards_of_splits(tmp_path: Path) -> None:
+    tarred(tmp_path / "train-000.tar", files(3))
+    tarred(tmp_path / "val-000.tar", files(2))
+    assert len(open_source(tmp_path)) == 3
+    assert len(open_source(tmp_path, split="validation")) == 2
+
+
+def test_a_gap_in_the_shard_numbers_is_told(tmp_path: Path) -> None:
+    for shard in (0, 1, 4):
+        tarred(tmp_path / f"part-{shard:03d}.tar", {f"{shard}.png": png(shard)})
+    assert open_source(tmp_path).warnings == [
+        "2 shards are missing from the running numbers, the first is part-002.tar."
+    ]
+
+
+def test_split_folders(tmp_path: Path) -> None:
+    contents: Contents = {f"{split}/{c}/{i}.png": png(i) for split in ("train", "val") for c in "ab" for i in range(2)}
+    path = folder(tmp_path, contents)
+    assert open_source(path).class_names == ("a", "b")
+    assert len(open_source(path, split="validation")) == 4
+    with pytest.raises(UserError, match=r"no split 'tset': did you mean 'test'|no split 'tset': known are: train, val"):
+        open_source(path, split="tset")
+
+
+def test_a_class_called_test_is_no_split(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path, {"test/1.png": png(1), "exam/2.png": png(2)}))
+    assert source.class_names == ("exam", "test")
+
+
+def test_digits() -> None:
+    train, test = open_source("digits"), open_source("digits", split="test")
+    assert (len(train), len(test), train.levels) == (1437, 360, 17)
+    assert train.class_names == tuple("0123456789")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    scans, labels = load_digits(return_X_y=True)
+    expected, _, numbers, _ = train_test_split(scans, labels, test_size=360, random_state=0, stratify=labels)
+    assert np.array_equal(np.stack([np.asarray(train[i].image).ravel() for i in range(1437)]), expected)
+    assert train.labels is not None
+    assert np.array_equal(train.labels, numbers)
+    with pytest.raises(UserError, match="known are: test, train"):
+        open_source("digits", split="validation")
+
+
+def test_hidden_and_system_files_are_left_out(tmp_path: Path) -> None:
+    contents: Contents = {
+        **files(2),
+        ".hidden.png": png(5),
+        ".git/x.png": png(6),
+        "__MACOSX/._000.png": b"resource fork",
+    }
+    assert len(open_source(folder(tmp_path / "f", contents))) == 2
+    assert len(open_source(zipped(tmp_path / "z.zip", contents))) == 2
+
+
+def test_the_order_of_files_does_not_depend_on_the_disk(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        folder(tmp_path, {f"{name}.png": png(ord(name))})
+    source = open_source(tmp_path)
+    assert [source[i].name for i in range(3)] == ["a.png", "b.png", "c.png"]
+
+
+def test_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    here, there = (folder(tmp_path / name, CAPTIONED) for name in ("here", "there"))
+    assert open_source(here).fingerprint() == open_source(there).fingerprint()
+    (there / "1.txt").write_text("another caption")
+    assert open_source(here).fingerprint() != open_source(there).fingerprint()
+    (there / "1.txt").write_text("picture 1\n")
+    picture(77).save(there / "2.png")
+    assert open_source(here).fingerprint() != open_source(there).fingerprint()
+
+
+def test_mixed_endings_and_cases(tmp_path: Path) -> None:
+    names = {"a.PNG": "png", "b.Jpg": "jpeg", "c.webp": "webp", "d.bmp": "bmp", "e.tiff": "tiff", "f.gif": "gif"}
+    for name, kind in names.items():
+        picture(1).save(tmp_path / name, kind)
+    source = open_source(tmp_path)
+    assert [source[i].image.size for i in range(len(source))] == [(12, 12)] * 6

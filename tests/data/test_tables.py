@@ -1,0 +1,196 @@
+"""Parquet and saved data sets: columns are found by what they are, splits as Hugging Face finds them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from carrara.data import Batches, Preprocess, Source, open_source, tables
+from carrara.errors import UserError
+from tests.data.builders import folder, picture, pixels, png
+
+
+def data_set(count: int = 6, first: int = 0) -> datasets.Dataset:
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["even", "odd"]), text=datasets.Value("string")
+    )
+    numbers = range(first, first + count)
+    columns = {
+        "image": [{"bytes": png(i), "path": None} for i in numbers],
+        "label": [i % 2 for i in numbers],
+        "text": [f"no {i}" for i in numbers],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def written(path: Path, **columns: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def check(source: Source, numbers: list[int]) -> None:
+    assert len(source) == len(numbers)
+    for index, number in enumerate(numbers):
+        example = source[index]
+        assert np.array_equal(np.asarray(example.image), pixels(number))
+        assert (example.label, example.caption) == (number % 2, f"no {number}")
+    assert source.class_names == ("even", "odd")
+
+
+def test_one_parquet_file(tmp_path: Path) -> None:
+    data_set().to_parquet(str(tmp_path / "a.parquet"))
+    source = open_source(tmp_path / "a.parquet")
+    check(source, list(range(6)))
+    for word in ("a parquet file", "6 rows", "images in 'image'", "2 classes in 'label'", "captions in 'text'"):
+        assert word in source.layout
+
+
+def test_a_folder_of_parquet_in_splits(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        data_set(3, 3 * part).to_parquet(str(tmp_path / "data" / f"train-0000{part}-of-00002.parquet"))
+    data_set(2, 10).to_parquet(str(tmp_path / "data" / "validation-00000-of-00001.parquet"))
+    check(open_source(tmp_path), list(range(6)))
+    check(open_source(tmp_path, split="val"), [10, 11])
+    with pytest.raises(UserError, match="no split 'test'"):
+        open_source(tmp_path, split="test")
+
+
+def test_splits_of_the_readme(tmp_path: Path) -> None:
+    data_set(3).to_parquet(str(tmp_path / "first.parquet"))
+    data_set(2, 10).to_parquet(str(tmp_path / "second.parquet"))
+    front = "configs:\n- config_name: default\n  data_files:\n"
+    front += "  - split: train\n    path: first.parquet\n  - split: test\n    path: second.parquet\n"
+    folder(tmp_path, {"README.md": f"---\n{front}---\n# mine\n"})
+    check(open_source(tmp_path, split="test"), [10, 11])
+
+
+def test_saved_data_sets(tmp_path: Path) -> None:
+    data_set().save_to_disk(str(tmp_path / "one"))
+    check(open_source(tmp_path / "one"), list(range(6)))
+    both = datasets.DatasetDict(train=data_set(), test=data_set(2, 10))
+    both.save_to_disk(str(tmp_path / "both"))
+    check(open_source(tmp_path / "both", split="test"), [10, 11])
+    with pytest.raises(UserError, match="no split 'validation'"):
+        open_source(tmp_path / "both", split="validation")
+
+
+def test_a_saved_selection_keeps_its_rows(tmp_path: Path) -> None:
+    data_set().select([4, 1, 3]).save_to_disk(str(tmp_path / "s"))
+    check(open_source(tmp_path / "s"), [4, 1, 3])
+
+
+def test_a_table_larger_than_memory_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_set().to_parquet(str(tmp_path / "a.parquet"))
+    monkeypatch.setattr(tables, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    source = open_source(tmp_path / "a.parquet")
+    check(source, list(range(6)))
+    assert str(tmp_path / "cache") in source.warnings[0]
+
+
+def test_opening_writes_nothing_beside_the_data(tmp_path: Path) -> None:
+    data_set().to_parquet(str(tmp_path / "a.parquet"))
+    before = sorted(tmp_path.rglob("*"))
+    open_source(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_columns_of_other_names_are_found_by_type(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "a.parquet",
+        id=["x", "y"],
+        jpg=[png(0), png(1)],
+        category=["dog", "cat"],
+        headline=["no 0", "no 1"],
+    )
+    source = open_source(path)
+    assert source.class_names == ("cat", "dog")
+    assert [(source[i].label, source[i].caption) for i in range(2)] == [(1, "no 0"), (0, "no 1")]
+
+
+def test_several_texts_are_no_caption_unless_named(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.parquet", image=[png(0)], short=["a"], long=["b"])
+    assert not open_source(path).has_captions
+    assert open_source(path, caption_column="long")[0].caption == "b"
+    with pytest.raises(UserError, match="did you mean 'short'"):
+        open_source(path, caption_column="shrt")
+
+
+def test_of_several_captions_the_first_is_taken(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.parquet", image=[png(0), png(1)], captions=[["a", "b"], None])
+    source = open_source(path)
+    assert source.captions is not None
+    assert source.captions[:] == ["a", ""]
+
+
+def test_integer_labels_are_numbered_by_value(tmp_path: Path) -> None:
+    source = open_source(written(tmp_path / "a.parquet", image=[png(i) for i in range(3)], label=[10, 2, 10]))
+    assert source.class_names == ("2", "10")
+    assert source.labels is not None
+    assert source.labels.tolist() == [1, 0, 1]
+
+
+def test_a_table_without_images_tells_its_columns(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no column of encoded images; its columns are: a \(int64\), b \(string\)"):
+        open_source(written(tmp_path / "a.parquet", a=[1], b=["x"]))
+
+
+def test_empty_cells_are_named(tmp_path: Path) -> None:
+    source = open_source(written(tmp_path / "a.parquet", image=[png(0), None]))
+    with pytest.raises(UserError, match=r"a\.parquet row 1 cannot be read: the cell is empty"):
+        source[1]
+    with pytest.raises(UserError, match=r"column 'label' of .* has 1 empty cells"):
+        open_source(written(tmp_path / "b.parquet", image=[png(0), png(1)], label=[1, None]))
+
+
+def test_a_label_beyond_the_declared_classes(tmp_path: Path) -> None:
+    table = data_set().data.table
+    label = table.column_names.index("label")
+    table = table.set_column(label, table.schema.field("label"), pa.array([7] * 6, pa.int64()))
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="label 7 but names only 2 classes"):
+        open_source(tmp_path / "a.parquet")
+
+
+def test_an_empty_table(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no rows"):
+        open_source(written(tmp_path / "a.parquet", image=pa.array([], pa.binary())))
+
+
+def test_pictures_by_path_lie_beside_the_table(tmp_path: Path) -> None:
+    picture(3).save(tmp_path / "p.png")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = pa.array([{"bytes": None, "path": "p.png"}, {"bytes": None, "path": "gone.png"}], kind)
+    source = open_source(written(tmp_path / "a.parquet", image=cells))
+    assert np.array_equal(np.asarray(source[0].image), pixels(3))
+    with pytest.raises(UserError, match=r"gone\.png"):
+        source[1]
+
+
+def test_files_of_several_schemas_are_refused(tmp_path: Path) -> None:
+    written(tmp_path / "train-0.parquet", image=[png(0)], label=[1])
+    written(tmp_path / "train-1.parquet", picture=[png(0)])
+    with pytest.raises(UserError, match="several schemas"):
+        open_source(tmp_path)
+
+
+def test_the_same_batches_from_a_table_as_from_memory(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    pq.write_table(data_set(12).data.table, file, row_group_size=5)
+    (tmp_path / "a.parquet").write_bytes(file.getvalue())
+    source = open_source(tmp_path / "a.parquet")
+    batch = Batches(source, Preprocess(12, 12), batch_size=6).at(1)
+    assert batch.label is not None
+    assert batch.captions is not None
+    for image, label, caption in zip(batch.images, batch.label.tolist(), batch.captions, strict=True):
+        number = int(caption.removeprefix("no "))
+        assert label == number % 2
+        assert np.array_equal(((image + 1) * 127.5).round().permute(1, 2, 0).numpy(), pixels(number))
