@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from carrara.errors import UserError
 from carrara.evaluation.features import Inception, preparation
+from carrara.evaluation.features.checksum import file_checksum
 from carrara.evaluation.features.inception_network import InceptionNetwork
 from carrara.evaluation.features.inception_weights import (
     OFFICIAL,
-    file_checksum,
     from_torchscript,
     read_weights,
     torchscript_name,

@@ -1,24 +1,47 @@
 """Figures of quality: features, moments, distances between sets, and the protocol each figure carries."""
 
 from carrara.evaluation.bootstrap import Interval
+from carrara.evaluation.clip_score import clip_score, retrieval
+from carrara.evaluation.collect import Collected, collect
 from carrara.evaluation.frechet import frechet_distance, frechet_interval
 from carrara.evaluation.inception_score import inception_score
+from carrara.evaluation.infinity import frechet_infinity
+from carrara.evaluation.judge import class_accuracy
 from carrara.evaluation.kernel import kernel_distance
 from carrara.evaluation.manifold import density_coverage, precision_recall
 from carrara.evaluation.memorisation import class_spread, class_spread_interval, memorisation
 from carrara.evaluation.moments import Moments, Statistics
+from carrara.evaluation.reconstruction import psnr, ssim
+from carrara.evaluation.reference import cached_statistics, read_images, read_statistics, write_statistics
+from carrara.evaluation.stamp import Measurement, Measurements, Stamp, compare
 
 __all__ = [
+    "Collected",
     "Interval",
+    "Measurement",
+    "Measurements",
     "Moments",
+    "Stamp",
     "Statistics",
+    "cached_statistics",
+    "class_accuracy",
     "class_spread",
     "class_spread_interval",
+    "clip_score",
+    "collect",
+    "compare",
     "density_coverage",
     "frechet_distance",
+    "frechet_infinity",
     "frechet_interval",
     "inception_score",
     "kernel_distance",
     "memorisation",
     "precision_recall",
+    "psnr",
+    "read_images",
+    "read_statistics",
+    "retrieval",
+    "ssim",
+    "write_statistics",
 ]

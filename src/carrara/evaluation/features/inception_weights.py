@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError
+from carrara.evaluation.features.checksum import file_checksum
 from carrara.evaluation.features.inception_network import InceptionNetwork
 
 PYTORCH_FID = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -20,12 +20,6 @@ OFFICIAL = {
     TORCHSCRIPT: "inception-2015-12-05.pt (TorchScript; StyleGAN2-ADA, clean-fid)",
 }
 """SHA-256 of the published files that hold the weights of 5 December 2015."""
-
-
-def file_checksum(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(path: str | Path, checksum: str | None = None) -> tuple[dict[str, Tensor], str]:

@@ -1,0 +1,116 @@
+"""Every figure of a set of samples, with its interval and its stamp."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from carrara.evaluation.collect import Collected
+from carrara.evaluation.frechet import frechet_distance, frechet_interval
+from carrara.evaluation.inception_score import inception_score
+from carrara.evaluation.infinity import frechet_infinity
+from carrara.evaluation.judge import class_accuracy
+from carrara.evaluation.kernel import kernel_distance
+from carrara.evaluation.manifold import density_coverage, precision_recall
+from carrara.evaluation.memorisation import class_spread, class_spread_interval, memorisation
+from carrara.evaluation.moments import Rows, Statistics
+from carrara.evaluation.stamp import Measurement, Measurements, Stamp
+
+FID_FEATURES = "inception-2015"
+"""The only features whose Fréchet distance is called FID, and whose kernel distance KID."""
+
+
+def frechet_name(features: str) -> str:
+    """What a Fréchet distance in these features may be called."""
+    return "fid" if features == FID_FEATURES else "frechet_distance"
+
+
+def kernel_name(features: str) -> str:
+    """What a kernel distance in these features may be called."""
+    return "kid" if features == FID_FEATURES else "kernel_distance"
+
+
+def measure_frechet(
+    samples: Collected, reference: Collected | Statistics, stamp: Stamp, replicates: int = 20, seed: int = 0
+) -> Measurements:
+    """The Fréchet distance and, where there are enough samples, its extrapolation to infinitely many.
+
+    The interval needs the samples' rows; where only the first were kept there is none.
+    """
+    known = reference if isinstance(reference, Statistics) else reference.moments.statistics()
+    whole = len(samples.rows) == samples.moments.count
+    few = samples.moments.count <= samples.moments.dimension
+    # With no more rows than dimensions the rows themselves are exact, their covariance only nearly so.
+    value = frechet_distance(samples.rows if whole and few else samples.moments, known)
+    interval = frechet_interval(samples.rows, known, replicates, seed=seed) if whole else None
+    name = frechet_name(stamp.features)
+    figures = {name: Measurement(value, interval, stamp, _few(samples, few))}
+    if whole and samples.moments.count > 1.2 * samples.moments.dimension:
+        beyond = frechet_infinity(samples.rows, known, seed=seed)
+        figures[f"{name}_infinity"] = Measurement(beyond.value, beyond.interval, stamp.with_settings(groups=10))
+    return figures
+
+
+def _few(samples: Collected, few: bool) -> str:
+    if not few:
+        return ""
+    return (
+        f"{samples.moments.count:,} samples for {samples.moments.dimension:,} dimensions: "
+        "far too large a value, comparable at equal n only"
+    )
+
+
+def measure_pairs(samples: Collected, reference: Collected, stamp: Stamp, seed: int = 0) -> Measurements:
+    """Kernel distance, precision, recall, density and coverage of the rows that were kept."""
+    x, y = samples.rows, reference.rows
+    stamp = stamp.with_settings(rows=len(x), reference_rows=len(y))
+    kernel = kernel_distance(x, y, seed=seed)
+    manifold, cover = precision_recall(x, y, seed=seed), density_coverage(x, y, seed=seed)
+    subsets = stamp.with_settings(subset_size=kernel.subset_size)
+    three, five = stamp.with_settings(k=3), stamp.with_settings(k=5)
+    return {
+        kernel_name(stamp.features): Measurement(
+            kernel.full, kernel.interval, subsets, f"mean of subsets {kernel.mean:.3g} ± {kernel.spread:.2g}"
+        ),
+        "precision": Measurement(manifold.precision, manifold.precision_interval, three),
+        "recall": Measurement(manifold.recall, manifold.recall_interval, three),
+        "density": Measurement(cover.density, cover.density_interval, five),
+        "coverage": Measurement(cover.coverage, cover.coverage_interval, five),
+    }
+
+
+def measure_inception_score(logits: Rows, stamp: Stamp, splits: int = 10, seed: int = 0) -> Measurements:
+    """The Inception score of the FID network's logits; with any other judge's, its class score."""
+    score = inception_score(logits, splits, seed)
+    name = "inception_score" if stamp.features == FID_FEATURES else "class_score"
+    note = f"mean of {splits} splits {score.mean:.4g} ± {score.spread:.2g}"
+    return {name: Measurement(score.full, score.interval, stamp.with_settings(splits=splits), note)}
+
+
+def measure_memory(samples: Rows, train: Rows, held_out: Rows, stamp: Stamp, seed: int = 0) -> Measurements:
+    """Whether the training images were learnt by heart: two shares and two medians of distance ratios."""
+    from carrara.evaluation.bootstrap import median_interval
+
+    found = memorisation(samples, train, held_out, seed)
+    return {
+        "memorised_share": Measurement(found.share, found.interval, stamp),
+        "memorised_share_held_out": Measurement(found.held_out_share, found.held_out_interval, stamp),
+        "distance_ratio": Measurement(
+            float(found.ratios.quantile(0.5)), median_interval(found.ratios, seed=seed), stamp
+        ),
+        "distance_ratio_held_out": Measurement(
+            float(found.held_out_ratios.quantile(0.5)), median_interval(found.held_out_ratios, seed=seed), stamp
+        ),
+    }
+
+
+def measure_classes(images: Tensor, labels: Tensor, read: Tensor | None, stamp: Stamp, seed: int = 0) -> Measurements:
+    """Diversity within a class and, where a judge has `read` the images (int64 [N]), how many show what was asked."""
+    figures = {
+        "class_spread": Measurement(
+            class_spread(images, labels), class_spread_interval(images, labels, seed=seed), stamp
+        )
+    }
+    if read is not None:
+        accuracy = class_accuracy(read, labels, seed)
+        figures["class_accuracy"] = Measurement(accuracy.share, accuracy.interval, stamp)
+    return figures
