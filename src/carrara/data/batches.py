@@ -192,9 +192,11 @@ class Batches:
         source.unreadable.update(rows.unreadable)
         source.conversions.update(rows.conversions)
         source.refuse_unreadable()
-        pixels = torch.from_numpy(rows.pixels).clamp_(max=source.levels - 1)  # bicubic may overshoot 17 levels
+        if source.levels < 256:
+            rows.pixels.clip(max=source.levels - 1, out=rows.pixels)  # bicubic may overshoot the white of the digits
+        images = torch.from_numpy(rows.pixels).to(torch.float32).mul_(2 / (source.levels - 1)).sub_(1)
         return Batch(
-            images=pixels * (2 / (source.levels - 1)) - 1,
+            images=images,
             label=None if source.labels is None else torch.from_numpy(source.labels[rows.index]),
             captions=rows.captions,
             positions=self.positions(step),
