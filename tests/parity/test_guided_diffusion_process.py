@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from carrara.condition import Condition
-from carrara.process import Chain, Gaussian, Pair, Prediction, diffuse, marginal, posterior, schedules
+from carrara.evaluation import bits_per_dimension
+from carrara.process import Chain, Gaussian, GivenNoise, Pair, Prediction, diffuse, marginal, posterior, schedules
 from tests.parity.reference import GUIDED_DIFFUSION_CASES, GuidedDiffusion, Reference
 
 # Both programs take 1 - ratio of tabled numbers near one, which is good to about an ulp of one.
@@ -133,3 +134,16 @@ class TestHelpers:
         torch.testing.assert_close(probability, reference.exp(), rtol=1e-5, atol=3e-7)
         # The exact distribution function lies within the approximation's own error, 3e-4 at worst.
         torch.testing.assert_close(gaussian.bin_log_prob(images).exp(), reference.exp(), rtol=0, atol=1e-3)
+
+
+def test_the_bound_term_by_term(case: GuidedDiffusion) -> None:
+    images = case.input("img")
+    noise = GivenNoise(tensors=(case.input("x_T"), *case.input("noise_seq")))
+    bound = bits_per_dimension(
+        case.denoiser, images, case.grid, levels=256, variance=case.variance, cdf="tanh", noise=noise, batch_size=1
+    )
+    case.check("bpd.prior_bpd", bound.prior)
+    case.check("bpd.vb", bound.terms)
+    case.check("bpd.xstart_mse", bound.x0_errors)
+    case.check("bpd.mse", bound.eps_errors)
+    case.check("bpd.total_bpd", bound.total)

@@ -1,6 +1,7 @@
 """Figures of quality: features, moments, distances between sets, and the protocol each figure carries."""
 
 from carrara.evaluation.bootstrap import Interval
+from carrara.evaluation.bound import Bound, bits_per_dimension
 from carrara.evaluation.clip_score import clip_score, retrieval
 from carrara.evaluation.collect import Collected, collect
 from carrara.evaluation.frechet import frechet_distance, frechet_interval
@@ -16,6 +17,7 @@ from carrara.evaluation.reference import cached_statistics, read_images, read_st
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp, compare
 
 __all__ = [
+    "Bound",
     "Collected",
     "Interval",
     "Measurement",
@@ -23,6 +25,7 @@ __all__ = [
     "Moments",
     "Stamp",
     "Statistics",
+    "bits_per_dimension",
     "cached_statistics",
     "class_accuracy",
     "class_spread",
