@@ -27,12 +27,12 @@ class ClassifierFeatures:
         self.preparation = f"own size, [-1, 1], network time {network_time:g}"
         self.checksum = tensors_checksum(network.state_dict())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """The features of one batch."""
         return self._run(images)[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def classes(self, images: Tensor) -> Tensor:
         """The class it reads in each image, int64 [N]: the classifier as a judge."""
         return self._run(images)[1].argmax(1)

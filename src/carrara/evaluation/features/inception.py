@@ -58,14 +58,14 @@ class Inception:
         network.load_state_dict(weights)
         return cls(network, found, found in OFFICIAL, preparation, device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """The features of one batch, on the network's device."""
         prepared = inception_input(images.to(self.device), self.preparation)
         features: Tensor = self.network(prepared.contiguous(memory_format=torch.channels_last))
         return features
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """The 1,008 logits [N, 1008] of features [N, 2048], without the bias: what the Inception score takes."""
         return F.linear(features.to(self.device), self.network.fc.weight)

@@ -79,13 +79,17 @@ def inception_input(images: Tensor, preparation: str) -> Tensor:
 
 
 def standardised(images: Tensor, size: int, mean: list[float], std: list[float]) -> Tensor:
-    """Pillow's bicubic (antialiased) to a shorter side of `size`, centre crop, (v/255 - mean)/std per channel."""
+    """Bicubic (antialiased) to a shorter side of `size`, centre crop, (v/255 - mean)/std for each channel.
+
+    The resize works on 8 bits, as Pillow's, which CLIP and DINOv2 were trained behind.
+    """
     height, width = images.shape[-2:]
     scale = size / min(height, width)
-    resized = levels(images)
+    resized = levels(images).to(torch.uint8)
     if scale != 1:
         shape = (max(size, round(height * scale)), max(size, round(width * scale)))
-        resized = F.interpolate(resized, shape, mode="bicubic", align_corners=False, antialias=True)
+        on_cpu = resized.cpu()  # there is no 8-bit kernel elsewhere
+        resized = F.interpolate(on_cpu, shape, mode="bicubic", align_corners=False, antialias=True).to(images.device)
     top, left = (resized.shape[-2] - size) // 2, (resized.shape[-1] - size) // 2
-    crop = resized[..., top : top + size, left : left + size].clamp(0, 255) / 255
+    crop = resized[..., top : top + size, left : left + size].float() / 255
     return (crop - crop.new_tensor(mean)[:, None, None]) / crop.new_tensor(std)[:, None, None]

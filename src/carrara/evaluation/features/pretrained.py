@@ -42,7 +42,7 @@ class Clip:
         self._size, self._mean, self._std = _preprocessor(path, size, CLIP_MEAN, CLIP_STD)
         self.preparation = _described(self._size)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Image embeddings before normalising."""
         pixels = standardised(images.to(self.device), self._size, self._mean, self._std)
@@ -50,7 +50,7 @@ class Clip:
         embeddings: Tensor = self._model.visual_projection(pooled)
         return embeddings
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
         """Text embeddings before normalising. Cutting keeps the end-of-text token, where CLIP reads the text."""
         tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt").to(
@@ -77,7 +77,7 @@ class Dino:
         self._size, self._mean, self._std = _preprocessor(path, 224, IMAGENET_MEAN, IMAGENET_STD)
         self.preparation = _described(self._size)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Features of one batch of images [N, C, H, W] in [-1, 1], float32 [N, D]."""
         pixels = standardised(images.to(self.device), self._size, self._mean, self._std)
