@@ -1,7 +1,23 @@
 """What is minimised: objectives with named players, the times they visit, the weights they give."""
 
 from carrara.objectives.base import Examples, Objective, Terms
-from carrara.objectives.diffusion import DiffusionObjective
-from carrara.objectives.times import TimeSampler, UniformTimes
+from carrara.objectives.classifier import ClassifierObjective
+from carrara.objectives.diffusion import DiffusionObjective, Loss
+from carrara.objectives.times import LogitNormalTimes, LogNormalTimes, LossAwareTimes, TimeSampler, UniformTimes
+from carrara.objectives.weights import Weight, WeightKind
 
-__all__ = ["DiffusionObjective", "Examples", "Objective", "Terms", "TimeSampler", "UniformTimes"]
+__all__ = [
+    "ClassifierObjective",
+    "DiffusionObjective",
+    "Examples",
+    "LogNormalTimes",
+    "LogitNormalTimes",
+    "Loss",
+    "LossAwareTimes",
+    "Objective",
+    "Terms",
+    "TimeSampler",
+    "UniformTimes",
+    "Weight",
+    "WeightKind",
+]

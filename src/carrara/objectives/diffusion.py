@@ -1,35 +1,53 @@
-"""The diffusion objective L_simple (Ho et al. 2020, eq. 14), for any prediction kind."""
+"""The diffusion objectives: L_simple, L_vlb and L_hybrid, for any prediction kind (MATH §4)."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from carrara.condition import Condition
-from carrara.errors import UserError
+from carrara.errors import UserError, nearest
 from carrara.objectives.base import Examples, Terms
 from carrara.objectives.times import TimeSampler, UniformTimes, draw_uniform
-from carrara.process.denoiser import network_times
+from carrara.objectives.weights import Weight
+from carrara.process import grids
+from carrara.process.bound import Chain
+from carrara.process.denoiser import NetworkDenoiser
 from carrara.process.noise import Noise
-from carrara.process.parameterisation import Predicts
-from carrara.process.prediction import scales
+from carrara.process.parameterisation import Predicts, target, to_prediction
 from carrara.process.schedules import Schedule
+from carrara.process.transitions import diffuse
 
-# The draws of one training step, told apart by their sub-draw.
-_NOISE, _TIME, _DROPOUT = 0, 1, 2
+Loss = Literal["simple", "hybrid", "vlb"]
+
+NOISE, TIME, DROPOUT = 0, 1, 2
+"""The draws of one training step, told apart by their sub-draw."""
 
 
 class DiffusionObjective:
-    """Mean over dimensions of (target - network(a x_0 + s ε, t))², target being what the network predicts.
+    """The mean over dimensions of the squared error of what the network tells, or the variational bound.
 
     Args:
-        network: `network(x, network_time, condition) -> raw` [B, C, H, W].
+        network: `network(x, network_time, condition) -> raw`, [B, C, H, W], 2C channels with a learned variance.
         schedule: the noise levels.
-        predicts: "eps", "x0" or "v".
-        times: which levels are visited.
+        predicts: what the network tells.
+        times: which levels are visited; by default all alike.
         null: the condition of a dropped sample, one row; None trains without condition dropout.
         dropout: probability with which each sample's condition is dropped (Ho & Salimans 2022 use 0.1).
+        loss: "simple", weight·(target - told)² (Ho et al. 2020, eq. 14); "vlb", T·L_t in bits per dimension, whose
+            expectation over uniform t is the bound without its prior; "hybrid", the first plus `vlb_weight` times
+            the second with the mean detached, so that the bound teaches the variance alone (Nichol & Dhariwal
+            2021, eq. 16).
+        weight: how much each level counts in the squared error.
+        learned_variance: the network tells its reverse variance too: needs "hybrid" or "vlb".
+        chain: the chain whose bound is meant, T pairs; by default the whole table with 256 levels a pixel.
+        vlb_weight: λ of the hybrid.
+
+    Raises:
+        UserError: settings that cannot train a model, told in one sentence.
     """
 
     def __init__(
@@ -40,47 +58,113 @@ class DiffusionObjective:
         times: TimeSampler | None = None,
         null: Condition | None = None,
         dropout: float = 0.0,
+        *,
+        loss: Loss = "simple",
+        weight: Weight | None = None,
+        learned_variance: bool = False,
+        chain: Chain | None = None,
+        vlb_weight: float = 1e-3,
     ) -> None:
         if not 0 <= dropout < 1:
             raise UserError(f"the condition dropout lies in 0..1, {dropout:g} does not.")
         if dropout > 0 and null is None:
             raise UserError("condition dropout needs a null condition to drop to.")
+        if loss not in get_args(Loss):
+            raise UserError(f"there is no loss '{loss}': {nearest(loss, get_args(Loss))}")
+        if learned_variance and loss == "simple":
+            raise UserError("loss 'simple' never trains a learned variance: use 'hybrid' or 'vlb'.")
+        if loss == "hybrid" and not learned_variance:
+            raise UserError("loss 'hybrid' trains a learned variance, which this network does not have: use 'simple'.")
+        if loss != "simple" and chain is None:
+            if not schedule.discrete:
+                raise UserError("the bound of a continuous schedule needs a chain: name the grid that is meant.")
+            chain = Chain(schedule, grids.trailing(schedule, int(schedule.final_time)))
         self.network, self.schedule, self.predicts = network, schedule, predicts
-        self.times = times or UniformTimes()
+        self.times = times or UniformTimes(chain.grid if chain else None)
         self.null, self.dropout = null, dropout
+        self.loss, self.weight, self.chain, self.vlb_weight = loss, weight or Weight(), chain, vlb_weight
+        self.learned_variance = learned_variance
+        _check_zero_snr(schedule, predicts, self.weight if loss != "vlb" else Weight())
 
     @property
     def players(self) -> dict[str, nn.Module]:
         return {"network": self.network}
 
     def terms(self, batch: Examples, draw: Noise, player: str) -> Terms:
+        self.players[player]
         x0, size = batch.x0, batch.x0.shape[0]
-        times, weights = self.times.draw(self.schedule, draw_uniform(draw, size, _TIME))
-        eps = draw.like(x0, sub=_NOISE)
-        alpha, sigma = scales(self.schedule, times, x0)
-        x = alpha * x0 + sigma * eps
-        raw = self.network(x, network_times(self.schedule, times, x), self._condition(batch.condition, draw, size))
-        error = (raw.to(x0.dtype) - self._target(x0, eps, alpha, sigma)).square().flatten(1).mean(1)
-        share = (times - self.schedule.first_time) / (self.schedule.final_time - self.schedule.first_time)
-        quarter = (share * 4).long().clamp(0, 3)
-        return Terms(error * weights.to(error), {"mse": error.detach()}, quarter)
+        times, importance = self.times.draw(self.schedule, draw_uniform(draw, size, TIME))
+        condition = self._condition(batch.condition, draw, size)
+        loss, scalars = self.losses(x0, times, draw.like(x0, sub=NOISE), condition)
+        if loss.requires_grad:
+            self.times.observe(times, loss.detach(), range(size) if draw.ids is None else draw.ids)
+        return Terms(loss * importance.to(loss), scalars, quarters(self.schedule, times))
 
-    def _target(self, x0: Tensor, eps: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        if self.predicts == "eps":
-            return eps
-        if self.predicts == "x0":
-            return x0
-        return alpha * eps - sigma * x0
+    def losses(self, x0: Tensor, times: Tensor, eps: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of every sample at given times, without importance weights.
+
+        Args:
+            x0, eps: clean images and noise, [B, …].
+            times: schedule time of every sample, [B]; for a bound, times of its grid.
+            condition: what the network is told, dropout done.
+
+        Returns:
+            The loss [B], differentiable; scalars [B] each, detached: `mse`, the plain squared error, and `vb`, the
+            bound's term L_t in bits per dimension, where it is trained.
+        """
+        x = diffuse(self.schedule, x0, times, eps)
+        denoiser = NetworkDenoiser(self.network, self.schedule, self.predicts, self.learned_variance)
+        raw, fraction = denoiser.ask(x, times, condition)
+        error = (raw - target(self.predicts, self.schedule, x0, eps, times)).square().flatten(1).mean(1)
+        scalars = {"mse": error.detach()}
+        if self.loss == "simple" or self.chain is None:
+            return self._weigh(error, times), scalars
+        mean = raw.detach() if self.loss == "hybrid" else raw
+        prediction = to_prediction(self.predicts, self.schedule, x, times, mean, fraction)
+        bound = self.chain.term(prediction, x0, self.chain.index(times)) / math.log(2)
+        scalars["vb"] = bound.detach()
+        scaled = len(self.chain) * bound
+        if self.loss == "vlb":
+            return scaled, scalars
+        return self._weigh(error, times) + self.vlb_weight * scaled, scalars
+
+    def _weigh(self, error: Tensor, times: Tensor) -> Tensor:
+        return error * self.weight(self.predicts, self.schedule, times).to(error)
 
     def _condition(self, condition: Condition, draw: Noise, size: int) -> Condition:
         if self.null is None or self.dropout == 0:
             return condition
-        keep = draw_uniform(draw, size, _DROPOUT) >= self.dropout
+        keep = draw_uniform(draw, size, DROPOUT) >= self.dropout
         return condition.mix(keep, self.null)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return self.times.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise UserError(f"this objective remembers nothing, the checkpoint holds {sorted(state)}.")
+        self.times.load_state_dict(state)
+
+
+def quarters(schedule: Schedule, times: Tensor) -> Tensor:
+    """Which quarter of what the network is told each time falls into, 0 the cleanest; int64 [B].
+
+    Counted in the network's own time, so that EDM's levels, of which most lie below 1 of 80, spread too.
+    """
+    first, final = schedule.network_time(schedule.first_time), schedule.network_time(schedule.final_time)
+    share = (schedule.network_time(times) - first) / (final - first)
+    return (share * 4).long().clamp(0, 3)
+
+
+def _check_zero_snr(schedule: Schedule, predicts: Predicts, weight: Weight) -> None:
+    """See that the level where no signal is left, from which sampling starts, can be predicted and is trained."""
+    last = torch.tensor([schedule.final_time], dtype=torch.float64)
+    if float(schedule.alpha(last)) > 0:
+        return
+    if predicts == "eps":
+        raise UserError(
+            "this schedule ends at zero SNR, where ε says nothing about the image: predict 'v', 'x0' or 'flow'."
+        )
+    if schedule.discrete and float(weight(predicts, schedule, last)) == 0:
+        raise UserError(
+            f"the weight '{weight.kind}' is 0 at this schedule's zero-SNR end, from which sampling starts: "
+            "give it a floor (0.1, say)."
+        )

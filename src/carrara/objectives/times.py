@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from carrara.errors import UserError
+from carrara.process import grids
+from carrara.process.grids import Grid
 from carrara.process.noise import Noise
 from carrara.process.schedules import Schedule
 
 
-class TimeSampler(Protocol):
+class TimeSampler(ABC):
     """Draws the time of every sample and the importance weight that keeps the expectation unbiased."""
 
+    @abstractmethod
     def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -24,19 +30,165 @@ class TimeSampler(Protocol):
         Returns:
             times, float64 [B], in schedule units; weights, float64 [B].
         """
-        ...
+
+    def observe(self, times: Tensor, losses: Tensor, positions: Sequence[int]) -> None:  # noqa: B027 (most do nothing)
+        """Learn from a batch's losses.
+
+        Args:
+            times: what `draw` gave, [B].
+            losses: per sample, without the importance weights, detached, [B].
+            positions: the samples' global positions in the run.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, for the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        if state:
+            raise UserError(f"{type(self).__name__} remembers nothing, the checkpoint holds {sorted(state)}.")
 
 
 @dataclass(frozen=True)
-class UniformTimes:
-    """t uniform over 1..T of a table (Ho et al. 2020, algorithm 1), over first_time..final_time otherwise."""
+class UniformTimes(TimeSampler):
+    """t uniform over 1..T of a table (Ho et al. 2020, algorithm 1), over first_time..final_time otherwise.
+
+    Attributes:
+        grid: trains on the starting times of these pairs instead, as a respaced process is trained.
+    """
+
+    grid: Grid | None = None
 
     def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        if schedule.discrete:
+        if self.grid is not None:
+            times = self.grid.times[(uniform * len(self.grid)).long()]
+        elif schedule.discrete:
             times = (uniform * schedule.final_time).floor() + 1
         else:
             times = schedule.first_time + uniform * (schedule.final_time - schedule.first_time)
         return times, torch.ones_like(times)
+
+
+def _within(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Times moved into the schedule's range, to whole ones on a table, each with weight 1."""
+    times = (times.round() if schedule.discrete else times).clamp(schedule.first_time, schedule.final_time)
+    return times, torch.ones_like(times)
+
+
+@dataclass(frozen=True)
+class LogitNormalTimes(TimeSampler):
+    """ln(u/(1-u)) ~ N(mean, spread²) for u = t/final_time: more of the middle (Esser et al. 2024, eq. 19).
+
+    The distribution is itself the weighting: no importance weights undo it.
+    """
+
+    mean: float = 0.0
+    spread: float = 1.0
+
+    def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        share = torch.sigmoid(self.mean + self.spread * torch.special.ndtri(uniform))
+        return _within(schedule, share * schedule.final_time)
+
+
+@dataclass(frozen=True)
+class LogNormalTimes(TimeSampler):
+    """ln σ ~ N(mean, spread²) for the noise-to-signal ratio σ = s/a (Karras et al. 2022, table 1), on any schedule.
+
+    The distribution is itself the weighting: no importance weights undo it.
+    """
+
+    mean: float = -1.2
+    spread: float = 1.2
+
+    def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        log_sigma = self.mean + self.spread * torch.special.ndtri(uniform)
+        return _within(schedule, schedule.time_at(-2 * log_sigma))
+
+
+class LossAwareTimes(TimeSampler):
+    """Visits the levels with large losses more often (Nichol & Dhariwal 2021, §3.3).
+
+    p_t = (1 - ε)·w_t/Σw + ε/T with w_t = √E[L_t²] over the last losses of t, uniform until every level has
+    enough of them; the importance weights 1/(p_t T) keep the expectation.
+
+    Args:
+        schedule: the noise levels.
+        grid: the process that is trained, by default the whole table.
+        history: how many losses each level remembers.
+        uniform: ε, the share that is spread evenly.
+        gather: joins the rows of all processes (`carrara.distributed.gather`), so that all know the same; by
+            default there is one process.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        grid: Grid | None = None,
+        history: int = 10,
+        uniform: float = 0.001,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if history < 1 or not 0 < uniform <= 1:
+            raise UserError("loss-aware times need a history of at least 1 and a uniform share above 0, at most 1.")
+        if grid is None:
+            if not schedule.discrete:
+                raise UserError("loss-aware times remember levels, a continuous schedule has none: name a grid.")
+            grid = grids.trailing(schedule, int(schedule.final_time))
+        self.levels = grid.times[:-1].flip(0)
+        self.uniform, self._gather = uniform, gather or (lambda rows: rows)
+        self.history = torch.zeros(len(self.levels), history, dtype=torch.float64)
+        self.counts = torch.zeros(len(self.levels), dtype=torch.int64)
+
+    @property
+    def warm(self) -> bool:
+        """Whether every level has its history."""
+        return bool((self.counts == self.history.shape[1]).all())
+
+    def probabilities(self) -> Tensor:
+        """p_t of every level, float64 [T], summing to one."""
+        if not self.warm:
+            return torch.full_like(self.levels, 1 / len(self.levels))
+        weight = self.history.square().mean(1).sqrt()
+        total = weight.sum()
+        if total == 0:
+            return torch.full_like(self.levels, 1 / len(self.levels))
+        return (1 - self.uniform) * weight / total + self.uniform / len(self.levels)
+
+    def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = self.probabilities()
+        reached = probabilities.cumsum(0)
+        index = torch.searchsorted(reached, uniform * reached[-1], right=True).clamp(max=len(self.levels) - 1)
+        return self.levels[index], 1 / (probabilities[index] * len(self.levels))
+
+    def observe(self, times: Tensor, losses: Tensor, positions: Sequence[int]) -> None:
+        """Remember a batch's losses, of all processes, in the order of their global positions.
+
+        A loss that is not finite is not remembered: it would be drawn for ever.
+        """
+        index = torch.searchsorted(self.levels, times.cpu().double())
+        local = torch.tensor(list(positions), dtype=torch.float64), index.double(), losses.detach().cpu().double()
+        rows = self._gather(torch.stack(local, dim=1).to(losses.device)).cpu()
+        rows = rows[rows[:, 0].argsort(stable=True)]
+        for level, loss in zip(rows[:, 1].long().tolist(), rows[:, 2].tolist(), strict=True):
+            if loss - loss != 0:  # NaN or infinity
+                continue
+            self.history[level] = self.history[level].roll(-1)
+            self.history[level, -1] = loss
+            self.counts[level] = min(int(self.counts[level]) + 1, self.history.shape[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history.clone(), "counts": self.counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave.
+
+        Raises:
+            UserError: a history of another size.
+        """
+        if state.keys() != {"history", "counts"} or state["history"].shape != self.history.shape:
+            raise UserError("the checkpoint's loss history does not fit: it was kept for other levels.")
+        self.history, self.counts = state["history"].clone(), state["counts"].clone()
 
 
 def draw_uniform(noise: Noise, batch: int, sub: int) -> Tensor:
