@@ -112,7 +112,8 @@ class Trainer:
         self.source, self.batches = open_batches(recipe, self.processes)
         self.labels = _labels(recipe, self.source)
         torch.manual_seed(recipe.seed)
-        self.network = UNet(recipe.network_params(len(self.labels.names) if self.labels else None)).to(self.processes.device)
+        params = recipe.network_params(len(self.labels.names) if self.labels else None)
+        self.network = UNet(params).to(self.processes.device)
         self.codec: Codec = Identity()
         schedule = schedules.build(recipe.schedule.spec())
         null = self.labels.null() if self.labels and self.labels.dropout else None
@@ -296,7 +297,7 @@ class Trainer:
         weights = {"network": self.network.state_dict(), "ema": self.ema.module.state_dict()}
         state = {
             "carrara": carrara.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
             "step": self.step,
             "bad_steps": self.bad_steps,
@@ -324,7 +325,7 @@ class Trainer:
         self.step, self.bad_steps = state["step"], state["bad_steps"]
         self.window = Window(**state["window"])
         self.notices.append(f"going on from the checkpoint of step {step}.")
-        for key, now in (("torch", torch.__version__), ("threads", torch.get_num_threads())):
+        for key, now in (("torch", str(torch.__version__)), ("threads", torch.get_num_threads())):
             if state[key] != now:
                 self.notices.append(f"the checkpoint was made with {key} {state[key]}, this is {now}: bits may differ.")
 

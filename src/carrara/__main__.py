@@ -1,0 +1,5 @@
+"""`python -m carrara` is `carrara`."""
+
+from carrara.cli import main
+
+main()

@@ -1,0 +1,30 @@
+"""The commands and their words."""
+
+from __future__ import annotations
+
+import typer
+
+from carrara.cli import data, demo, recipes, sample, train
+
+app = typer.Typer(
+    name="carrara",
+    help="The whole life of a diffusion model: look at your images, train, sample, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("sample")(sample.sample)
+app.command("recipes")(recipes.recipes)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from carrara import __version__
+
+        print(__version__)
+        raise typer.Exit

@@ -1,0 +1,22 @@
+"""`carrara recipes`: what comes with Carrara."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe in full.")] = None,
+) -> None:
+    """List the shipped recipes, or print one: a start for your own."""
+    from carrara.recipe import load, shipped
+
+    if name is not None:
+        print(load(name).to_yaml(), end="")
+        return
+    for known in shipped():
+        recipe = load(known)
+        side = "×".join(map(str, recipe.data.resolution))
+        print(f"{known:10} {side} pixels, {recipe.data.channels} channels, {recipe.training.steps:,} steps")
