@@ -39,7 +39,7 @@ def files(count: int, name: str = "{:03d}.png") -> Contents:
     return {name.format(i): png(i) for i in range(count)}
 
 
-def folder(root: Path, contents: Contents) -> Path:
+def folder(root: Path, contents: Mapping[str, bytes | str]) -> Path:
     for name, content in contents.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,14 +51,14 @@ def jsonl(*rows: Mapping[str, object]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def zipped(path: Path, contents: Contents) -> Path:
+def zipped(path: Path, contents: Mapping[str, bytes | str]) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in contents.items():
             archive.writestr(name, content)
     return path
 
 
-def tarred(path: Path, contents: Contents) -> Path:
+def tarred(path: Path, contents: Mapping[str, bytes | str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in contents.items():

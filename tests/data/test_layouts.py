@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +215,46 @@ def test_mixed_endings_and_cases(tmp_path: Path) -> None:
         picture(1).save(tmp_path / name, kind)
     source = open_source(tmp_path)
     assert [source[i].image.size for i in range(len(source))] == [(12, 12)] * 6
+
+
+@pytest.mark.parametrize("labels", [[["a/0.png", 6], ["a/1.png", 2]], None])
+def test_the_zip_of_edm(tmp_path: Path, labels: list[list[object]] | None) -> None:
+    contents: Contents = {"a/0.png": png(0), "a/1.png": png(1), "dataset.json": json.dumps({"labels": labels})}
+    source = open_source(zipped(tmp_path / "a.zip", contents))
+    assert len(source) == 2
+    assert source.class_names == (None if labels is None else ("2", "6"))
+    assert source[0].label == (None if labels is None else 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_arrays_as_adm_writes_them(tmp_path: Path, channels: int) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (5, 6, 7, channels), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", array, np.array([3, 1, 3, 1, 3]))
+    source = open_source(tmp_path / "a.npz")
+    assert np.array_equal(np.stack([np.asarray(source[i].image) for i in range(5)]).reshape(array.shape), array)
+    assert source.class_names == ("1", "3")
+    assert source[0].label == 1
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 4, 4, 3)), np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4, 2), np.uint8)]
+)
+def test_other_arrays_are_refused(tmp_path: Path, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> None:
+    np.savez(tmp_path / "a.npz", array)
+    with pytest.raises(UserError, match=r"'arr_0' must be uint8 \[N, H, W, C\]"):
+        open_source(tmp_path / "a.npz")
+
+
+def test_class_words_in_file_names_are_pointed_out(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path / "a", {f"{c}_{i}.png": png(i) for c in ("cat", "dog") for i in range(3)}))
+    assert source.class_names is None
+    assert source.warnings == ["file names begin with 2 words (cat, dog, …): for classes, sort them into sub-folders."]
+    assert open_source(folder(tmp_path / "b", {f"IMG_{i}.png": png(i) for i in range(3)})).warnings == []
+
+
+def test_links_do_not_lead_in_circles(tmp_path: Path) -> None:
+    folder(tmp_path / "set", {"a/1.png": png(1), "b/2.png": png(2)})
+    (tmp_path / "set" / "b" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "c").symlink_to(tmp_path / "set" / "a")
+    source = open_source(tmp_path / "set")
+    assert [source[i].name for i in range(len(source))] == ["a/1.png", "b/2.png", "c/1.png"]

@@ -1,17 +1,21 @@
 """Data sets of any layout, as batches in an order that depends on the seed and the position alone."""
 
 from carrara.data.batches import Batch, Batches
+from carrara.data.buckets import AspectBuckets, aspect_buckets
 from carrara.data.layouts import open_source
-from carrara.data.order import augmentation_draws, shuffled_index
+from carrara.data.order import ShuffledShards, augmentation_draws, shuffled_index
 from carrara.data.preprocess import Preprocess
 from carrara.data.source import Example, Source
 
 __all__ = [
+    "AspectBuckets",
     "Batch",
     "Batches",
     "Example",
     "Preprocess",
+    "ShuffledShards",
     "Source",
+    "aspect_buckets",
     "augmentation_draws",
     "open_source",
     "shuffled_index",

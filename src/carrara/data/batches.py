@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from carrara.data.decode import UnreadablePicture
-from carrara.data.order import augmentation_draws, shuffled_index
+from carrara.data.order import Integers, Order, Shuffled, augmentation_draws
 from carrara.data.preprocess import Preprocess
 from carrara.data.source import Source
 from carrara.data.workers import in_order
@@ -60,12 +60,16 @@ class _Rows:
     conversions: Counter[str] = field(default_factory=Counter)
 
 
+class _Prepared(Protocol):
+    def __getitem__(self, index: int) -> Tensor: ...
+
+
 class Batches:
     """An endless sequence of batches; batch `step` holds positions step·batch_size onwards.
 
-    The sample at global position p is `shuffled_index(seed, p, len(source))` and its augmentation comes from
-    `augmentation_draws(seed, p)`. A picture that cannot be read is named in `source.unreadable` and replaced by
-    one drawn for that position; too many of them stop the run.
+    The sample at global position p is the order's (`shuffled_index(seed, p, len(source))` unless another is
+    given), and its augmentation comes from `augmentation_draws(seed, p)`. A picture that cannot be read is named
+    in `source.unreadable` and replaced by one drawn for that position; too many of them stop the run.
 
     Args:
         source: the pictures.
@@ -77,6 +81,8 @@ class Batches:
         cache_bytes: a data set whose encoded and whose prepared pictures both fit is decoded once, here, and
             kept as uint8.
         progress: told (pictures decoded, pictures in all) while the cache fills.
+        order: which sample stands where; None is `Shuffled`. `AspectBuckets` gives each batch its own height and
+            width, `ShuffledShards` reads a few shards at a time.
 
     Raises:
         UserError: fewer pictures than a batch, a batch that the processes cannot share, or too many unreadable.
@@ -93,6 +99,7 @@ class Batches:
         workers: int = 0,
         cache_bytes: int = 2**29,
         progress: Callable[[int, int], None] | None = None,
+        order: Order | None = None,
     ) -> None:
         if batch_size < 1 or workers < 0:
             raise UserError(f"a batch holds at least 1 image (not {batch_size}), workers are 0 or more ({workers}).")
@@ -110,11 +117,12 @@ class Batches:
         self.rank = rank
         self.world = world
         self.workers = workers
+        self.order: Order = Shuffled(len(source)) if order is None else order
+        self.order.check(len(source), batch_size)
         self._cache: _Prepared | None = None
-        self._shape = (prepare.channels, prepare.height, prepare.width)
         self._cannot: dict[int, str] = {}  # pictures that are missing from the cache, with the reason
         if _fits(source, prepare, cache_bytes):
-            self._cache, self._cannot = _decode_all(source, prepare, progress)
+            self._cache, self._cannot = self._decode_all(progress)
             source.unreadable.update(self._cannot)
             source.refuse_unreadable()
 
@@ -152,24 +160,30 @@ class Batches:
             return error
 
     def _rows(self, step: int) -> _Rows:
-        positions = self.positions(step)
-        index = shuffled_index(self.seed, positions.numpy(), len(self.source))
+        positions = self.positions(step).numpy()
+        selection = self.order.select(self.seed, positions)
         draws = augmentation_draws(self.seed, int(positions[0]), len(positions))
-        rows = _Rows(np.empty((len(positions), *self._shape), np.uint8), [])
-        for pixels, i, draw in zip(rows.pixels, index.tolist(), draws.tolist(), strict=True):
-            found, picture = self._readable(i, draw, rows)
+        prepare = self._preparation(int(selection.index[0]))
+        rows = _Rows(np.empty((len(positions), prepare.channels, prepare.height, prepare.width), np.uint8), [])
+        for pixels, index, draw in zip(rows.pixels, selection.index.tolist(), draws.tolist(), strict=True):
+            found, picture = self._readable(index, selection.pool, draw, rows)
             rows.index.append(found)
-            pixels[:] = self.prepare.cut(picture, draw).numpy()
+            pixels[:] = prepare.cut(picture, draw).numpy()
         captions = self.source.captions
         rows.captions = None if captions is None else [captions[i] for i in rows.index]
         return rows
 
-    def _readable(self, index: int, draw: list[float], rows: _Rows) -> tuple[int, Tensor]:
-        """The picture at `index`; where it cannot be read, the next readable one from a drawn place."""
-        count = len(self.source)
+    def _preparation(self, index: int) -> Preprocess:
+        size = self.order.size(index)
+        return self.prepare if size is None else replace(self.prepare, height=size[0], width=size[1])
+
+    def _readable(self, index: int, pool: Integers | None, draw: list[float], rows: _Rows) -> tuple[int, Tensor]:
+        """The picture at `index`; where it cannot be read, the next readable one from a drawn place of the pool."""
+        count = len(self.source) if pool is None else len(pool)
         for attempt in range(count + 1):
             if attempt:
                 index = (int(draw[3] * count) + attempt - 1) % count
+                index = index if pool is None else int(pool[index])
             try:
                 return index, self._picture(index, rows)
             except UnreadablePicture as error:
@@ -183,7 +197,33 @@ class Batches:
             return self._cache[index]
         image, notes = self.source.decode(index)
         rows.conversions.update(notes)
-        return self.prepare.resized(image)
+        return self._preparation(index).resized(image)
+
+    def _decode_all(self, progress: Callable[[int, int], None] | None) -> tuple[_Prepared, dict[int, str]]:
+        """Every picture, prepared as far as no draw decides, and why some are left out."""
+        source, count = self.source, len(self.source)
+
+        def one(index: int) -> tuple[Tensor | None, tuple[str, ...], str]:
+            try:
+                image, notes = source.decode(index)
+            except UnreadablePicture as error:
+                return None, (), str(error)
+            return self._preparation(index).resized(image), notes, ""
+
+        # One tensor for all is lighter than a tensor for each, where all are of one size.
+        shape = (count, self.prepare.channels, self.prepare.height, self.prepare.width)
+        one_size = self.prepare.crop == "center" and self.order.size(0) is None
+        kept: dict[int, Tensor] | Tensor = torch.empty(shape, dtype=torch.uint8) if one_size else {}
+        unreadable: dict[int, str] = {}
+        for index, (pixels, notes, reason) in enumerate(in_threads(source, one, range(count))):
+            source.conversions.update(notes)
+            if pixels is None:
+                unreadable[index] = reason
+            else:
+                kept[index] = pixels
+            if progress is not None and (index % 256 == 255 or index + 1 == count):
+                progress(index + 1, count)
+        return kept, unreadable
 
     def _finish(self, step: int, rows: _Rows | UserError) -> Batch:
         if isinstance(rows, UserError):
@@ -209,38 +249,6 @@ def _fits(source: Source, prepare: Preprocess, cache_bytes: int) -> bool:
     margin = 1 if prepare.crop == "center" else 2
     prepared = len(source) * prepare.channels * prepare.height * prepare.width * margin
     return prepared <= cache_bytes and source.pictures.encoded_bytes <= cache_bytes
-
-
-class _Prepared(Protocol):
-    def __getitem__(self, index: int) -> Tensor: ...
-
-
-def _decode_all(
-    source: Source, prepare: Preprocess, progress: Callable[[int, int], None] | None
-) -> tuple[_Prepared, dict[int, str]]:
-    """Every picture, prepared as far as no draw decides, and why some are left black."""
-    blank = torch.zeros(prepare.channels, prepare.height, prepare.width, dtype=torch.uint8)
-    count = len(source)
-
-    def one(index: int) -> tuple[Tensor, tuple[str, ...], str | None]:
-        try:
-            image, notes = source.decode(index)
-        except UnreadablePicture as error:
-            return blank, (), str(error)
-        return prepare.resized(image), notes, None
-
-    kept: list[Tensor] | Tensor = [blank] * count
-    if prepare.crop == "center":
-        kept = torch.empty(count, *blank.shape, dtype=torch.uint8)
-    unreadable: dict[int, str] = {}
-    for index, (pixels, notes, reason) in enumerate(in_threads(source, one, range(count))):
-        kept[index] = pixels
-        source.conversions.update(notes)
-        if reason is not None:
-            unreadable[index] = reason
-        if progress is not None and (index % 256 == 255 or index + 1 == count):
-            progress(index + 1, count)
-    return kept, unreadable
 
 
 def in_threads(source: Source, work: Callable[[int], Result], indices: Sequence[int]) -> Iterator[Result]:

@@ -16,7 +16,7 @@ from carrara.data.tables import LABELS, choose_caption
 from carrara.data.trees import Tree
 from carrara.errors import UserError, nearest
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "dataset.json")  # the last as EDM and StyleGAN write it
 SIDE_SUFFIXES = (".txt", ".caption")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 _SHOWN = 5
@@ -57,7 +57,12 @@ class SideFiles(Sequence[str]):
 
 def find_metadata(tree: Tree) -> list[str]:
     """The metadata files of a tree, by name, at the root and in sub-folders."""
-    return [name for name in tree.sizes if PurePosixPath(name).name in METADATA]
+    return [name for name in tree.sizes if PurePosixPath(name).name in METADATA and not _says_nothing(tree, name)]
+
+
+def _says_nothing(tree: Tree, name: str) -> bool:
+    """EDM writes a dataset.json without labels beside images without classes."""
+    return name.endswith("dataset.json") and not _edm_rows(_text(tree, name), tree.where(name))
 
 
 def misspelt_metadata(tree: Tree) -> list[str]:
@@ -197,7 +202,9 @@ def _rows(tree: Tree, file: str) -> list[Row]:
     text = _text(tree, file)
     where = tree.where(file)
     rows: list[Row] = []
-    if file.endswith(".csv"):
+    if file.endswith("dataset.json"):
+        rows = _edm_rows(text, where)
+    elif file.endswith(".csv"):
         rows = [dict(row) for row in csv.DictReader(io.StringIO(text))]
     else:
         for number, line in enumerate(text.splitlines(), 1):
@@ -213,6 +220,15 @@ def _rows(tree: Tree, file: str) -> list[Row]:
     if not rows:
         raise UserError(f"{where} has no rows: write one for each image, or remove the file.")
     return rows
+
+
+def _edm_rows(text: str, where: str) -> list[Row]:
+    """{"labels": [["00000/img.png", 6], …]}, the description in the data set zips of EDM and StyleGAN."""
+    try:
+        pairs = json.loads(text)["labels"]
+        return [{"file_name": name, "label": label} for name, label in pairs or []]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{where} is not of the form {{"labels": [["NAME.png", 0], …]}}.') from error
 
 
 def _text(tree: Tree, name: str) -> str:

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
+from carrara.data.arrays import ArrayPictures
 from carrara.data.source import Source
 from carrara.errors import UserError, nearest
 
 SPLITS = ("train", "test")
-
-
-class _Scans:
-    def __init__(self, split: str, scans: NDArray[np.uint8]) -> None:
-        self.split = split
-        self.encoded = [_png(scan) for scan in scans]
-        self.encoded_bytes = sum(map(len, self.encoded))
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def name(self, index: int) -> str:
-        return f"digits/{self.split}/{index:04d}"
-
-    def read(self, index: int) -> bytes:
-        return self.encoded[index]
 
 
 def open_digits(split: str) -> Source:
@@ -51,14 +32,8 @@ def open_digits(split: str) -> Source:
     return Source(
         name="digits",
         layout=f"scikit-learn's scanned digits, split '{split}': {len(pictures)} images of 8×8, 17 gray levels",
-        pictures=_Scans(split, pictures),
+        pictures=ArrayPictures(pictures[..., None], f"digits/{split}"),
         labels=parts[2 + held_out].astype(np.int64),
         class_names=tuple(str(digit) for digit in range(10)),
         levels=17,
     )
-
-
-def _png(scan: NDArray[np.uint8]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(scan, "L").save(file, "png", compress_level=0)
-    return file.getvalue()

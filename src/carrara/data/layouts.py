@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from carrara.data.arrays import open_npz
 from carrara.data.captions import (
     Described,
     find_metadata,
@@ -52,7 +54,8 @@ def open_source(
 
     Found by looking: a folder of images; class folders; images with .txt files beside them; metadata.jsonl or
     .csv (also nested); parquet file(s) or a folder of them; a data set saved by Hugging Face `datasets`;
-    webdataset tar shards (a folder, one file, or "name-{000..099}.tar"); a zip of any of the image layouts;
+    webdataset tar shards (a folder, one file, or "name-{000..099}.tar"); a zip of any of the image layouts
+    (also with EDM's dataset.json); an .npz of arrays;
     or the word "digits" (scikit-learn's scanned digits). Folders and tables that name splits are asked for
     `split`.
 
@@ -112,13 +115,15 @@ def _open_file(path: Path, split: str, limit: float, caption_column: str | None)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return open_parquet([path], str(path), caption_column)
+    if suffix == ".npz":
+        return open_npz(path)
     if suffix == ".zip":
         return _open_tree(ZipTree(path), str(path), "a zip", limit, caption_column)
     if suffix == ".tar":
         return _open_tree(ShardTree([path]), str(path), "webdataset shards", limit, caption_column)
     if suffix in IMAGE_SUFFIXES:
         raise UserError(f"{path} is one image: give the folder that holds it.")
-    raise UserError(f"{path} is no data set: give a folder, or a .parquet, .zip or .tar file.")
+    raise UserError(f"{path} is no data set: give a folder, or a .parquet, .npz, .zip or .tar file.")
 
 
 def _open_tree(tree: Tree, name: str, kind: str, limit: float, caption_column: str | None) -> Source:
@@ -137,7 +142,8 @@ def _open_tree(tree: Tree, name: str, kind: str, limit: float, caption_column: s
                 f"there is no caption column '{caption_column}' in {name}: looked for metadata.jsonl and "
                 f"metadata.csv at its root and in every sub-folder, and found neither."
             )
-        described = Described(pictures, None, None, "no captions or classes", _mixed_depth(pictures))
+        notices += _mixed_depth(pictures) + _classes_in_names(pictures)
+        described = Described(pictures, None, None, "no captions or classes", [])
     labels, class_names = (None, None) if described.classes is None else class_numbers(described.classes)
     count = f"{len(described.names)} images"
     return Source(
@@ -148,7 +154,12 @@ def _open_tree(tree: Tree, name: str, kind: str, limit: float, caption_column: s
         captions=described.captions,
         class_names=class_names,
         notices=[*notices, *described.notices],
+        shard_sizes=_shard_sizes(described.names) if isinstance(tree, ShardTree) else None,
     )
+
+
+def _shard_sizes(names: Sequence[str]) -> tuple[int, ...]:
+    return tuple(Counter(name.split("/")[0] for name in names).values())
 
 
 def _describe(tree: Tree, pictures: list[str], limit: float, caption_column: str | None) -> Described | None:
@@ -176,6 +187,15 @@ def _mixed_depth(pictures: Sequence[str]) -> list[str]:
     if not 0 < loose < len(pictures):
         return []
     return [f"{loose} images lie beside the sub-folders, so the sub-folders are not taken for classes."]
+
+
+def _classes_in_names(pictures: Sequence[str]) -> list[str]:
+    """A notice where file names look like ADM's, CLASS_NUMBER.png: taking "IMG" for a class would be worse."""
+    words = Counter(PurePosixPath(name).name.partition("_")[0] for name in pictures if "_" in name)
+    if len(words) < 2 or words.total() < len(pictures) or min(words.values()) < 2 or not all(map(str.isalpha, words)):
+        return []
+    first = ", ".join(sorted(words)[:3])
+    return [f"file names begin with {len(words)} words ({first}, …): for classes, sort them into sub-folders."]
 
 
 def _no_pictures(tree: Tree, name: str) -> str:

@@ -7,6 +7,9 @@ workers cannot change the order.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,10 +23,119 @@ DRAWS = 4
 """Uniform draws that belong to each position: crop top, crop left, flip, and the substitute for a bad file."""
 
 _ROUNDS = 8
-_ORDER, _AUGMENTATION = 1, 2  # the streams of one seed, as the high word of Philox's key
+_SAMPLES, _AUGMENTATION, _GROUPS = 1, 2, 3  # the streams of one seed, as the high word of Philox's key
 
 
-def shuffled_index(seed: int, positions: ArrayLike, count: int) -> Integers:
+@dataclass(frozen=True)
+class Selection:
+    """The samples at some positions of one batch.
+
+    Attributes:
+        index: int64, one for each position.
+        pool: the samples that may take the place of an unreadable one; None means all.
+    """
+
+    index: Integers
+    pool: Integers | None = None
+
+
+class Order(Protocol):
+    """Which sample stands where. Frozen: nothing is counted along the way."""
+
+    def select(self, seed: int, positions: Integers) -> Selection:
+        """The samples at positions that lie in one global batch."""
+        ...
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        """Height and width that a sample is prepared to, where the order decides that."""
+        ...
+
+    def check(self, count: int, batch_size: int) -> None:
+        """Refuse a data set of another size, or another global batch, than the order was made for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Every epoch a permutation of all `count` samples."""
+
+    count: int
+
+    def select(self, seed: int, positions: Integers) -> Selection:
+        return Selection(shuffled_index(seed, positions, self.count))
+
+    def size(self, index: int) -> None:
+        return None
+
+    def check(self, count: int, batch_size: int) -> None:
+        refuse_other_count(self.count, count)
+
+
+@dataclass(frozen=True)
+class ShuffledShards:
+    """Every epoch the shards in a permuted order, and the samples of `mixed` neighbouring shards permuted together.
+
+    For sets on disks or networks where reading here and there is slow: at any time only `mixed` shards are
+    read from. A larger number mixes better.
+
+    Attributes:
+        sizes: samples in each shard, in the order of the source.
+        mixed: how many shards are read from at a time.
+    """
+
+    sizes: tuple[int, ...]
+    mixed: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.sizes) < 1 or self.mixed < 1:
+            raise UserError("shards are mixed at least one at a time, and each holds at least one sample.")
+
+    def select(self, seed: int, positions: Integers) -> Selection:
+        epochs, places = np.divmod(positions, sum(self.sizes))
+        index = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            order, ends = _shard_groups(self, seed, epoch)
+            groups = np.searchsorted(ends, places, side="right")
+            for group in np.unique(groups[epochs == epoch]).tolist():
+                here = (epochs == epoch) & (groups == group)
+                start = ends[group - 1] if group else 0
+                shards = order[group * self.mixed : (group + 1) * self.mixed]
+                index[here] = self._within(seed, epoch * len(ends) + group, places[here] - start, shards)
+        return Selection(index)
+
+    def _within(self, seed: int, turn: int, places: Integers, shards: Integers) -> Integers:
+        """The samples at some places of a group of shards, shuffled anew at each turn."""
+        sizes = np.asarray(self.sizes)
+        held = np.cumsum(sizes[shards])
+        chosen = shuffled_index(seed, turn * held[-1] + places, int(held[-1]))
+        shard = np.searchsorted(held, chosen, side="right")
+        first = np.cumsum(sizes) - sizes
+        result: Integers = first[shards[shard]] + chosen - (held - sizes[shards])[shard]
+        return result
+
+    def size(self, index: int) -> None:
+        return None
+
+    def check(self, count: int, batch_size: int) -> None:
+        refuse_other_count(sum(self.sizes), count)
+
+
+def refuse_other_count(expected: int, count: int) -> None:
+    """Stop where an order of `expected` samples meets a data set of `count`."""
+    if expected != count:
+        raise UserError(f"an order of {expected} images does not fit a data set of {count}: make it from this one.")
+
+
+@lru_cache(maxsize=4)
+def _shard_groups(order: ShuffledShards, seed: int, epoch: int) -> tuple[Integers, Integers]:
+    """The shards in the epoch's order, and where in the epoch each group of them ends."""
+    count = len(order.sizes)
+    shards = shuffled_index(seed, epoch * count + np.arange(count), count, _GROUPS)
+    starts = np.arange(0, count, order.mixed)
+    return shards, np.cumsum(np.add.reduceat(np.asarray(order.sizes)[shards], starts))
+
+
+def shuffled_index(seed: int, positions: ArrayLike, count: int, stream: int = _SAMPLES) -> Integers:
     """The index in 0..count-1 of the sample at each global position; each epoch is its own permutation.
 
     Position p lies in epoch p // count, and the `count` positions of an epoch visit every index once. The
@@ -35,6 +147,7 @@ def shuffled_index(seed: int, positions: ArrayLike, count: int) -> Integers:
         seed: any integer from 0 to 2**64 - 1.
         positions: int64, any shape, each at least 0.
         count: samples in the data set, at least 1.
+        stream: one seed holds independent orders, one a stream.
 
     Returns:
         int64 of the shape of `positions`.
@@ -48,7 +161,7 @@ def shuffled_index(seed: int, positions: ArrayLike, count: int) -> Integers:
     epoch, value = (part.astype(np.uint64).ravel() for part in np.divmod(where, count))
     # A floor of 8 keeps the group of permutations rich for a handful of samples; the walk there is still short.
     side = np.uint64(max(math.isqrt(count - 1) + 1, 8))
-    keys = np.random.Philox(key=_key(seed, _ORDER)).random_raw(_ROUNDS)
+    keys = np.random.Philox(key=_key(seed, stream)).random_raw(_ROUNDS)
     tweaks = [_mix(epoch + key) for key in keys]
     value = _feistel(value, side, tweaks)
     outside = np.flatnonzero(value >= count)

@@ -67,6 +67,7 @@ class Source:
         notices: what the reader of the layout found worth saying.
         unreadable: reason by index, for each picture found unreadable so far.
         conversions: how many pictures met so far were converted, by conversion.
+        shard_sizes: pictures in each tar shard, in their order (for `ShuffledShards`), or None.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Source:
     notices: list[str] = field(default_factory=list)
     unreadable: dict[int, str] = field(default_factory=dict)
     conversions: Counter[str] = field(default_factory=Counter)
+    shard_sizes: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -41,7 +41,7 @@ class FolderTree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.sizes = dict(sorted(_walk(root, "")))
+        self.sizes = dict(sorted(_walk(root, "", frozenset())))
 
     def read(self, name: str) -> bytes:
         try:
@@ -53,18 +53,22 @@ class FolderTree:
         return name
 
 
-def _walk(root: Path, below: str) -> list[tuple[str, int]]:
+def _walk(root: Path, below: str, above: frozenset[tuple[int, int]]) -> list[tuple[str, int]]:
+    """Name and size of each file; `above` are the folders on the way here, so that no link leads in a circle."""
     found: list[tuple[str, int]] = []
     try:
         entries = list(os.scandir(root / below))
+        here = (root / below).stat()
     except PermissionError as error:
         raise UserError(f"{root / below} may not be read: give yourself the permission to.") from error
+    if (here.st_dev, here.st_ino) in above:
+        return []
     for entry in entries:
         name = f"{below}{entry.name}"
         if entry.name.startswith(".") or entry.name in _NOISE:
             continue
         if entry.is_dir():
-            found += _walk(root, name + "/")
+            found += _walk(root, name + "/", above | {(here.st_dev, here.st_ino)})
         elif entry.is_file():
             found.append((name, entry.stat().st_size))
         else:
