@@ -9,6 +9,7 @@ from carrara.evaluation.inception_score import inception_score
 from carrara.evaluation.infinity import frechet_infinity
 from carrara.evaluation.judge import class_accuracy
 from carrara.evaluation.kernel import kernel_distance
+from carrara.evaluation.likelihood import Likelihood, flow_likelihood
 from carrara.evaluation.manifold import density_coverage, precision_recall
 from carrara.evaluation.memorisation import class_spread, class_spread_interval, memorisation
 from carrara.evaluation.moments import Moments, Statistics
@@ -20,6 +21,7 @@ __all__ = [
     "Bound",
     "Collected",
     "Interval",
+    "Likelihood",
     "Measurement",
     "Measurements",
     "Moments",
@@ -34,6 +36,7 @@ __all__ = [
     "collect",
     "compare",
     "density_coverage",
+    "flow_likelihood",
     "frechet_distance",
     "frechet_infinity",
     "frechet_interval",
