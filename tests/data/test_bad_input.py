@@ -101,7 +101,7 @@ def test_conversions_are_stated(tmp_path: Path) -> None:
     }
     source = open_source(folder(tmp_path, contents))
     Batches(source, Preprocess(8, 8), batch_size=2)
-    assert source.warnings == ["1 images: CMYK to RGB.", "1 images: palette to RGB."]
+    assert source.warnings == ["1 image: CMYK to RGB.", "1 image: palette to RGB."]
 
 
 def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
@@ -124,14 +124,14 @@ def test_caption_rows_without_an_image_are_listed(tmp_path: Path) -> None:
     rows = jsonl(*ROWS, {"file_name": "gone.png", "text": "?"})
     path = folder(tmp_path, {**files(20), "metadata.jsonl": rows})
     text = refused(path)
-    for word in ("metadata.jsonl", "20 matched", "1 names have no image (gone.png)", "data.unreadable_limit"):
+    for word in ("metadata.jsonl", "20 matched", "names without an image: 1 (gone.png)", "data.unreadable_limit"):
         assert word in text
     assert "left out" in open_source(path, unreadable_limit=0.05).warnings[0]
 
 
 def test_images_without_a_caption_row_are_listed(tmp_path: Path) -> None:
     path = folder(tmp_path, {**files(20), "metadata.jsonl": jsonl(*ROWS[:19])})
-    assert "1 of 20 images have no caption (019.png)" in refused(path)
+    assert "images without a row or text: 1 of 20 (019.png)" in refused(path)
     source = open_source(path, unreadable_limit=0.05)
     assert len(source) == 19
     assert "019.png" in source.warnings[0]
@@ -140,8 +140,8 @@ def test_images_without_a_caption_row_are_listed(tmp_path: Path) -> None:
 def test_images_without_a_text_file_are_listed(tmp_path: Path) -> None:
     contents: Contents = {**files(3), "000.txt": "zero", "001.txt": "one", "nobody.txt": "?", "README.txt": "about"}
     text = refused(folder(tmp_path, contents))
-    assert "1 of 3 images have no caption (002.png)" in text
-    assert "1 names have no image (nobody.txt)" in text
+    assert "images without a row or text: 1 of 3 (002.png)" in text
+    assert "names without an image: 1 (nobody.txt)" in text
     assert "README" not in text
 
 
@@ -172,7 +172,7 @@ METADATA_FAULTS: dict[str, tuple[str, str]] = {
         jsonl(*({"file_name": f"00{i}.png", "width": 3} for i in (0, 1))),
         "neither a caption nor a label column",
     ),
-    "no label in a row": (jsonl(ROWS[0] | {"label": 1}, ROWS[1]), "leaves the column 'label' out of 1 rows"),
+    "no label in a row": (jsonl(ROWS[0] | {"label": 1}, ROWS[1]), "leaves the column 'label' out of 1 row:"),
 }
 
 

@@ -36,7 +36,7 @@ def test_captions_are_counted(tmp_path: Path) -> None:
         contents[f"{i}.txt"] = text
     report = check_data(folder(tmp_path, contents), batch_size=1)
     assert report.captions == {"count": 4, "empty": 1, "distinct": 3, "words": [0, 1, 4]}
-    assert "1 captions are empty." in report.warnings
+    assert "captions are empty: 1 of 4." in report.warnings
 
 
 def test_too_few_images_is_a_problem(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_duplicates_are_named(tmp_path: Path) -> None:
     report = check_data(folder(tmp_path, contents), batch_size=1)
     assert report.exact_duplicates == [["a.png", "b.bmp"]]
     assert report.near_duplicates == [["a.png", "c.jpg"]]
-    assert "2 images in 1 groups are exact duplicates of each other." in report.warnings
+    assert "exact duplicates: 2 images in 1 group." in report.warnings
 
 
 def test_warnings_of_what_training_would_do(tmp_path: Path) -> None:
@@ -88,12 +88,12 @@ def test_warnings_of_what_training_would_do(tmp_path: Path) -> None:
     said = "\n".join(report.warnings)
     for sentence in (
         "50 images: CMYK to RGB.",
-        "1 images are smaller than 32×32 and would be enlarged.",
+        "1 of 54 images would be enlarged to 32×32.",
         "67% at most",  # of 40×120 a square keeps a third
-        "1 images with transparency would be laid on white.",
-        "colour images would become gray.",
+        "1 of 54 images would be laid on white, for their transparency.",
+        " of 54 images would lose their colour.",
         "the classes are uneven: the rarest has 4 images, the most frequent 50.",
-        "1 images look blank, the first is a/blank.png.",
+        "images look blank: 1, the first is a/blank.png.",
     ):
         assert sentence in said
 

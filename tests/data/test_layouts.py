@@ -57,7 +57,7 @@ def test_nested_class_folders_take_the_first_folder(tmp_path: Path) -> None:
 def test_images_beside_class_folders_are_told(tmp_path: Path) -> None:
     source = open_source(folder(tmp_path, {**CLASSES, "stray.png": png(9)}))
     assert source.class_names is None
-    assert source.warnings == ["1 images lie beside the sub-folders, so the sub-folders are not taken for classes."]
+    assert source.warnings == ["1 image beside the sub-folders: these are not taken for classes."]
 
 
 @pytest.mark.parametrize("archive", ["folder", "zip"])
@@ -146,9 +146,7 @@ def test_shards_of_splits(tmp_path: Path) -> None:
 def test_a_gap_in_the_shard_numbers_is_told(tmp_path: Path) -> None:
     for shard in (0, 1, 4):
         tarred(tmp_path / f"part-{shard:03d}.tar", {f"{shard}.png": png(shard)})
-    assert open_source(tmp_path).warnings == [
-        "2 shards are missing from the running numbers, the first is part-002.tar."
-    ]
+    assert open_source(tmp_path).warnings == ["shards missing from the running numbers: 2, the first is part-002.tar."]
 
 
 def test_split_folders(tmp_path: Path) -> None:
@@ -158,6 +156,80 @@ def test_split_folders(tmp_path: Path) -> None:
     assert len(open_source(path, split="validation")) == 4
     with pytest.raises(UserError, match=r"no split 'tset': did you mean 'test'|no split 'tset': known are: train, val"):
         open_source(path, split="tset")
+
+
+def test_classes_are_numbered_alike_in_all_splits(tmp_path: Path) -> None:
+    contents = {f"train/{c}/1.png": png(1) for c in "abc"} | {f"test/{c}/1.png": png(2) for c in "bd"}
+    test = open_source(folder(tmp_path / "folders", contents), split="test")
+    assert test.class_names == ("a", "b", "c", "d")
+    assert [test[i].label for i in range(2)] == [1, 3]
+    rows = {
+        split: jsonl(*({"file_name": f"{i}.png", "label": c} for i, c in enumerate(classes)))
+        for split, classes in (("train", "abc"), ("test", "bd"))
+    }
+    described: Contents = {f"{split}/metadata.jsonl": table for split, table in rows.items()}
+    described |= {f"train/{i}.png": png(i) for i in range(3)} | {f"test/{i}.png": png(i) for i in range(2)}
+    test = open_source(folder(tmp_path / "rows", described), split="test")
+    assert test.class_names == ("a", "b", "c", "d")
+    assert [test[i].label for i in range(2)] == [1, 3]
+
+
+def test_one_metadata_file_for_all_splits(tmp_path: Path) -> None:
+    names = ["train/0.png", "train/1.png", "test/0.png"]
+    contents: Contents = {name: png(i) for i, name in enumerate(names)}
+    contents["metadata.csv"] = "file_name,text\n" + "".join(f"{name},about {name}\n" for name in names)
+    source = open_source(folder(tmp_path, contents), split="test")
+    assert [(e.name, e.caption) for e in source] == [("test/0.png", "about test/0.png")]
+    assert source.warnings == []
+
+
+def test_lone_folders_are_walked_through(tmp_path: Path) -> None:
+    deep = {f"my photos/{name}": data for name, data in CLASSES.items()}
+    assert open_source(zipped(tmp_path / "a.zip", deep)).class_names == ("cat", "dog", "emu")
+    splits = {f"root/{split}/images/{c}/{i}.png": png(i) for split in ("train", "val") for c in "ab" for i in range(2)}
+    source = open_source(zipped(tmp_path / "b.zip", splits), split="val")
+    assert (source.class_names, len(source)) == (("a", "b"), 4)
+    assert "in root/val/images/" in source.layout
+
+
+def test_a_plain_tar_of_class_folders(tmp_path: Path) -> None:
+    assert open_source(tarred(tmp_path / "photos.tar", CLASSES)).class_names == ("cat", "dog", "emu")
+
+
+def test_a_file_is_the_split_it_names(tmp_path: Path) -> None:
+    tarred(tmp_path / "dev" / "test-0.tar", files(2))
+    assert len(open_source(tmp_path / "dev" / "test-0.tar")) == 2
+    assert len(open_source(str(tmp_path / "dev" / "test-{0..0}.tar"), split="test")) == 2
+    with pytest.raises(UserError, match="no split 'validation'"):
+        open_source(tmp_path / "dev" / "test-0.tar", split="validation")
+
+
+def test_files_that_pillow_does_not_read_are_counted(tmp_path: Path) -> None:
+    contents: Contents = {**files(2), "a.HEIC": b"x", "b.heic": b"x", "c.cr2": b"x"}
+    assert open_source(folder(tmp_path, contents)).warnings == [
+        "not read: 2 .heic files; convert to .png or .jpg.",
+        "not read: 1 .cr2 file; convert to .png or .jpg.",
+    ]
+
+
+def test_metadata_parquet_beside_images(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder(tmp_path, files(2))
+    pq.write_table(pa.table({"file_name": ["000.png", "001.png"], "text": ["a", "b"]}), path / "metadata.parquet")
+    assert [example.caption for example in open_source(path)] == ["a", "b"]
+
+
+def test_a_damaged_member_of_a_zip_is_unreadable(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "a.zip", files(3))
+    data = bytearray(path.read_bytes())
+    data[data.index(png(1)) + 60] ^= 0xFF
+    path.write_bytes(bytes(data))
+    source = open_source(path)
+    with pytest.raises(UserError, match=r"a\.zip/001\.png cannot be read"):
+        source[1]
+    assert same_pixels(source, 2, 2)
 
 
 def test_a_class_called_test_is_no_split(tmp_path: Path) -> None:
@@ -222,8 +294,8 @@ def test_the_zip_of_edm(tmp_path: Path, labels: list[list[object]] | None) -> No
     contents: Contents = {"a/0.png": png(0), "a/1.png": png(1), "dataset.json": json.dumps({"labels": labels})}
     source = open_source(zipped(tmp_path / "a.zip", contents))
     assert len(source) == 2
-    assert source.class_names == (None if labels is None else ("2", "6"))
-    assert source[0].label == (None if labels is None else 1)
+    assert source.class_names == (None if labels is None else tuple("0123456"))
+    assert source[0].label == (None if labels is None else 6)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -232,8 +304,8 @@ def test_arrays_as_adm_writes_them(tmp_path: Path, channels: int) -> None:
     np.savez(tmp_path / "a.npz", array, np.array([3, 1, 3, 1, 3]))
     source = open_source(tmp_path / "a.npz")
     assert np.array_equal(np.stack([np.asarray(source[i].image) for i in range(5)]).reshape(array.shape), array)
-    assert source.class_names == ("1", "3")
-    assert source[0].label == 1
+    assert source.class_names == ("0", "1", "2", "3")
+    assert source[0].label == 3
 
 
 @pytest.mark.parametrize(

@@ -131,11 +131,16 @@ def test_of_several_captions_the_first_is_taken(tmp_path: Path) -> None:
     assert source.captions[:] == ["a", ""]
 
 
-def test_integer_labels_are_numbered_by_value(tmp_path: Path) -> None:
-    source = open_source(written(tmp_path / "a.parquet", image=[png(i) for i in range(3)], label=[10, 2, 10]))
-    assert source.class_names == ("2", "10")
+def test_integers_are_the_class_numbers_themselves(tmp_path: Path) -> None:
+    source = open_source(written(tmp_path / "a.parquet", image=[png(i) for i in range(3)], label=[2, 0, 2]))
+    assert source.class_names == ("0", "1", "2")
     assert source.labels is not None
-    assert source.labels.tolist() == [1, 0, 1]
+    assert source.labels.tolist() == [2, 0, 2]
+
+
+def test_negative_labels_are_numbered_in_order(tmp_path: Path) -> None:
+    source = open_source(written(tmp_path / "a.parquet", image=[png(0), png(1)], label=[7, -1]))
+    assert source.class_names == ("-1", "7")
 
 
 def test_a_table_without_images_tells_its_columns(tmp_path: Path) -> None:
@@ -147,7 +152,7 @@ def test_empty_cells_are_named(tmp_path: Path) -> None:
     source = open_source(written(tmp_path / "a.parquet", image=[png(0), None]))
     with pytest.raises(UserError, match=r"a\.parquet row 1 cannot be read: the cell is empty"):
         source[1]
-    with pytest.raises(UserError, match=r"column 'label' of .* has 1 empty cells"):
+    with pytest.raises(UserError, match=r"column 'label' of .* has 1 empty cell:"):
         open_source(written(tmp_path / "b.parquet", image=[png(0), png(1)], label=[1, None]))
 
 

@@ -131,7 +131,7 @@ def _facts(report: DataReport) -> list[tuple[str, str]]:
     if report.suggested:
         height, width = report.suggested["resolution"]
         facts += [
-            ("suggested", f"{height}×{width}, {report.suggested['channels']} channel(s)"),
+            ("suggested", f"{height}×{width}, channels: {report.suggested['channels']}"),
             ("prepared", escape(report.prepared)),
         ]
     facts.append(("plan", _plan(report.plan)))

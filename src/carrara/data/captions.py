@@ -7,16 +7,25 @@ import difflib
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import overload
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from carrara.data.decode import UnreadablePicture
+from carrara.data.source import counted
 from carrara.data.tables import LABELS, choose_caption
 from carrara.data.trees import Tree
 from carrara.errors import UserError, nearest
 
-METADATA = ("metadata.jsonl", "metadata.csv", "dataset.json")  # the last as EDM and StyleGAN write it
+METADATA = (
+    "metadata.jsonl",
+    "metadata.csv",
+    "metadata.parquet",
+    "dataset.json",
+)  # the last as EDM and StyleGAN write it
 SIDE_SUFFIXES = (".txt", ".caption")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 _SHOWN = 5
@@ -26,13 +35,22 @@ Row = dict[str, object]
 
 @dataclass
 class Described:
-    """The files that a description speaks of, in sorted order, with what it says of them."""
+    """What is known about some files, in sorted order.
+
+    Attributes:
+        names: the files.
+        captions, classes: a text and a class for each, or None.
+        sentence: where this was found.
+        notices: what is worth saying.
+        known_classes: classes that occur in other splits.
+    """
 
     names: list[str]
     captions: Sequence[str] | None
     classes: list[object] | None
     sentence: str
     notices: list[str]
+    known_classes: Sequence[object] = ()
 
 
 class SideFiles(Sequence[str]):
@@ -76,32 +94,61 @@ def misspelt_metadata(tree: Tree) -> list[str]:
 
 
 def from_metadata(
-    tree: Tree, pictures: Sequence[str], files: Sequence[str], caption_column: str | None, limit: float
+    tree: Tree, pictures: Sequence[str], folder: str, files: Sequence[str], caption_column: str | None, limit: float
 ) -> Described:
-    """What metadata.jsonl / .csv files say, each about the files at and below its own folder.
+    """What metadata files say, each about the files at and below its own folder.
 
-    Rows without a file and files without a row are left out, and named, up to the share `limit`.
+    Rows without a file and files without a row are left out, and named, up to the share `limit`. Rows about the
+    files of other splits are passed over.
+
+    Args:
+        pictures: the files wanted, all below `folder`.
 
     Raises:
         UserError: a row cannot be read, a column is missing, or more names than `limit` do not match.
     """
     rows: dict[str, Row] = {}
+    others: list[Row] = []
     extra: list[str] = []
-    known = set(pictures)
+    wanted = set(pictures)
+    near = [file for file in files if folder.startswith(_folder(file)) or _folder(file).startswith(folder)]
     for file in files:
-        folder = file.removesuffix(PurePosixPath(file).name)
         table = _rows(tree, file)
         key = _file_column(table[0], tree.where(file))
         for row in table:
-            name = str(PurePosixPath(folder + str(row.get(key) or "")))
-            (rows.__setitem__(name, row) if name in known else extra.append(name))
-    where = " and ".join(tree.where(file) for file in files)
+            name = str(PurePosixPath(_folder(file) + str(row.get(key) or "")))
+            if name in wanted:
+                rows[name] = row
+            elif name in tree.sizes or file not in near:
+                others.append(row)
+            else:
+                extra.append(name)
+    where = " and ".join(tree.where(file) for file in near or files)
     missing = [name for name in pictures if name not in rows]
     names = [name for name in pictures if name in rows]
     notices = _unmatched(where, len(rows), len(pictures), extra, missing, limit)
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    texts = [c for c in columns if all(isinstance(row.get(c), str | list | None) for row in rows.values())]
-    texts = [c for c in texts if c not in FILE_COLUMNS]
+    described = _from_rows([rows[name] for name in names], caption_column, where)
+    label = next((c for c in LABELS if described.classes and all(c in row for row in others)), None)
+    return replace(
+        described,
+        names=names,
+        notices=notices + described.notices,
+        known_classes=[] if label is None else [row[label] for row in others],
+    )
+
+
+def _folder(file: str) -> str:
+    return file.removesuffix(PurePosixPath(file).name)
+
+
+def _from_rows(rows: Sequence[Row], caption_column: str | None, where: str) -> Described:
+    """The caption and label columns of some rows, one row a picture.
+
+    Raises:
+        UserError: there is neither, or the caption column asked for is not there, or a label is.
+    """
+    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if c not in FILE_COLUMNS]
+    texts = [c for c in columns if all(isinstance(row.get(c), str | list | None) for row in rows)]
     caption = choose_caption(texts, columns, caption_column, where)
     label = next((c for c in LABELS if c in columns and c != caption), None)
     if caption is None and label is None:
@@ -109,16 +156,15 @@ def from_metadata(
             f"{where} has neither a caption nor a label column among {', '.join(columns)}: "
             "name the caption column (data.caption_column), or call it 'text'."
         )
-    captions = None if caption is None else [_first(rows[name].get(caption)) for name in names]
+    captions = None if caption is None else [_first(row.get(caption)) for row in rows]
+    classes = None if label is None else [row.get(label) for row in rows]
+    if classes is not None and None in classes:
+        raise UserError(f"{where} leaves the column '{label}' out of {counted(classes.count(None), 'row')}: fill it.")
+    notices = []
     if captions is not None and (empty := captions.count("")):
-        notices.append(f"{empty} of {len(names)} captions in {where} are empty.")
-    classes = None
-    if label is not None:
-        classes = [rows[name].get(label) for name in names]
-        if None in classes:
-            raise UserError(f"{where} leaves the column '{label}' out of {classes.count(None)} rows: fill it.")
+        notices.append(f"captions are empty in {where}: {empty} of {len(rows)}.")
     said = [f"captions in '{caption}'"] * (caption is not None) + [f"classes in '{label}'"] * (label is not None)
-    return Described(names, captions, classes, f"{where} ({', '.join(said)})", notices)
+    return Described([], captions, classes, f"{where} ({', '.join(said)})", notices)
 
 
 def from_side_files(tree: Tree, pictures: Sequence[str], limit: float) -> Described | None:
@@ -145,38 +191,26 @@ def from_side_files(tree: Tree, pictures: Sequence[str], limit: float) -> Descri
 
 
 def from_shard_files(tree: Tree, pictures: Sequence[str], limit: float, caption_column: str | None) -> Described | None:
-    """Webdataset's samples: files of one key, KEY.jpg with KEY.txt, KEY.cls or KEY.json beside it.
+    """Webdataset's samples: the files of one key, KEY.jpg with KEY.txt, KEY.cls or KEY.json beside it.
 
     Raises:
         UserError: a side file cannot be read, or too many pictures lack one.
     """
-    described = from_side_files(tree, pictures, limit)
-    names = list(pictures) if described is None else described.names
-    captions = None if described is None else described.captions
-    classes: list[object] | None = None
-    said = [] if described is None else [described.sentence]
-    notices = [] if described is None else described.notices
-    stems = [stem_of(name)[0] for name in names]
+    described = from_side_files(tree, pictures, limit) or Described(list(pictures), None, None, "", [])
+    stems = [stem_of(name)[0] for name in described.names]
+    if all(f"{stem}.json" in tree.sizes for stem in stems) and (described.captions is None or caption_column):
+        rows = [_json_row(tree, f"{stem}.json") for stem in stems]
+        described = replace(_from_rows(rows, caption_column, "the .json files"), names=described.names)
     if all(f"{stem}.cls" in tree.sizes for stem in stems):
         texts = [_text(tree, f"{stem}.cls").strip() for stem in stems]
-        classes = [int(t) if t.isdecimal() else t for t in texts]
-        said.append("classes in .cls")
-    elif all(f"{stem}.json" in tree.sizes for stem in stems):
-        rows = [_json_row(tree, f"{stem}.json") for stem in stems]
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        texts_in = [c for c in columns if all(isinstance(row.get(c), str | None) for row in rows)]
-        label = next((c for c in LABELS if all(c in row for row in rows)), None)
-        if captions is None or caption_column is not None:
-            chosen = choose_caption(texts_in, columns, caption_column, "the .json files")
-            if chosen is not None:
-                captions = [_first(row.get(chosen)) for row in rows]
-                said.append(f"captions in .json '{chosen}'")
-        if label is not None:
-            classes = [row[label] for row in rows]
-            said.append(f"classes in .json '{label}'")
-    if captions is None and classes is None:
-        return None
-    return Described(names, captions, classes, ", ".join(said), notices)
+        said = f"{described.sentence} and classes in .cls" if described.sentence else "classes in .cls"
+        described = replace(described, classes=_numbers_or_names(texts), sentence=said)
+    return described if described.sentence else None
+
+
+def _numbers_or_names(texts: Sequence[str]) -> list[object]:
+    """Classes as numbers where all of them are written so."""
+    return [int(text) for text in texts] if all(map(str.isdecimal, texts)) else list(texts)
 
 
 def _json_row(tree: Tree, name: str) -> Row:
@@ -199,13 +233,15 @@ def _is_prose(name: str) -> bool:
 
 
 def _rows(tree: Tree, file: str) -> list[Row]:
-    text = _text(tree, file)
     where = tree.where(file)
+    if file.endswith(".parquet"):
+        return _parquet_rows(tree, file)
+    text = _text(tree, file)
     rows: list[Row] = []
     if file.endswith("dataset.json"):
         rows = _edm_rows(text, where)
     elif file.endswith(".csv"):
-        rows = [dict(row) for row in csv.DictReader(io.StringIO(text))]
+        rows = _csv_rows(text)
     else:
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
@@ -219,6 +255,27 @@ def _rows(tree: Tree, file: str) -> list[Row]:
             rows.append(row)
     if not rows:
         raise UserError(f"{where} has no rows: write one for each image, or remove the file.")
+    return rows
+
+
+def _parquet_rows(tree: Tree, file: str) -> list[Row]:
+    try:
+        rows: list[Row] = pq.read_table(io.BytesIO(tree.read(file))).to_pylist()
+    except (pa.ArrowException, UnreadablePicture) as error:
+        raise UserError(f"{tree.where(file)} cannot be read as parquet: {error}.") from error
+    if not rows:
+        raise UserError(f"{tree.where(file)} has no rows: write one for each image, or remove the file.")
+    return rows
+
+
+def _csv_rows(text: str) -> list[Row]:
+    """Rows of texts; a label column of numbers becomes numbers, as it would be in JSON."""
+    rows: list[Row] = [dict(row) for row in csv.DictReader(io.StringIO(text))]
+    for column in LABELS:
+        values = [row.get(column) for row in rows]
+        if rows and all(isinstance(value, str) and value.isdecimal() for value in values):
+            for row in rows:
+                row[column] = int(str(row[column]))
     return rows
 
 
@@ -258,15 +315,15 @@ def _unmatched(
 ) -> list[str]:
     sentences = []
     if extra:
-        sentences.append(f"{len(extra)} names have no image ({_some(extra)})")
+        sentences.append(f"names without an image: {len(extra)} ({_some(extra)})")
     if missing:
-        sentences.append(f"{len(missing)} of {images} images have no caption ({_some(missing)})")
+        sentences.append(f"images without a row or text: {len(missing)} of {images} ({_some(missing)})")
     if not sentences:
         return []
-    told = f"{where}: {matched} matched, {' and '.join(sentences)}"
+    told = f"{where}: {matched} matched, {', '.join(sentences)}"
     if len(extra) + len(missing) > limit * max(images, 1):
         raise UserError(f"{told}: mend the names, or raise data.unreadable_limit to leave them out.")
-    return [f"{told}; left out."]
+    return [f"{told}; these are left out."]
 
 
 def _some(names: Iterable[str]) -> str:

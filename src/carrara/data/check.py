@@ -19,7 +19,7 @@ from carrara.data.decode import UnreadablePicture
 from carrara.data.layouts import open_source
 from carrara.data.preprocess import Preprocess
 from carrara.data.preview import save_preview
-from carrara.data.source import Source
+from carrara.data.source import Source, counted
 from carrara.errors import UserError
 
 _USUAL_SIDES = (8, 16, 32, 64, 128, 256)
@@ -243,26 +243,26 @@ def _warn(report: DataReport, source: Source, looks: Sequence[_Look], prepare: P
     report.warnings += source.warnings if report.ok else source.notices
     smaller = sum(look.size[0] < prepare.width or look.size[1] < prepare.height for look in looks)
     if smaller:
-        say(f"{smaller} images are smaller than {prepare.height}×{prepare.width} and would be enlarged.")
+        say(f"{smaller} of {len(looks)} images would be enlarged to {prepare.height}×{prepare.width}.")
     cut = [1 - _share_kept(look.size, prepare) for look in looks]
     if max(cut) > 0.05:
         say(f"the centre crop cuts away {float(np.mean(cut)):.0%} of a picture on average, {max(cut):.0%} at most.")
     if report.modes.get("RGBA") and prepare.channels != 4:
-        say(f"{report.modes['RGBA']} images with transparency would be laid on white.")
+        say(f"{report.modes['RGBA']} of {len(looks)} images would be laid on white, for their transparency.")
     if prepare.channels == 1 and (colour := len(looks) - report.modes.get("L", 0) - report.modes.get("gray in RGB", 0)):
-        say(f"{colour} colour images would become gray.")
+        say(f"{colour} of {len(looks)} images would lose their colour.")
     if report.classes:
         few, many = min(report.classes.values()), max(report.classes.values())
         if few == 0 or many > 10 * few:
             say(f"the classes are uneven: the rarest has {few} images, the most frequent {many}.")
     if report.captions and report.captions["empty"]:
-        say(f"{report.captions['empty']} captions are empty.")
+        say(f"captions are empty: {report.captions['empty']} of {report.captions['count']}.")
     blank = [look for look in looks if np.ptp(look.gray) == 0 and np.ptp(look.colour.reshape(-1, 3), axis=0).max() == 0]
     if blank:
-        say(f"{len(blank)} images look blank, the first is {source.pictures.name(blank[0].index)}.")
+        say(f"images look blank: {len(blank)}, the first is {source.pictures.name(blank[0].index)}.")
     for kind, groups in (("exact", report.exact_duplicates), ("near", report.near_duplicates)):
         if groups:
-            say(f"{sum(map(len, groups))} images in {len(groups)} groups are {kind} duplicates of each other.")
+            say(f"{kind} duplicates: {sum(map(len, groups))} images in {counted(len(groups), 'group')}.")
 
 
 def _share_kept(size: tuple[int, int], prepare: Preprocess) -> float:

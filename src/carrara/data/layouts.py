@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from carrara.data.arrays import open_npz
 from carrara.data.captions import (
+    METADATA,
     Described,
     find_metadata,
     from_metadata,
@@ -18,14 +19,13 @@ from carrara.data.captions import (
 )
 from carrara.data.decode import IMAGE_SUFFIXES
 from carrara.data.digits import open_digits
-from carrara.data.source import Source
-from carrara.data.tables import choose_split, class_numbers, open_arrow, open_parquet
+from carrara.data.source import Source, counted
+from carrara.data.splits import Part, choose_split, files_of_split, part_of_tree
+from carrara.data.tables import class_numbers, open_arrow, open_parquet
 from carrara.data.trees import FolderTree, ShardTree, Tree, ZipTree
 from carrara.errors import UserError, nearest
 
-SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev")
-"""Sub-folder names taken for splits."""
-
+_FOREIGN = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".svg", ".psd", ".exr", ".jxl")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -81,22 +81,36 @@ def _opened(path: str | Path, split: str, limit: float, caption_column: str | No
         return open_digits(split)
     name = str(path)
     if _BRACES.search(name):
-        return _open_tree(ShardTree(_expand(name)), name, "webdataset shards", limit, caption_column)
+        listed = _expand(name)
+        _refuse_named_split([shard.name for shard in listed], split, name)
+        return _open_shards(listed, name, limit, caption_column)
     path = Path(path).expanduser()
     _refuse_missing(path)
     if path.is_file():
         return _open_file(path, split, limit, caption_column)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return open_arrow(path, split, name, caption_column)
-    if next(path.rglob("*.parquet"), None) is not None:
+    tree = FolderTree(path)
+    files = list(tree.sizes)
+    if any(file.endswith(".parquet") and PurePosixPath(file).name not in METADATA for file in files):
         return open_parquet(_parquet_of_split(path, split), name, caption_column)
-    shards = _shards_of_split(path, split)
+    shards = [file for file in files if file.endswith(".tar")]
     if shards:
-        source = _open_tree(ShardTree(shards), name, "webdataset shards", limit, caption_column)
-        source.notices += _gaps(shards)
-        return source
-    folder = _folder_of_split(path, split)
-    return _open_tree(FolderTree(folder), str(folder), "a folder", limit, caption_column)
+        of_split = [path / file for file in files_of_split(shards, split, name)]
+        return _open_shards(of_split, name, limit, caption_column)
+    return _open_tree(tree, name, "a folder", split, limit, caption_column)
+
+
+def _open_shards(shards: Sequence[Path], name: str, limit: float, caption_column: str | None) -> Source:
+    source = _open_tree(ShardTree(shards), name, "webdataset shards", "train", limit, caption_column)
+    source.notices += _gaps(shards)
+    return source
+
+
+def _refuse_named_split(files: Sequence[str], split: str, where: object) -> None:
+    """Files named one by one are the split that is meant, unless another one is asked for."""
+    if split != "train":
+        files_of_split(files, split, where)
 
 
 def _refuse_missing(path: Path) -> None:
@@ -113,42 +127,45 @@ def _refuse_missing(path: Path) -> None:
 
 def _open_file(path: Path, split: str, limit: float, caption_column: str | None) -> Source:
     suffix = path.suffix.lower()
+    if suffix == ".zip":
+        return _open_tree(ZipTree(path), str(path), "a zip", split, limit, caption_column)
+    if suffix in IMAGE_SUFFIXES:
+        raise UserError(f"{path} is one image: give the folder that holds it.")
+    _refuse_named_split([path.name], split, path)
     if suffix == ".parquet":
         return open_parquet([path], str(path), caption_column)
     if suffix == ".npz":
         return open_npz(path)
-    if suffix == ".zip":
-        return _open_tree(ZipTree(path), str(path), "a zip", limit, caption_column)
     if suffix == ".tar":
-        return _open_tree(ShardTree([path]), str(path), "webdataset shards", limit, caption_column)
-    if suffix in IMAGE_SUFFIXES:
-        raise UserError(f"{path} is one image: give the folder that holds it.")
+        return _open_shards([path], str(path), limit, caption_column)
     raise UserError(f"{path} is no data set: give a folder, or a .parquet, .npz, .zip or .tar file.")
 
 
-def _open_tree(tree: Tree, name: str, kind: str, limit: float, caption_column: str | None) -> Source:
+def _open_tree(tree: Tree, name: str, kind: str, split: str, limit: float, caption_column: str | None) -> Source:
     """The image layouts, the same in a folder, a zip and in shards."""
-    pictures = [file for file in tree.sizes if PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES]
-    if not pictures:
+    every = [file for file in tree.sizes if PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES]
+    if not every:
         raise UserError(_no_pictures(tree, name))
-    notices = [
-        f"{tree.where(file)} is not read: call it metadata.jsonl or metadata.csv if it holds captions."
-        for file in misspelt_metadata(tree)
-    ]
-    described = _describe(tree, pictures, limit, caption_column)
+    part = part_of_tree(every, split, name)
+    pictures = list(part.pictures.values())
+    described = _describe(tree, part, limit, caption_column)
+    notices = _unread(tree)
     if described is None:
         if caption_column is not None:
             raise UserError(
                 f"there is no caption column '{caption_column}' in {name}: looked for metadata.jsonl and "
                 f"metadata.csv at its root and in every sub-folder, and found neither."
             )
-        notices += _mixed_depth(pictures) + _classes_in_names(pictures)
+        notices += _mixed_depth(part) + _classes_in_names(pictures)
         described = Described(pictures, None, None, "no captions or classes", [])
-    labels, class_names = (None, None) if described.classes is None else class_numbers(described.classes)
-    count = f"{len(described.names)} images"
+    labels, class_names = None, None
+    if described.classes is not None:
+        labels, class_names = class_numbers(described.classes, described.known_classes)
+    below = f" in {part.folder}" if part.folder and not isinstance(tree, ShardTree) else ""
+    classes = f", {len(class_names)} classes" if class_names else ""
     return Source(
         name=name,
-        layout=f"{kind} of {count}: {described.sentence}" + (f", {len(class_names)} classes" if class_names else ""),
+        layout=f"{kind} of {counted(len(described.names), 'image')}{below}: {described.sentence}{classes}",
         pictures=TreePictures(tree, described.names),
         labels=labels,
         captions=described.captions,
@@ -162,31 +179,46 @@ def _shard_sizes(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(Counter(name.split("/")[0] for name in names).values())
 
 
-def _describe(tree: Tree, pictures: list[str], limit: float, caption_column: str | None) -> Described | None:
+def _describe(tree: Tree, part: Part, limit: float, caption_column: str | None) -> Described | None:
     files = find_metadata(tree)
+    pictures = list(part.pictures.values())
     if files:
-        return from_metadata(tree, pictures, files, caption_column, limit)
+        return from_metadata(tree, pictures, part.folder, files, caption_column, limit)
     if isinstance(tree, ShardTree):
-        return from_shard_files(tree, pictures, limit, caption_column)
-    return from_side_files(tree, pictures, limit) or _class_folders(pictures)
+        described = from_shard_files(tree, pictures, limit, caption_column)
+        # Below several shards the first folders are the shards themselves, which are no classes.
+        return described or (_from_class_folders(part) if len(tree.shards) == 1 else None)
+    return from_side_files(tree, pictures, limit) or _from_class_folders(part)
 
 
-def _class_folders(pictures: list[str]) -> Described | None:
+def _from_class_folders(part: Part) -> Described | None:
     """The first folder of each picture's path as its class; at least two, and no picture outside them."""
-    if any("/" not in name for name in pictures):
+    if len(part.class_folders) < 2 or any("/" not in rest for rest in part.pictures):
         return None
-    classes: list[object] = [name.split("/")[0] for name in pictures]
-    if len(set(classes)) < 2:
-        return None
-    return Described(pictures, None, classes, "class folders", [])
+    classes: list[object] = [rest.split("/")[0] for rest in part.pictures]
+    return Described(list(part.pictures.values()), None, classes, "class folders", [], part.class_folders)
 
 
-def _mixed_depth(pictures: Sequence[str]) -> list[str]:
+def _mixed_depth(part: Part) -> list[str]:
     """A notice where images lie both beside and inside sub-folders, so that these are no classes."""
-    loose = sum("/" not in name for name in pictures)
-    if not 0 < loose < len(pictures):
+    loose = sum("/" not in rest for rest in part.pictures)
+    if not 0 < loose < len(part.pictures):
         return []
-    return [f"{loose} images lie beside the sub-folders, so the sub-folders are not taken for classes."]
+    return [f"{counted(loose, 'image')} beside the sub-folders: these are not taken for classes."]
+
+
+def _unread(tree: Tree) -> list[str]:
+    """Notices for files that a user may believe to be read."""
+    notices = [
+        f"{tree.where(file)} is not read: call it metadata.jsonl or metadata.csv if it holds captions."
+        for file in misspelt_metadata(tree)
+    ]
+    foreign = Counter(PurePosixPath(file).suffix.lower() for file in tree.sizes) & Counter(
+        dict.fromkeys(_FOREIGN, 10**9)
+    )
+    return notices + [
+        f"not read: {counted(n, f'{suffix} file')}; convert to .png or .jpg." for suffix, n in foreign.items()
+    ]
 
 
 def _classes_in_names(pictures: Sequence[str]) -> list[str]:
@@ -217,22 +249,6 @@ def _expand(name: str) -> list[Path]:
     return [shard for n in numbers for shard in _expand(name[: match.start()] + n + name[match.end() :])]
 
 
-def _shards_of_split(path: Path, split: str) -> list[Path]:
-    """The tar files of a folder; where names or sub-folders tell splits, those of `split`."""
-    shards = sorted(path.rglob("*.tar"))
-    known = {name for shard in shards for name in SPLIT_NAMES if _of_split(shard.relative_to(path), name)}
-    if not known:
-        if shards and split != "train":
-            raise UserError(f"the shards in {path} tell no splits, so there is no split '{split}'.")
-        return shards
-    wanted = choose_split(split, sorted(known), path)
-    return [shard for shard in shards if _of_split(shard.relative_to(path), wanted)]
-
-
-def _of_split(shard: Path, split: str) -> bool:
-    return split in shard.parts[:-1] or re.match(rf"{split}(?![a-zA-Z])", shard.name) is not None
-
-
 def _gaps(shards: Sequence[Path]) -> list[str]:
     """A notice for each shard that a running number says is missing."""
     numbered: dict[str, dict[int, str]] = {}
@@ -247,7 +263,7 @@ def _gaps(shards: Sequence[Path]) -> list[str]:
         missing = [n for n in range(min(found), max(found)) if n not in found]
         if missing:
             first = pattern.format(str(missing[0]).zfill(width))
-            notices.append(f"{len(missing)} shards are missing from the running numbers, the first is {first}.")
+            notices.append(f"shards missing from the running numbers: {len(missing)}, the first is {first}.")
     return notices
 
 
@@ -264,15 +280,3 @@ def _parquet_of_split(path: Path, split: str) -> list[Path]:
             raise UserError(f"{path} cannot be understood as a data set of parquet files: {error}.") from error
     wanted = choose_split(split, [str(key) for key in files], path)
     return [Path(file) for file in files[wanted]]
-
-
-def _folder_of_split(path: Path, split: str) -> Path:
-    """The sub-folder of a split where sub-folders tell splits, else the folder itself."""
-    folders = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-    known = [name for name in folders if name.lower() in SPLIT_NAMES]
-    if "train" in (name.lower() for name in known) or (known and len(known) == len(folders)):
-        by_lower = {name.lower(): name for name in known}
-        return path / by_lower[choose_split(split, list(by_lower), path)]
-    if split != "train":
-        raise UserError(f"{path} has no sub-folder '{split}', so there is no such split.")
-    return path

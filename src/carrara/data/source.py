@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,6 +17,11 @@ from carrara.errors import UserError
 
 _HASHED_BYTES = 2**30
 _NAMES_SHOWN = 5
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class Pictures(Protocol):
@@ -107,6 +112,9 @@ class Source:
         caption = None if self.captions is None else self.captions[index]
         return Example(image, label, caption, self.pictures.name(index))
 
+    def __iter__(self) -> Iterator[Example]:
+        return map(self.__getitem__, range(len(self)))
+
     def decode(self, index: int) -> tuple[Image.Image, tuple[str, ...]]:
         """The picture and the conversions it needed.
 
@@ -126,7 +134,7 @@ class Source:
         lines = list(self.notices)
         if self.unreadable:
             lines.append(f"{self._unreadable_sentence()} skipped.")
-        lines += [f"{count} images: {what}." for what, count in sorted(self.conversions.items())]
+        lines += [f"{counted(count, 'image')}: {what}." for what, count in sorted(self.conversions.items())]
         return lines
 
     def refuse_unreadable(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,7 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from carrara.data.decode import UnreadablePicture
-from carrara.data.source import Source
+from carrara.data.source import Source, counted
+from carrara.data.splits import choose_split, refuse_split
 from carrara.errors import UserError, nearest
 
 LABELS = ("label", "labels", "class", "fine_label", "category")
@@ -20,6 +21,7 @@ CAPTIONS = ("text", "caption", "captions", "prompt", "description")
 """Column names taken for a caption, in this order."""
 _NO_CAPTIONS = {*LABELS, "id", "key", "name", "file_name", "filename", "path", "url", "source", "license", "split"}
 _IN_MEMORY_BYTES = 2**30
+_LARGEST_NUMBER = 2**16 - 1
 
 
 class Column:
@@ -140,25 +142,11 @@ def open_arrow(path: Path, split: str, name: str, caption_column: str | None = N
         raise UserError(f"{path} cannot be loaded as a saved data set: {error}.") from error
     if isinstance(data, datasets.DatasetDict):
         data = data[choose_split(split, tuple(data), path)]
-    elif split != "train" and str(data.split) != split:
-        raise UserError(f"{path} is one saved data set without splits, so it has no split '{split}'.")
+    elif str(data.split) != split:
+        refuse_split(split, path)
     if data._indices is not None:  # rows were selected or shuffled before saving
         data = data.flatten_indices()
     return _from_table(data.data.table, name, "a data set saved by Hugging Face datasets", path, caption_column)
-
-
-def choose_split(split: str, known: Sequence[str], path: Path) -> str:
-    """The known split that is meant by `split`, with the usual other spellings of "validation".
-
-    Raises:
-        UserError: there is no such split.
-    """
-    spellings = {"validation", "valid", "val", "dev"}
-    wanted = spellings if split in spellings else {split}
-    for name in known:
-        if name in wanted:
-            return name
-    raise UserError(f"{path} has no split '{split}': {nearest(split, known)}")
 
 
 def _from_table(table: pa.Table, name: str, kind: str, folder: Path, caption_column: str | None) -> Source:
@@ -226,7 +214,7 @@ def _labels(
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     values = column.to_pylist()
     if any(value is None for value in values):
-        raise UserError(f"{what} has {values.count(None)} empty cells: every image needs its class.")
+        raise UserError(f"{what} has {counted(values.count(None), 'empty cell')}: every image needs its class.")
     if names is None:
         return class_numbers(values)
     labels = np.asarray(values, dtype=np.int64)
@@ -235,12 +223,22 @@ def _labels(
     return labels, names
 
 
-def class_numbers(values: Sequence[object]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Classes of any spelling, numbered 0..K-1 in sorted order (numbers by value), and their names."""
-    numbers = all(isinstance(value, int) for value in values)
-    names = sorted(set(values), key=lambda value: value if numbers else str(value))  # type: ignore[arg-type,return-value]
-    place = {name: i for i, name in enumerate(names)}
-    return np.array([place[value] for value in values], dtype=np.int64), tuple(str(name) for name in names)
+def class_numbers(values: Sequence[object], known: Iterable[object] = ()) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """The number of each sample's class, and the names of the classes.
+
+    Integers from 0 up are the numbers themselves, so that a split that lacks a class does not shift the others;
+    whatever else is numbered in sorted order.
+
+    Args:
+        values: the class of each sample.
+        known: classes of other splits, to be numbered with them.
+    """
+    every = {*values, *known}
+    if all(isinstance(value, int) and 0 <= value <= _LARGEST_NUMBER for value in every):
+        numbers = np.asarray(values, dtype=np.int64)
+        return numbers, tuple(map(str, range(max(int(str(value)) for value in every) + 1)))
+    place = {name: i for i, name in enumerate(sorted(every, key=str))}
+    return np.array([place[value] for value in values], dtype=np.int64), tuple(map(str, place))
 
 
 def _caption_column(table: pa.Table, wanted: str | None, name: str) -> str | None:
