@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from carrara.errors import UserError
 from carrara.evaluation import Moments
+from carrara.evaluation import moments as moments_module
 from carrara.evaluation.moments import BLOCK
 
 
@@ -66,6 +69,50 @@ def test_processes_merge_to_one_stream(cuts: list[int]) -> None:
     # Blocks lie elsewhere: rounding of float64 sums, no more.
     torch.testing.assert_close(total.mean, whole.mean, rtol=1e-13, atol=0)
     torch.testing.assert_close(total.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+
+
+def share_of_a_process(rank: int, world: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    x = torch.randn(500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 10
+    joined = Moments(6).update(x[rank::world]).over_processes()
+    torch.save([joined.mean, joined.covariance, joined.count], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
+    start_processes(share_of_a_process, args=(2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    x = torch.randn(500, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 10
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert first[2] == second[2] == 500
+    torch.testing.assert_close(first[1], Moments.of(x).covariance, rtol=1e-12, atol=1e-12)
+
+
+def test_what_processes_exchange_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processes in one: each one's state is noted, then all are handed to each."""
+    x = torch.randn(3000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 10
+    shares = [Moments(6).update(x[rank::3]) for rank in range(3)]
+    states: list[Tensor] = []
+
+    def note(state: Tensor) -> Tensor:
+        states.append(state)
+        return state
+
+    monkeypatch.setattr(moments_module, "gather", note)
+    for share in shares:
+        share.over_processes()
+    monkeypatch.setattr(moments_module, "gather", lambda state: torch.cat(states))
+    joined = [share.over_processes() for share in shares]
+    assert all(torch.equal(joined[0].covariance, other.covariance) for other in joined)
+    assert joined[0].count == 3000
+    torch.testing.assert_close(joined[0].covariance, Moments.of(x).covariance, rtol=1e-12, atol=1e-12)
+
+
+def test_one_process_keeps_its_own() -> None:
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(Moments.of(x).over_processes().covariance, Moments.of(x).covariance)
 
 
 def test_order_changes_rounding_only() -> None:

@@ -44,34 +44,42 @@ class DensityCoverage:
 
 def precision_recall(samples: Rows, reference: Rows, k: int = 3, seed: int = 0) -> PrecisionRecall:
     """Improved precision and recall of samples [N, D] against a reference [M, D]; the paper's k is 3."""
-    x, y = _pair(samples, reference, k)
-    radius_x, radius_y = radii(x, k), radii(y, k)
-    inside, reached = x.new_zeros(len(x)), torch.zeros(len(y), dtype=torch.bool, device=x.device)
-    for part, squared in squared_distances(x, y):
-        inside[part] = (squared <= radius_y).any(1).double()
-        reached |= (squared <= radius_x[part, None]).any(0)
-    return PrecisionRecall(
-        float(inside.mean()),
-        float(reached.double().mean()),
-        mean_interval(inside, seed=seed),
-        mean_interval(reached, seed=seed),
-    )
+    return fidelity_diversity(samples, reference, k, k, seed)[0]
 
 
 def density_coverage(samples: Rows, reference: Rows, k: int = 5, seed: int = 0) -> DensityCoverage:
     """Density and coverage of samples [N, D] against a reference [M, D]; the paper's k is 5."""
-    x, y = _pair(samples, reference, k)
-    radius = radii(y, k)
-    holding, covered = x.new_zeros(len(x)), torch.zeros(len(y), dtype=torch.bool, device=x.device)
+    return fidelity_diversity(samples, reference, k, k, seed)[1]
+
+
+def fidelity_diversity(
+    samples: Rows, reference: Rows, precision_k: int = 3, density_k: int = 5, seed: int = 0
+) -> tuple[PrecisionRecall, DensityCoverage]:
+    """All four from one pass over the distances.
+
+    Raises:
+        UserError: other dimensions, no more rows than neighbours, NaN.
+    """
+    x, y = _pair(samples, reference, max(precision_k, density_k))
+    (radius_x,) = radii(x, precision_k)
+    precise_y, dense_y = radii(y, precision_k, density_k)
+    inside, holding = x.new_empty(len(x)), x.new_empty(len(x))
+    reached, covered = (torch.zeros(len(y), dtype=torch.bool, device=x.device) for _ in range(2))
     for part, squared in squared_distances(x, y):
-        inside = squared <= radius
-        holding[part] = inside.sum(1).double() / k
-        covered |= inside.any(0)
-    return DensityCoverage(
-        float(holding.mean()),
-        float(covered.double().mean()),
-        mean_interval(holding, seed=seed),
-        mean_interval(covered, seed=seed),
+        inside[part] = (squared <= precise_y).any(1).double()
+        reached |= (squared <= radius_x[part, None]).any(0)
+        held = squared <= dense_y
+        holding[part] = held.sum(1).double() / density_k
+        covered |= held.any(0)
+
+    def share(values: Tensor) -> tuple[float, Interval]:
+        return float(values.double().mean()), mean_interval(values, seed=seed)
+
+    (precision, over_samples), (recall, over_reference) = share(inside), share(reached)
+    (density, density_interval), (coverage, coverage_interval) = share(holding), share(covered)
+    return (
+        PrecisionRecall(precision, recall, over_samples, over_reference),
+        DensityCoverage(density, coverage, density_interval, coverage_interval),
     )
 
 

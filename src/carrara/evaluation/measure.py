@@ -10,7 +10,7 @@ from carrara.evaluation.inception_score import inception_score
 from carrara.evaluation.infinity import frechet_infinity
 from carrara.evaluation.judge import class_accuracy
 from carrara.evaluation.kernel import kernel_distance
-from carrara.evaluation.manifold import density_coverage, precision_recall
+from carrara.evaluation.manifold import fidelity_diversity
 from carrara.evaluation.memorisation import class_spread, class_spread_interval, memorisation
 from carrara.evaluation.moments import Rows, Statistics
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp
@@ -64,7 +64,7 @@ def measure_pairs(samples: Collected, reference: Collected, stamp: Stamp, seed: 
     x, y = samples.rows, reference.rows
     stamp = stamp.with_settings(rows=len(x), reference_rows=len(y))
     kernel = kernel_distance(x, y, seed=seed)
-    manifold, cover = precision_recall(x, y, seed=seed), density_coverage(x, y, seed=seed)
+    manifold, cover = fidelity_diversity(x, y, seed=seed)
     subsets = stamp.with_settings(subset_size=kernel.subset_size)
     three, five = stamp.with_settings(k=3), stamp.with_settings(k=5)
     return {

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from carrara.distributed import gather
 from carrara.errors import UserError
 
 Rows = Tensor | np.ndarray
@@ -132,6 +133,24 @@ class Moments:
             _add_gram(self._scatter, self._join(other._mean, other._count)[None])
             self._scatter += other._scatter
         return self
+
+    def over_processes(self, device: torch.device | str = "cpu") -> Moments:
+        """The moments of all processes together, merged in rank order: the same on each, bit for bit.
+
+        Every process must call it; one process alone gets its own.
+
+        Args:
+            device: where the process group exchanges tensors (a GPU under NCCL).
+        """
+        own = self._settled()
+        state = torch.cat([torch.tensor([float(own._count)], dtype=torch.float64), own._mean, own._scatter.flatten()])
+        total = Moments(self.dimension)
+        for row in gather(state[None].to(device)).cpu():
+            part = Moments(self.dimension)
+            part._count, part._mean = int(row[0]), row[1 : 1 + self.dimension]
+            part._scatter = row[1 + self.dimension :].reshape(self.dimension, self.dimension)
+            total.merge(part)
+        return total
 
     @property
     def count(self) -> int:
