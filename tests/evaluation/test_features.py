@@ -14,7 +14,7 @@ from torch import Tensor
 from carrara.errors import UserError
 from carrara.evaluation import Moments, clip_score
 from carrara.evaluation.collect import collect
-from carrara.evaluation.features import Pixels, preparation
+from carrara.evaluation.features import Pixels, open_features, preparation
 from carrara.evaluation.features.classifier import ClassifierFeatures
 from carrara.evaluation.features.pretrained import CLIP_MEAN, CLIP_STD, Clip, Dino
 from carrara.networks import EncoderClassifier, EncoderClassifierParams
@@ -200,3 +200,15 @@ def test_bad_streams_are_told() -> None:
         collect([images(2, 4), images(2, 8)], Pixels())
     with pytest.raises(UserError, match="NaN"):
         collect([images(2, 4) * torch.nan], Pixels())
+
+
+def test_features_open_by_a_word(clip_folder: Path) -> None:
+    assert open_features("pixels").name == "pixels"
+    clip = open_features(f"clip={clip_folder}")
+    assert clip(images(2)).shape == (2, 12)
+    with pytest.raises(UserError, match="did you mean 'inception'"):
+        open_features("incepton=x.pth")
+    with pytest.raises(UserError, match="write inception=PATH"):
+        open_features("inception")
+    with pytest.raises(UserError, match="no Inception weights at 'nowhere'"):
+        open_features("inception=nowhere")

@@ -9,14 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from carrara.errors import UserError
 from carrara.evaluation import Collected, Stamp, collect, compare, write_statistics
 from carrara.evaluation.features import Pixels
 from carrara.evaluation.measure import (
+    measure_captions,
     measure_classes,
     measure_frechet,
     measure_inception_score,
     measure_memory,
     measure_pairs,
+    measure_reconstruction,
 )
 from carrara.evaluation.reference import read_statistics
 from carrara.evaluation.stamp import from_json, to_json
@@ -72,6 +75,25 @@ def test_every_figure_has_an_interval_that_holds_it_and_survives_the_disk(digits
     assert figures["coverage"].stamp.settings["k"] == 5
     assert from_json(to_json(figures)) == figures
     assert len(compare(figures, from_json(to_json(figures)))) == len(figures)
+
+
+def test_a_reference_of_another_size_or_colour_is_refused(digits: tuple[Tensor, ...]) -> None:
+    train, _, held_out, _ = digits
+    with pytest.raises(UserError, match=r"samples are 1×8×8 .* reference is 3×8×8"):
+        measure_frechet(seen(held_out), seen(train.expand(-1, 3, -1, -1)), STAMP)
+    with pytest.raises(UserError, match=r"samples are 1×8×8 .* reference is 1×4×4"):
+        measure_pairs(seen(held_out), seen(train[:, :, ::2, ::2]), STAMP)
+
+
+def test_reconstructions_and_captions_are_measured_too(digits: tuple[Tensor, ...]) -> None:
+    train, _, held_out, _ = digits
+    figures = measure_reconstruction((held_out + 0.2).clamp(-1, 1), held_out, STAMP)
+    assert figures["psnr"].value >= 20  # an error of 0.2, or less where it was clamped
+    assert figures["psnr"].interval is not None
+    embeddings = train.flatten(1)
+    captions = measure_captions(embeddings, embeddings, STAMP)
+    assert captions["clip_score"].value == pytest.approx(100)
+    assert captions["caption_recall_at_1"].value == 1
 
 
 def test_few_samples_are_said_to_be_few(digits: tuple[Tensor, ...]) -> None:

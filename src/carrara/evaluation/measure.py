@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from carrara.errors import UserError
+from carrara.evaluation.bootstrap import mean_interval, median_interval
+from carrara.evaluation.clip_score import clip_score, retrieval
 from carrara.evaluation.collect import Collected
 from carrara.evaluation.frechet import frechet_distance, frechet_interval
 from carrara.evaluation.inception_score import inception_score
@@ -13,6 +16,7 @@ from carrara.evaluation.kernel import kernel_distance
 from carrara.evaluation.manifold import fidelity_diversity
 from carrara.evaluation.memorisation import class_spread, class_spread_interval, memorisation
 from carrara.evaluation.moments import Rows, Statistics
+from carrara.evaluation.reconstruction import psnr, ssim
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp
 
 FID_FEATURES = "inception-2015"
@@ -29,6 +33,20 @@ def kernel_name(features: str) -> str:
     return "kid" if features == FID_FEATURES else "kernel_distance"
 
 
+def same_pictures(samples: Collected, reference: Collected | Statistics) -> None:
+    """Refuses a reference of another resolution or colour mode, which any feature network would resize away.
+
+    Raises:
+        UserError: the two shapes.
+    """
+    if isinstance(reference, Collected) and samples.shape != reference.shape:
+        ours, theirs = ("×".join(map(str, shape)) for shape in (samples.shape, reference.shape))
+        raise UserError(
+            f"samples are {ours} (channels, height, width) and the reference is {theirs}: "
+            "read the reference at the samples' resolution and colour mode."
+        )
+
+
 def measure_frechet(
     samples: Collected, reference: Collected | Statistics, stamp: Stamp, replicates: int = 20, seed: int = 0
 ) -> Measurements:
@@ -36,6 +54,7 @@ def measure_frechet(
 
     The interval needs the samples' rows; where only the first were kept there is none.
     """
+    same_pictures(samples, reference)
     known = reference if isinstance(reference, Statistics) else reference.moments.statistics()
     whole = len(samples.rows) == samples.moments.count
     few = samples.moments.count <= samples.moments.dimension
@@ -61,6 +80,7 @@ def _few(samples: Collected, few: bool) -> str:
 
 def measure_pairs(samples: Collected, reference: Collected, stamp: Stamp, seed: int = 0) -> Measurements:
     """Kernel distance, precision, recall, density and coverage of the rows that were kept."""
+    same_pictures(samples, reference)
     x, y = samples.rows, reference.rows
     stamp = stamp.with_settings(rows=len(x), reference_rows=len(y))
     kernel = kernel_distance(x, y, seed=seed)
@@ -88,8 +108,6 @@ def measure_inception_score(logits: Rows, stamp: Stamp, splits: int = 10, seed: 
 
 def measure_memory(samples: Rows, train: Rows, held_out: Rows, stamp: Stamp, seed: int = 0) -> Measurements:
     """Whether the training images were learnt by heart: two shares and two medians of distance ratios."""
-    from carrara.evaluation.bootstrap import median_interval
-
     found = memorisation(samples, train, held_out, seed)
     return {
         "memorised_share": Measurement(found.share, found.interval, stamp),
@@ -114,3 +132,20 @@ def measure_classes(images: Tensor, labels: Tensor, read: Tensor | None, stamp: 
         accuracy = class_accuracy(read, labels, seed)
         figures["class_accuracy"] = Measurement(accuracy.share, accuracy.interval, stamp)
     return figures
+
+
+def measure_captions(images: Tensor, texts: Tensor, stamp: Stamp, seed: int = 0) -> Measurements:
+    """CLIP score and caption retrieval of image embeddings [N, D] and their captions' [N, D]."""
+    score, found = clip_score(images, texts, seed), retrieval(images, texts, seed=seed)
+    figures = {"clip_score": Measurement(score.score, score.interval, stamp)}
+    for k, recall in found.recall.items():
+        figures[f"caption_recall_at_{k}"] = Measurement(recall, found.intervals[k], stamp)
+    return figures
+
+
+def measure_reconstruction(images: Tensor, targets: Tensor, stamp: Stamp, seed: int = 0) -> Measurements:
+    """Mean PSNR (dB) and SSIM of images [N, C, H, W] in [-1, 1] against what they should be."""
+    return {
+        name: Measurement(float(values.mean()), mean_interval(values, seed=seed), stamp)
+        for name, values in (("psnr", psnr(images, targets)), ("ssim", ssim(images, targets)))
+    }

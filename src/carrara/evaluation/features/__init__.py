@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from carrara.errors import UserError, nearest
 from carrara.evaluation.features.inception import Inception
 from carrara.evaluation.features.pixels import Pixels
 
-__all__ = ["Features", "Inception", "Pixels"]
+__all__ = ["Features", "Inception", "Pixels", "open_features"]
 
 
 class Features(Protocol):
@@ -28,3 +31,30 @@ class Features(Protocol):
     @property
     def preparation(self) -> str: ...
     def __call__(self, images: Tensor) -> Tensor: ...
+
+
+KINDS = ("pixels", "inception", "clip", "dinov2")
+
+
+def open_features(word: str, device: torch.device | str = "cpu", preparation: str = "tensorflow") -> Features:
+    """The feature network that a word names: "pixels", "inception=WEIGHTS", "clip=FOLDER" or "dinov2=FOLDER".
+
+    Args:
+        word: the kind and, after "=", the local file or folder of its weights.
+        preparation: Inception's resize, one of `preparation.INCEPTION`.
+
+    Raises:
+        UserError: an unknown kind, or weights that are not given, missing or of another checksum.
+    """
+    kind, _, path = word.partition("=")
+    if kind not in KINDS:
+        raise UserError(f"there are no features '{kind}': {nearest(kind, KINDS)}")
+    if kind == "pixels":
+        return Pixels()
+    if not path:
+        raise UserError(f"the features '{kind}' need their weights from a local path: write {kind}=PATH.")
+    if kind == "inception":
+        return Inception.load(Path(path), preparation=preparation, device=device)
+    from carrara.evaluation.features.pretrained import Clip, Dino
+
+    return Clip(path, device) if kind == "clip" else Dino(path, device)
