@@ -194,7 +194,8 @@ class Trainer:
                 self._log(log, speed)
                 if self.step % training.sample_every == 0 or self.step == training.steps:
                     self._preview(log)
-                if self.step % training.checkpoint_every == 0 and self.step < training.steps:
+                # Nothing is saved in the middle of a bad stretch, so that the last checkpoint is a good one.
+                if self.step % training.checkpoint_every == 0 and self.step < training.steps and not self.bad_steps:
                     self.save_checkpoint()
                 yield Progress(self.step, training.steps, loss, speed, left)
             if self.step > first:
@@ -317,10 +318,16 @@ class Trainer:
         if step == 0:
             return
         weights, state = checkpoint.load(self.run.checkpoints, step)
-        self.network.load_state_dict(weights["network"])
-        self.ema.module.load_state_dict(weights["ema"])
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(state["optimisers"][name])
+        try:
+            self.network.load_state_dict(weights["network"])
+            self.ema.module.load_state_dict(weights["ema"])
+            for name, optimiser in self.optimisers.items():
+                optimiser.load_state_dict(state["optimisers"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint of step {step} in {self.run.folder} does not fit this network (Carrara "
+                f"{state.get('carrara')} wrote it): name another --out. {str(error).splitlines()[0]}"
+            ) from None
         self.objective.load_state_dict(state["objective"])
         self.step, self.bad_steps = state["step"], state["bad_steps"]
         self.window = Window(**state["window"])

@@ -1,0 +1,43 @@
+# The README's commands. Each target makes the virtual environment that it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check bench docs clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/carrara demo
+
+test: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/.development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.development
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: $(VENV)/.development
+	$(BIN)/pdoc --docformat google --output-directory build/docs carrara
+	@echo "build/docs/index.html"
+
+clean:
+	rm -rf $(VENV) build
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Carrara needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing Carrara and what it needs into $(VENV) ..."
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.development: pyproject.toml constraints.txt | $(VENV)/.runtime
+	@echo "installing what the tests need into $(VENV) ..."
+	$(PIP) --editable ".[dev]"
+	touch $@

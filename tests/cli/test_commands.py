@@ -1,0 +1,219 @@
+"""The commands as a user types them: what they print, where they write, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from carrara.cli import main
+from tests.runs import TINY
+
+Command = Callable[..., "Result"]
+SETS = [word for assignment in TINY for word in ("--set", assignment)]
+
+
+@dataclass
+class Result:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def carrara(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command through the program's own entry point, in this process: importing torch takes seconds."""
+
+    def run(*words: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["carrara", *map(str, words)])
+        monkeypatch.setattr("carrara.cli.console.console.width", 200)
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(carrara: Command) -> Callable[..., str]:
+    """The one sentence with which a command refuses."""
+
+    def run(*words: str | Path) -> str:
+        result = carrara(*words)
+        assert result.returncode == 2, result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+        lines = [line for line in result.stderr.splitlines() if line.startswith("carrara: ")]
+        assert len(lines) == 1, result.stderr
+        return lines[0]
+
+    return run
+
+
+def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "carrara", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+
+
+def photographs(folder: Path, count: int, classes: int = 1) -> Path:
+    """A folder of random pictures, in class folders where there are several."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        place = folder / f"class{i % classes}" if classes > 1 else folder
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 17, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    return folder
+
+
+def test_help_answers_at_once() -> None:
+    """The best of five, since the machine may be busy: less than half a second with a warm file cache."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        result = process("--help")
+        times.append(time.perf_counter() - began)
+        assert result.returncode == 0
+    for command in ("demo", "data", "train", "sample", "recipes"):
+        assert command in result.stdout
+    assert min(times) < 0.5
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; import carrara.cli.app; import carrara.errors; "
+        "print([m for m in ('torch', 'numpy', 'datasets', 'pydantic', 'sklearn', 'PIL', 'yaml') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_train_sample_and_resume(tmp_path: Path, carrara: Command) -> None:
+    run = tmp_path / "x"
+    first = carrara("train", "digits", "--out", run, *SETS, "--set", "training.steps=5")
+    assert first.returncode == 0, first.stderr
+    assert "learning rate" in first.stdout
+    assert str(run) in first.stdout
+    more = carrara("train", "digits", "--out", run, *SETS, "--set", "training.steps=5")
+    assert more.returncode == 0
+    assert "going on from the checkpoint of step 5" in more.stdout
+    made = carrara(
+        "sample", run, "--label", "3", "-l", "7", "--num_inference_steps", "3", "--guidance_scale", "2", "--json"
+    )
+    assert made.returncode == 0, made.stderr
+    told = json.loads(made.stdout)
+    assert told["labels"] == [3, 7]
+    assert told["steps"] == 3
+    assert told["guidance"] == 2.0
+    assert (Path(told["folder"]) / "samples.npz").exists()
+
+
+def test_json_lines_are_machine_readable(tmp_path: Path, carrara: Command) -> None:
+    result = carrara("train", "digits", "--out", tmp_path / "x", *SETS, "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert lines[0]["start"]["batch"] == 16
+    assert lines[-1]["step"] == 12
+
+
+def test_a_folder_of_classes_trains_and_says_what_it_chose(tmp_path: Path, carrara: Command) -> None:
+    photos = photographs(tmp_path / "photos", 12, classes=3)
+    words = ("--set", "training.steps=2", "--set", "network.channels=8", "--set", "sampling.steps=1")
+    result = carrara("train", photos, "--out", tmp_path / "run", *words)
+    assert result.returncode == 0, result.stderr
+    assert "resolution 16×16" in result.stdout
+    assert "class-conditional: 3 classes" in result.stdout
+    assert "the rest cropped at the centre" in result.stdout
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "kind: labels" in recipe
+    assert carrara("sample", tmp_path / "run", "--label", "class2", "--steps", "1").returncode == 0
+
+
+def test_a_plain_folder_trains_without_labels(tmp_path: Path, carrara: Command, refused: Callable[..., str]) -> None:
+    photos = photographs(tmp_path / "photos", 5)
+    words = ("--steps", "1", "--set", "network.channels=8", "--set", "sampling.steps=1", "--resolution", "8x16")
+    result = carrara("train", photos, "--output_dir", tmp_path / "run", *words)
+    assert result.returncode == 0, result.stderr
+    assert "3×8×16" in result.stdout
+    assert carrara("sample", tmp_path / "run", "--count", "2", "--steps", "1").returncode == 0
+    assert "trained without labels" in refused("sample", tmp_path / "run", "--label", "1")
+
+
+def test_a_mistake_leaves_a_process_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    result = process("train", tmp_path / "missing")
+    assert result.returncode == 2
+    assert result.stderr.startswith("carrara: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_mistakes_end_with_one_sentence_and_code_2(tmp_path: Path, tiny_run: Path, refused: Callable[..., str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    few = photographs(tmp_path / "few", 3)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("mine")
+    assert "neither a shipped recipe" in refused("train", tmp_path / "missing")
+    assert str(empty) in refused("train", empty)
+    assert "fewer than one batch of 64" in refused("train", few, "--train_batch_size", "64")
+    assert "did you mean 'steps'" in refused("train", "digits", "--set", "training.step=3")
+    assert "nearest are" in refused("train", "digits", "--resolution", "9")
+    assert "holds other files and no run" in refused("train", "digits", "--out", other)
+    assert "'latest'" in refused("train", "digits", "--resume_from_checkpoint", "step-5")
+    assert "differs in seed: 0 → 5" in refused("train", "digits", "--out", tiny_run, *SETS, "--seed", "5")
+    assert "no model folder" in refused("sample", tmp_path / "missing")
+    assert "label 10 is out of range" in refused("sample", tiny_run, "--label", "10")
+    assert "at least 1 step" in refused("sample", tiny_run, "--steps", "0")
+    assert "only 1000" in refused("sample", tiny_run, "--steps", "1001")
+    assert "there is no solver" in refused("sample", tiny_run, "--solver", "magic")
+    assert "--count must be at least 1" in refused("sample", tiny_run, "--count", "0")
+    assert "there is no recipe" in refused("recipes", "nothing")
+
+
+def test_recipes_are_listed_and_printed(carrara: Command) -> None:
+    assert "cifar10" in carrara("recipes").stdout
+    assert "learning_rate" in carrara("recipes", "digits").stdout
+
+
+def test_a_killed_process_resumes_where_its_checkpoint_was(tmp_path: Path, tiny_run: Path, carrara: Command) -> None:
+    """SIGKILL at a random moment of a real process, then the same command again: the bits of the undisturbed run."""
+    run = tmp_path / "x"
+    command = [sys.executable, "-m", "carrara", "train", "digits", "--out", str(run), *SETS, "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if '"step": 8' in line:
+            child.kill()
+            break
+    child.wait()
+    assert carrara("train", "digits", "--out", run, *SETS).returncode == 0
+    mine, theirs = (folder / "model" / "network.safetensors" for folder in (run, tiny_run))
+    assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_version(carrara: Command) -> None:
+    import carrara as package
+
+    assert carrara("--version").stdout.strip() == package.__version__
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "recipes", "data"])
+def test_every_command_explains_itself(command: str, carrara: Command) -> None:
+    result = carrara(command, "--help")
+    assert result.returncode == 0
+    assert len(result.stdout) > 200

@@ -1,0 +1,191 @@
+"""The assembled model: sampling does not depend on company, and what is saved is what is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from carrara import DiffusionModel
+from carrara.codecs import Identity
+from carrara.errors import UserError
+from carrara.networks import UNet, UNetParams
+from carrara.process import Noise, schedules
+from carrara.solvers import DDIM
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run: Path) -> DiffusionModel:
+    return DiffusionModel.load(tiny_run)
+
+
+def unconditional(predicts: str = "eps") -> DiffusionModel:
+    torch.manual_seed(0)
+    params = UNetParams(
+        image_size=(8, 12), in_channels=2, channels=8, channel_mult=(1, 1), blocks_per_level=1, attention=()
+    )
+    network = UNet(params)
+    for parameter in network.parameters():  # zero-initialised outputs would hide mistakes
+        torch.nn.init.normal_(parameter, std=0.05)
+    return DiffusionModel(network, schedules.linear(100), (2, 8, 12), predicts)  # type: ignore[arg-type]
+
+
+def test_images_are_in_range_and_shaped(model: DiffusionModel) -> None:
+    result = model.sample(labels=[3, 7], steps=4, guidance=2.0, seed=0)
+    assert result.images.shape == (2, 1, 8, 8)
+    assert result.images.dtype == torch.float32
+    assert result.images.abs().max() <= 1
+    assert result.labels == [3, 7]
+
+
+def test_a_picture_does_not_depend_on_its_company(model: DiffusionModel) -> None:
+    together = model.sample(labels=[1, 2, 3, 4, 5], steps=3, guidance=1.5, seed=7)
+    split = model.sample(labels=[1, 2, 3, 4, 5], steps=3, guidance=1.5, seed=7, batch_size=2)
+    alone = model.sample(labels=[4], steps=3, guidance=1.5, seed=7, first=3)
+    # The noise is the same to the bit; matrix products of another batch size round differently.
+    torch.testing.assert_close(split.images, together.images, atol=2e-5, rtol=0)
+    torch.testing.assert_close(alone.images[0], together.images[3], atol=2e-5, rtol=0)
+
+
+def test_stochastic_solvers_are_reproducible_and_seeds_differ(model: DiffusionModel) -> None:
+    one, two = (model.sample(labels=[1], steps=5, solver="ddpm", seed=1).images for _ in range(2))
+    other = model.sample(labels=[1], steps=5, solver="ddpm", seed=2).images
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_start_takes_the_place_of_the_noise(model: DiffusionModel) -> None:
+    scale = float(model.schedule.sigma(model.schedule.final_time))
+    start = scale * Noise(5).normal((2, 1, 8, 8))
+    given = model.sample(labels=[0, 1], steps=3, seed=9, start=start, solver="ddim")
+    drawn = model.sample(labels=[0, 1], steps=3, seed=5, solver=DDIM())
+    assert torch.equal(given.images, drawn.images)
+
+
+def test_sampling_leaves_training_mode_and_gradients_as_they_were() -> None:
+    model = unconditional()
+    model.network.train()
+    model.sample(count=1, steps=2)
+    assert model.network.training
+    assert all(p.grad is None and p.requires_grad for p in model.network.parameters())
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
+def test_save_and_load_are_inverse(tmp_path: Path, predicts: str) -> None:
+    model = unconditional(predicts)
+    model.sampling = {"solver": "ddim", "steps": 3}
+    model.save(tmp_path)
+    loaded = DiffusionModel.load(tmp_path)
+    assert loaded.config() == model.config()
+    assert torch.equal(loaded.sample(count=3, seed=2).images, model.sample(count=3, seed=2).images)
+
+
+def test_files_of_samples(model: DiffusionModel, tmp_path: Path) -> None:
+    result = model.sample(labels=[5, 6], steps=2, seed=4, first=10)
+    result.save(tmp_path)
+    with Image.open(tmp_path / "seed4-00011.png") as picture:
+        history = json.loads(picture.info["carrara"])
+        pixels = np.asarray(picture)
+    assert history["seed"] == 4
+    assert history["row"] == 11
+    assert history["label"] == 6
+    assert history["weights"].startswith("EMA of step")
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert np.array_equal(archive["arr_0"][1, :, :, 0], pixels)
+        assert archive["arr_1"].tolist() == [5, 6]
+    assert (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"labels": [10]}, "label 10 is out of range"),
+        ({"labels": [-1]}, "label -1 is out of range"),
+        ({"labels": None}, "this model is told a class"),
+        ({"labels": []}, "at least one picture"),
+        ({"labels": [1], "steps": 0}, "at least 1 step"),
+        ({"labels": [1], "steps": 1001}, "1001 steps were asked for, the schedule has only 1000"),
+        ({"labels": [1], "solver": "dpm"}, "there is no solver 'dpm'"),
+        ({"labels": [1], "spacing": "trailling"}, "did you mean 'trailing'"),
+        ({"labels": [1], "eta": 0.5, "solver": "unipc"}, "takes an eta"),
+        ({"labels": [1], "guidance": float("nan")}, "finite"),
+        ({"labels": [1, 2], "count": 3}, "one label for each picture"),
+        ({"labels": [1], "start": torch.zeros(2, 1, 8, 8)}, "2 starting noises were given for 1"),
+    ],
+)
+def test_mistakes_in_sampling_are_one_sentence(
+    model: DiffusionModel, arguments: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        model.sample(**arguments)  # type: ignore[arg-type]
+    assert sentence in str(error.value)
+
+
+def test_guidance_of_an_unconditional_model_is_refused() -> None:
+    with pytest.raises(UserError, match="needs a conditional model"):
+        unconditional().sample(count=1, guidance=2.0)
+    with pytest.raises(UserError, match="trained without labels"):
+        unconditional().sample(labels=[1])
+
+
+def test_model_folders_that_are_damaged(tiny_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(tiny_run / "model", tmp_path / name))
+
+    with pytest.raises(UserError, match="no model folder"):
+        DiffusionModel.load(tmp_path / "nowhere")
+    folder = copy("weights")
+    (folder / "network.safetensors").unlink()
+    with pytest.raises(UserError, match=r"network\.safetensors is missing"):
+        DiffusionModel.load(folder)
+    folder = copy("cut")
+    weights = folder / "network.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cut short or damaged"):
+        DiffusionModel.load(folder)
+    folder = copy("config")
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="not a model folder"):
+        DiffusionModel.load(folder)
+    folder = copy("cut config")
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:40])
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        DiffusionModel.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"format": 99}, "newer Carrara"),
+        ({"network": None}, "does not describe a model"),
+        ({"schedule": {"kind": "cosin"}}, "there is no schedule 'cosin'"),
+        ({"labels": {"names": ["a"], "dropout": 0.1}, "network": "one class"}, "has the shape"),
+    ],
+)
+def test_configs_that_do_not_fit(tiny_run: Path, tmp_path: Path, change: dict[str, object], sentence: str) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    if change.get("network") == "one class":
+        change = {**change, "network": {**config["network"], "num_classes": 1}}
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=sentence):
+        DiffusionModel.load(folder)
+
+
+def test_a_latent_is_not_thresholded() -> None:
+    """Clipping belongs to pixels: a codec of latents must see values beyond 1."""
+    model = unconditional()
+    big = 40 * torch.ones(1, 2, 8, 12)
+    clipped = model.sample(count=1, steps=1, start=big).latents
+    model.codec = Identity(pixels=False)
+    free = model.sample(count=1, steps=1, start=big).latents
+    assert clipped.abs().max() <= 1
+    assert free.abs().max() > 1
