@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from carrara.process import Condition, GaussianMixture, GivenNoise, Grid, Noise, Pair, Schedule, grids, schedules
+from carrara.process import (
+    Condition,
+    GaussianMixture,
+    GivenNoise,
+    Grid,
+    Noise,
+    Pair,
+    Prediction,
+    Schedule,
+    grids,
+    schedules,
+)
+from carrara.process.schedules import Time
 from carrara.solvers import DDIM, Ancestral, DPMSolver, DPMSolver2S, EulerAncestral, Heun, Solver, integrate, solve
 
 MEAN, VARIANCE = 0.3, 0.04  # N(0.3, 0.04)
@@ -201,7 +213,7 @@ def test_inversion_asks_at_the_later_time() -> None:
     asked: list[float] = []
     exact = GAUSSIAN.denoiser(schedule)
 
-    def listening(x: Tensor, t: float | Tensor, condition: Condition):  # type: ignore[no-untyped-def]
+    def listening(x: Tensor, t: Time, condition: Condition) -> Prediction:
         asked.append(float(t))
         return exact(x, t, condition)
 
