@@ -158,6 +158,16 @@ def test_caption_column_without_any_metadata_says_where_it_looked(tmp_path: Path
         assert word in text
 
 
+@pytest.mark.parametrize("contents", [{"a/1.png": png(1), "b/2.png": png(2)}, {"1.png": png(1), "1.txt": "one"}])
+def test_a_caption_column_is_never_ignored(tmp_path: Path, contents: Contents) -> None:
+    assert "no caption column 'text'" in refused(folder(tmp_path, contents), caption_column="text")
+    assert "has no captions" in refused("digits", caption_column="text")
+
+
+def test_an_empty_path(tmp_path: Path) -> None:
+    assert "path of the data is empty" in refused("")
+
+
 def test_a_misspelt_metadata_file_is_pointed_out(tmp_path: Path) -> None:
     source = open_source(folder(tmp_path, {**files(20), "metadata.json1": jsonl(*ROWS)}))
     assert "metadata.json1 is not read" in source.warnings[0]

@@ -107,6 +107,8 @@ def show(report: DataReport, console: Console) -> None:
 def _facts(report: DataReport) -> list[tuple[str, str]]:
     from rich.markup import escape
 
+    from carrara.data.source import counted
+
     looked = "" if report.looked_at == report.images else f" ({report.looked_at} looked at)"
     facts = [
         ("data", escape(f"{report.path}, split '{report.split}'")),
@@ -119,7 +121,7 @@ def _facts(report: DataReport) -> list[tuple[str, str]]:
             (
                 "size",
                 f"{_range(report.sizes['width'])} wide, {_range(report.sizes['height'])} high, "
-                f"{report.sizes['shapes']} shapes, shorter side {low} to {high}, median {middle}",
+                f"{counted(report.sizes['shapes'], 'shape')}, shorter side {low} to {high}, median {middle}",
             ),
             ("colour", ", ".join(f"{count} {mode}" for mode, count in report.modes.items())),
         ]

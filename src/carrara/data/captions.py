@@ -6,18 +6,18 @@ import csv
 import difflib
 import io
 import json
+import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from carrara.data.decode import UnreadablePicture
+from carrara.data.decode import IMAGE_SUFFIXES, UnreadablePicture
 from carrara.data.source import counted
 from carrara.data.tables import LABELS, choose_caption
-from carrara.data.trees import Tree
+from carrara.data.trees import Tree, base_name, suffix_of
 from carrara.errors import UserError, nearest
 
 METADATA = (
@@ -75,7 +75,7 @@ class SideFiles(Sequence[str]):
 
 def find_metadata(tree: Tree) -> list[str]:
     """The metadata files of a tree, by name, at the root and in sub-folders."""
-    return [name for name in tree.sizes if PurePosixPath(name).name in METADATA and not _says_nothing(tree, name)]
+    return [name for name in tree.sizes if base_name(name) in METADATA and not _says_nothing(tree, name)]
 
 
 def _says_nothing(tree: Tree, name: str) -> bool:
@@ -88,8 +88,10 @@ def misspelt_metadata(tree: Tree) -> list[str]:
     return [
         name
         for name in tree.sizes
-        if PurePosixPath(name).name not in METADATA
-        and difflib.get_close_matches(PurePosixPath(name).name.lower(), METADATA, n=1, cutoff=0.85)
+        if suffix_of(name) not in IMAGE_SUFFIXES
+        and suffix_of(name) not in SIDE_SUFFIXES
+        and base_name(name) not in METADATA
+        and difflib.get_close_matches(base_name(name).lower(), METADATA, n=1, cutoff=0.85)
     ]
 
 
@@ -116,7 +118,7 @@ def from_metadata(
         table = _rows(tree, file)
         key = _file_column(table[0], tree.where(file))
         for row in table:
-            name = str(PurePosixPath(_folder(file) + str(row.get(key) or "")))
+            name = posixpath.normpath(_folder(file) + str(row.get(key) or ""))
             if name in wanted:
                 rows[name] = row
             elif name in tree.sizes or file not in near:
@@ -138,7 +140,7 @@ def from_metadata(
 
 
 def _folder(file: str) -> str:
-    return file.removesuffix(PurePosixPath(file).name)
+    return file.removesuffix(base_name(file))
 
 
 def _from_rows(rows: Sequence[Row], caption_column: str | None, where: str) -> Described:
@@ -223,13 +225,13 @@ def _json_row(tree: Tree, name: str) -> Row:
 
 def stem_of(name: str) -> tuple[str, str]:
     """A file's name without its ending, and the ending in lower case."""
-    path = PurePosixPath(name)
-    return name.removesuffix(path.suffix), path.suffix.lower()
+    stem, suffix = posixpath.splitext(name)
+    return stem, suffix.lower()
 
 
 def _is_prose(name: str) -> bool:
     """Whether a text file without a picture is ordinary in a folder of pictures."""
-    return PurePosixPath(name).stem.lower() in {"readme", "license", "licence", "classes", "labels", "notes"}
+    return stem_of(base_name(name))[0].lower() in {"readme", "license", "licence", "classes", "labels", "notes"}
 
 
 def _rows(tree: Tree, file: str) -> list[Row]:

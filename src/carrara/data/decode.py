@@ -38,7 +38,7 @@ def decode(encoded: bytes) -> tuple[Image.Image, tuple[str, ...]]:
         raise
     except Exception as error:  # decoders raise anything from struct.error to IndexError on damaged bytes
         reason = "no image that Pillow can read" if "cannot identify" in str(error) else str(error)
-        raise UnreadablePicture(reason or type(error).__name__) from error
+        raise UnreadablePicture(reason.rstrip(".") or type(error).__name__) from error
 
 
 def _upright_8bit(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:

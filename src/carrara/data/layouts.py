@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from carrara.data.arrays import open_npz
 from carrara.data.captions import (
@@ -22,7 +22,7 @@ from carrara.data.digits import open_digits
 from carrara.data.source import Source, counted
 from carrara.data.splits import Part, choose_split, files_of_split, part_of_tree
 from carrara.data.tables import class_numbers, open_arrow, open_parquet
-from carrara.data.trees import FolderTree, ShardTree, Tree, ZipTree
+from carrara.data.trees import FolderTree, ShardTree, Tree, ZipTree, base_name, suffix_of
 from carrara.errors import UserError, nearest
 
 _FOREIGN = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".svg", ".psd", ".exr", ".jxl")
@@ -71,7 +71,11 @@ def open_source(
     """
     if not 0 <= unreadable_limit <= 1:
         raise UserError(f"data.unreadable_limit is a share between 0 and 1, not {unreadable_limit}.")
+    if not str(path).strip():
+        raise UserError("the path of the data is empty: give a folder, a file, or the word 'digits'.")
     source = _opened(path, split, unreadable_limit, caption_column)
+    if caption_column is not None and source.captions is None:
+        raise UserError(f"{source.name} has no captions, so no caption column '{caption_column}' to take them from.")
     source.unreadable_limit = unreadable_limit
     return source
 
@@ -92,7 +96,7 @@ def _opened(path: str | Path, split: str, limit: float, caption_column: str | No
         return open_arrow(path, split, name, caption_column)
     tree = FolderTree(path)
     files = list(tree.sizes)
-    if any(file.endswith(".parquet") and PurePosixPath(file).name not in METADATA for file in files):
+    if any(file.endswith(".parquet") and base_name(file) not in METADATA for file in files):
         return open_parquet(_parquet_of_split(path, split), name, caption_column)
     shards = [file for file in files if file.endswith(".tar")]
     if shards:
@@ -143,19 +147,19 @@ def _open_file(path: Path, split: str, limit: float, caption_column: str | None)
 
 def _open_tree(tree: Tree, name: str, kind: str, split: str, limit: float, caption_column: str | None) -> Source:
     """The image layouts, the same in a folder, a zip and in shards."""
-    every = [file for file in tree.sizes if PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES]
+    every = [file for file in tree.sizes if suffix_of(file) in IMAGE_SUFFIXES]
     if not every:
         raise UserError(_no_pictures(tree, name))
     part = part_of_tree(every, split, name)
     pictures = list(part.pictures.values())
     described = _describe(tree, part, limit, caption_column)
     notices = _unread(tree)
+    if caption_column is not None and not find_metadata(tree) and not isinstance(tree, ShardTree):
+        raise UserError(
+            f"there is no caption column '{caption_column}' in {name}: looked for metadata.jsonl and "
+            f"metadata.csv at its root and in every sub-folder, and found neither."
+        )
     if described is None:
-        if caption_column is not None:
-            raise UserError(
-                f"there is no caption column '{caption_column}' in {name}: looked for metadata.jsonl and "
-                f"metadata.csv at its root and in every sub-folder, and found neither."
-            )
         notices += _mixed_depth(part) + _classes_in_names(pictures)
         described = Described(pictures, None, None, "no captions or classes", [])
     labels, class_names = None, None
@@ -213,9 +217,7 @@ def _unread(tree: Tree) -> list[str]:
         f"{tree.where(file)} is not read: call it metadata.jsonl or metadata.csv if it holds captions."
         for file in misspelt_metadata(tree)
     ]
-    foreign = Counter(PurePosixPath(file).suffix.lower() for file in tree.sizes) & Counter(
-        dict.fromkeys(_FOREIGN, 10**9)
-    )
+    foreign = Counter(map(suffix_of, tree.sizes)) & Counter(dict.fromkeys(_FOREIGN, 10**9))
     return notices + [
         f"not read: {counted(n, f'{suffix} file')}; convert to .png or .jpg." for suffix, n in foreign.items()
     ]
@@ -223,7 +225,7 @@ def _unread(tree: Tree) -> list[str]:
 
 def _classes_in_names(pictures: Sequence[str]) -> list[str]:
     """A notice where file names look like ADM's, CLASS_NUMBER.png: taking "IMG" for a class would be worse."""
-    words = Counter(PurePosixPath(name).name.partition("_")[0] for name in pictures if "_" in name)
+    words = Counter(base_name(name).partition("_")[0] for name in pictures if "_" in name)
     if len(words) < 2 or words.total() < len(pictures) or min(words.values()) < 2 or not all(map(str.isalpha, words)):
         return []
     first = ", ".join(sorted(words)[:3])
@@ -233,7 +235,7 @@ def _classes_in_names(pictures: Sequence[str]) -> list[str]:
 def _no_pictures(tree: Tree, name: str) -> str:
     if not tree.sizes:
         return f"{name} is empty: put images into it, or give another folder."
-    endings = sorted({PurePosixPath(file).suffix or PurePosixPath(file).name for file in tree.sizes})[:6]
+    endings = sorted({suffix_of(file) or base_name(file) for file in tree.sizes})[:6]
     return f"{name} holds {len(tree.sizes)} files but no image (found {', '.join(endings)}): give a folder of images."
 
 

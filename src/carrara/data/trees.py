@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import tarfile
 import threading
 import zipfile
@@ -14,6 +15,16 @@ from carrara.data.decode import UnreadablePicture
 from carrara.errors import UserError
 
 _NOISE = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def suffix_of(name: str) -> str:
+    """The ending of a file's name in lower case, ".jpg"."""
+    return posixpath.splitext(name)[1].lower()
+
+
+def base_name(name: str) -> str:
+    """A file's name without its folders."""
+    return name.rpartition("/")[2]
 
 
 class Tree(Protocol):
