@@ -82,7 +82,7 @@ def state_dict(network: Network) -> dict[str, Tensor]:
     """
     _check_exportable(network.params)
     ours = network.state_dict()
-    return {theirs: _to_theirs(ours[mine], kind) for theirs, mine, kind in _keys(network)}
+    return {theirs: _to_theirs(ours[mine], axes) for theirs, mine, axes in _keys(network)}
 
 
 def load(
@@ -117,10 +117,10 @@ def to_ours(checkpoint: StateDict, network: Network) -> dict[str, Tensor]:
     theirs = strip_prefixes(checkpoint)
     keys = list(_keys(network))
     expected = network.state_dict()
-    for key, mine, kind in keys:
+    for key, mine, axes in keys:
         if key not in theirs:
             raise UserError(f"the checkpoint lacks '{key}', which a network of these arguments has.")
-        shape = tuple(_to_theirs(expected[mine], kind).shape)
+        shape = tuple(_to_theirs(expected[mine], axes).shape)
         if tuple(theirs[key].shape) != shape:
             raise UserError(
                 f"the checkpoint's '{key}' has the shape {tuple(theirs[key].shape)}, "
@@ -129,7 +129,7 @@ def to_ours(checkpoint: StateDict, network: Network) -> dict[str, Tensor]:
     for key in theirs:
         if key not in {known for known, _, _ in keys}:
             raise UserError(f"the checkpoint holds '{key}', which a network of these arguments does not have.")
-    return {mine: _to_ours(theirs[key], kind) for key, mine, kind in keys}
+    return {mine: theirs[key].reshape(expected[mine].shape) for key, mine, _ in keys}
 
 
 def strip_prefixes(checkpoint: StateDict) -> dict[str, Tensor]:
@@ -355,8 +355,8 @@ def _check_exportable(params: BackboneParams) -> None:
 
 
 def _keys(network: Network) -> Iterator[tuple[str, str, int]]:
-    """Every parameter as (their key, our key, axes): `axes` counts the size-1 axes at the end of their weight,
-    where they have a convolution and we a linear map."""
+    """Every parameter as (their key, our key, axes): `axes` counts the axes of their weight where it has another
+    number of axes of size 1 at its end, as the linear maps of tokens do; 0 elsewhere."""
     for theirs, mine, axes in _leaves(network):
         for name, _ in network.get_submodule(mine).named_parameters(recurse=False):
             yield f"{theirs}.{name}", f"{mine}.{name}", axes if name == "weight" else 0
@@ -418,15 +418,15 @@ def _parts(module: nn.Module) -> tuple[tuple[str, str, int], ...]:
             ("skip", "skip_connection", 0),
         )
     if isinstance(module, SelfAttention):
-        return ("norm", "norm", 0), ("qkv", "qkv", 1), ("out", "proj_out", 1)
+        return ("norm", "norm", 0), ("qkv", "qkv", 3), ("out", "proj_out", 3)
     if isinstance(module, Downsample):
         return () if module.conv is None else (("conv", "op", 0),)
     if isinstance(module, Upsample):
-        return (("conv", "conv", 0),)
+        return () if module.conv is None else (("conv", "conv", 0),)
     if isinstance(module, AttentionPool):
-        return ("norm", "0", 0), ("qkv", "2.qkv_proj", 1), ("out", "2.c_proj", 1)
+        return ("norm", "0", 0), ("qkv", "2.qkv_proj", 3), ("out", "2.c_proj", 3)
     if isinstance(module, AdaptivePool):
-        return ("norm", "0", 0), ("out", "3", 2)
+        return ("norm", "0", 0), ("out", "3", 4)
     if isinstance(module, SpatialPool):
         hidden = ("hidden", "0", 0)
         return (hidden, ("out", "2", 0)) if module.norm is None else (hidden, ("norm", "1", 0), ("out", "3", 0))
@@ -434,8 +434,4 @@ def _parts(module: nn.Module) -> tuple[tuple[str, str, int], ...]:
 
 
 def _to_theirs(tensor: Tensor, axes: int) -> Tensor:
-    return tensor.reshape(*tensor.shape, *[1] * axes)
-
-
-def _to_ours(tensor: Tensor, axes: int) -> Tensor:
-    return tensor.reshape(tensor.shape[: tensor.ndim - axes])
+    return tensor.reshape(*tensor.shape[:2], *[1] * (axes - 2)) if axes else tensor

@@ -246,7 +246,7 @@ class Parts:
         p = self.params
         count = count_heads(channels, heads if heads is not None else p.heads, p.head_channels)
         return SelfAttention(
-            site, channels, count, order=p.qkv_order, groups=p.norm_groups, checkpointing=p.checkpointing
+            site, p.dims, channels, count, order=p.qkv_order, groups=p.norm_groups, checkpointing=p.checkpointing
         )
 
     def stage(self, site: str, level: int, channels: int, out_channels: int, heads: int | None = None) -> Stage:
@@ -286,7 +286,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, attend: Attend | None) -> tuple[Tensor, list[Tensor]]:
         """x [B, C, *S] and the activated embedding [B, E]: the middle's output, and each map before."""
-        h = self.stem(x.to(self.stem.weight.dtype))  # type: ignore[arg-type]
+        h = self.stem(x.to(self.stem.weight.dtype))
         maps = [h]
         for level in self.levels:
             for stage in level.stages:  # type: ignore[union-attr]
@@ -299,7 +299,7 @@ class Encoder(nn.Module):
 
 
 def cast_torso(network: nn.Module, dtype: torch.dtype) -> None:
-    """Turn the convolutions and attention projections of encoder and decoder into `dtype`, in place.
+    """Turn the convolutions of encoder and decoder into `dtype`, in place.
 
     Norms, embeddings and the output stay in float32: what guided-diffusion's `use_fp16` does.
     """
@@ -308,9 +308,6 @@ def cast_torso(network: nn.Module, dtype: torch.dtype) -> None:
         for module in [] if torso is None else torso.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 module.to(dtype)
-            elif isinstance(module, SelfAttention):
-                module.qkv.to(dtype)
-                module.out.to(dtype)
 
 
 def attention_sites(network: nn.Module) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,29 @@ from torch.utils.checkpoint import checkpoint
 from carrara.condition import Attend
 from carrara.errors import UserError
 
-_CONVOLUTION: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLUTION: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
 _AVERAGE: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
-def convolution(dims: int, channels: int, out_channels: int, kernel: int = 3, **options: Any) -> nn.Module:
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def convolution(dims: int, channels: int, out_channels: int, kernel: int = 3, **options: Any) -> Convolution:
     """A convolution over `dims` dimensions that keeps the size at stride 1."""
     return _CONVOLUTION[dims](channels, out_channels, kernel, padding=kernel // 2, **options)
 
 
-def zeroed(module: nn.Module) -> nn.Module:
+def zeroed(module: AnyModule) -> AnyModule:
     """The same module with every parameter 0, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -77,16 +90,47 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
+def activated(h: Tensor) -> Tensor:
+    """SiLU of a map that nobody else holds: in its own memory where no gradient needs the map again."""
+    return F.silu(h, inplace=not torch.is_grad_enabled())
+
+
 class Upsample(nn.Module):
     """Twice the size by repeating neighbours; then, if `learned`, a 3-convolution."""
 
     def __init__(self, dims: int, channels: int, learned: bool) -> None:
         super().__init__()
         self.factors = (1.0, 2.0, 2.0) if dims == 3 else (2.0,) * dims
-        self.conv = convolution(dims, channels, channels) if learned else nn.Identity()
+        self.conv = convolution(dims, channels, channels) if learned else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=self.factors, mode="nearest"))  # type: ignore[no-any-return]
+        if self.conv is not None:
+            return upsampled_convolution(x, self.conv.weight, self.conv.bias)
+        return F.interpolate(x, scale_factor=self.factors, mode="nearest")
+
+
+def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 3-convolution of x repeated to twice its size, without the repeated map.
+
+    Each output sees two input neighbours along an axis, not three. So this is a transposed convolution of
+    stride 2, whose kernel is the flipped one convolved with [1, 1]: 4/9 of the multiplications for images.
+
+    Args:
+        x: [B, C, *S].
+        weight: [C', C, 3, …], the convolution's.
+        bias: [C'].
+
+    Returns:
+        [B, C', *2S] (of three dimensions, the first keeps its size).
+    """
+    spatial = range(2, weight.ndim)
+    doubled = spatial[-2:]
+    kernel = weight.transpose(0, 1).flip(*spatial)
+    for axis in doubled:
+        edge = torch.zeros_like(kernel.narrow(axis, 0, 1))
+        kernel = torch.cat([kernel, edge], axis) + torch.cat([edge, kernel], axis)
+    strides = tuple(2 if axis in doubled else 1 for axis in spatial)
+    return _TRANSPOSED[len(strides)](x, kernel, bias, strides, 1)
 
 
 class Downsample(nn.Module):
@@ -141,19 +185,22 @@ class ResidualBlock(nn.Module):
         return remembered(self._forward, x, embedding, forget=self.checkpointing)
 
     def _forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = F.silu(self.norm_in(x))
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = self.conv_in(h)
+        h = activated(self.norm_in(x))
+        if isinstance(self.resample, Upsample):
+            h, x = upsampled_convolution(h, self.conv_in.weight, self.conv_in.bias), self.resample(x)
+        elif self.resample is not None:
+            h, x = self.conv_in(self.resample(h)), self.resample(x)
+        else:
+            h = self.conv_in(h)
         told = self.embed(embedding).to(h.dtype)
         told = told.reshape(*told.shape, *[1] * (h.ndim - 2))  # [B, C', 1, 1]
         if self.adaptive:
             scale, shift = told.chunk(2, dim=1)
-            h = self.norm_out(h) * (1 + scale) + shift
+            h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
         else:
             h = self.norm_out(h + told)
-        h = self.conv_out(self.dropout(F.silu(h)))
-        return self.skip(x) + h  # type: ignore[no-any-return]
+        h = self.conv_out(self.dropout(activated(h)))
+        return h.add_(self.skip(x))  # type: ignore[no-any-return]
 
 
 def remembered(function: Callable[..., Tensor], *inputs: Any, forget: bool) -> Tensor:
@@ -215,7 +262,7 @@ class SelfAttention(nn.Module):
     """Every position attends to every other, beside a skip (Vaswani 2017; Ho 2020)."""
 
     def __init__(
-        self, site: str, channels: int, heads: int, *, order: str, groups: int, checkpointing: bool = False
+        self, site: str, dims: int, channels: int, heads: int, *, order: str, groups: int, checkpointing: bool = False
     ) -> None:
         super().__init__()
         self.site = site
@@ -223,15 +270,15 @@ class SelfAttention(nn.Module):
         self.order = order
         self.checkpointing = checkpointing
         self.norm = GroupNorm(channels, groups)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
+        self.qkv = convolution(dims, channels, 3 * channels, 1)
+        self.out = zeroed(convolution(dims, channels, channels, 1))
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         """[B, C, *S] to [B, C, *S]."""
         return remembered(self._forward, x, attend, forget=self.checkpointing)
 
     def _forward(self, x: Tensor, attend: Attend | None) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
-        q, k, v = split_heads(self.qkv(tokens), self.heads, self.order)
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, N, 3·C]
+        q, k, v = split_heads(qkv, self.heads, self.order)
         h = attention(self.site, q, k, v, attend).transpose(1, 2).flatten(2)  # [B, N, C]
-        return x + self.out(h).transpose(1, 2).reshape(x.shape)  # type: ignore[no-any-return]
+        return self.out(h.transpose(1, 2).reshape(x.shape)).add_(x)  # type: ignore[no-any-return]
