@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -76,8 +77,8 @@ def interval(
     """The percentile interval of `statistic` ([R, N] -> [R]) of one number for each sample, values [N]."""
     values = values.double().cpu()
     together = max(1, CHUNK // len(values))
-    drawn = list(resamples(len(values), replicates, seed))
-    parts = [
-        statistic(values[torch.stack(drawn[start : start + together])]) for start in range(0, replicates, together)
-    ]
+    drawn = resamples(len(values), replicates, seed)
+    parts = []
+    while batch := list(islice(drawn, together)):
+        parts.append(statistic(values[torch.stack(batch)]))
     return percentile(torch.cat(parts), level)

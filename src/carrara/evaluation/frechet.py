@@ -2,14 +2,14 @@
 
     d² = |μ₁ - μ₂|² + Tr Σ₁ + Tr Σ₂ - 2 Tr (Σ₁Σ₂)^½
 
-For any factors Σᵢ = FᵢFᵢᵀ the last trace is the nuclear norm of F₁ᵀF₂. With Cholesky factors that is the sum
-of the roots of the eigenvalues of one symmetric matrix; with as many rows as dimensions or fewer, the centred
-data themselves are the factors, and nothing has to be regularised.
+With the Cholesky factor Σ₂ = LLᵀ the last trace is the sum of the roots of the eigenvalues of the symmetric
+LᵀΣ₁L. More generally it is the nuclear norm of F₁ᵀF₂ for any factors Σᵢ = FᵢFᵢᵀ; with as many rows as
+dimensions or fewer, the centred data themselves are the factors, and nothing has to be regularised.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from carrara.errors import UserError
 from carrara.evaluation.bootstrap import Interval, around, resamples
 from carrara.evaluation.moments import Moments, Rows, Statistics, as_rows
 
+PANEL = 256
 EPSILON = torch.finfo(torch.float64).eps
 
 Normal = Moments | Statistics
@@ -37,7 +38,7 @@ def frechet_distance(a: Normal | Rows, b: Normal | Rows) -> float:
     Raises:
         UserError: other dimensions, fewer than 2 rows, NaN.
     """
-    return _distance(_factored(a), _factored(b))
+    return _distance(_Side(a), _Side(b))
 
 
 def frechet_interval(
@@ -48,60 +49,92 @@ def frechet_interval(
     Resampled sets hold fewer distinct rows and so lie farther away: only the spread of the replicates is
     used, laid around the value itself.
     """
-    rows, fixed = as_rows(samples, "samples").cpu(), _factored(reference)
-    drawn = [_distance(_factored(rows[index]), fixed) for index in resamples(len(rows), replicates, seed)]
-    return around(_distance(_factored(rows), fixed), torch.tensor(drawn, dtype=torch.float64), level)
+    rows, fixed = as_rows(samples, "samples").cpu(), _Side(reference)
+    drawn = [_distance(_Side(rows[index]), fixed) for index in resamples(len(rows), replicates, seed)]
+    return around(_distance(_Side(rows), fixed), torch.tensor(drawn, dtype=torch.float64), level)
 
 
-class _Factored(NamedTuple):
-    """Mean [D], factor F [D, R] with Σ = FFᵀ, and whether F is the Cholesky factor of a well-posed Σ."""
+class _Side:
+    """One of the two normal distributions.
 
-    mean: Tensor
-    factor: Tensor
-    well_posed: bool
+    Attributes:
+        mean: [D].
+        covariance: [D, D]; None for no more rows than dimensions.
+        few: those rows, centred and scaled, [D, N]: Σ = few·fewᵀ.
+    """
+
+    def __init__(self, given: Normal | Rows) -> None:
+        self.few: Tensor | None = None
+        self.covariance: Tensor | None = None
+        if not isinstance(given, Moments | Statistics):
+            rows = as_rows(given).cpu()
+            count, dimension = rows.shape
+            if count < 2:
+                raise UserError(f"a Fréchet distance needs at least 2 images a side, here {count}: add images.")
+            if count <= dimension:
+                self.mean = rows.mean(0)
+                self.few = (rows - self.mean).T / (count - 1) ** 0.5
+                return
+            given = Moments.of(rows)
+        statistics = given.statistics() if isinstance(given, Moments) else given
+        self.mean, self.covariance = statistics.mean.double(), statistics.covariance.double()
+
+    @cached_property
+    def trace(self) -> float:
+        """Tr Σ."""
+        if self.covariance is not None:
+            return float(self.covariance.trace())
+        return float(self.factor.square().sum())
+
+    @cached_property
+    def cholesky(self) -> Tensor | None:
+        """The lower triangular factor of a well-posed Σ, else None."""
+        if self.covariance is None:
+            return None
+        lower, failed = torch.linalg.cholesky_ex(self.covariance)
+        floor = len(self.mean) * EPSILON * self.covariance.diagonal().max()
+        well_posed = not failed and bool(lower.diagonal().square().min() > floor)
+        return lower if well_posed else None
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """F [D, R] with Σ = FFᵀ, without the directions in which Σ is zero to rounding."""
+        if self.few is not None:
+            return self.few
+        if self.cholesky is not None:
+            return self.cholesky
+        values, vectors = torch.linalg.eigh(self.covariance)
+        kept = values > len(self.mean) * EPSILON * values[-1].clamp_min(0)
+        factor: Tensor = vectors[:, kept] * values[kept].sqrt()
+        return factor
 
 
-def _factored(side: Normal | Rows) -> _Factored:
-    if not isinstance(side, Moments | Statistics):
-        rows = as_rows(side).cpu()
-        count, dimension = rows.shape
-        if count < 2:
-            raise UserError(f"a Fréchet distance needs at least 2 images a side, here {count}: add images.")
-        if count <= dimension:
-            mean = rows.mean(0)
-            return _Factored(mean, (rows - mean).T / (count - 1) ** 0.5, well_posed=False)
-        side = Moments.of(rows)
-    statistics = side.statistics() if isinstance(side, Moments) else side
-    mean, covariance = statistics.mean.double(), statistics.covariance.double()
-    lower, failed = torch.linalg.cholesky_ex(covariance)
-    floor = len(mean) * EPSILON * covariance.diagonal().max()
-    if not failed and lower.diagonal().square().min() > floor:
-        return _Factored(mean, lower, well_posed=True)
-    values, vectors = torch.linalg.eigh(covariance)
-    kept = values > len(mean) * EPSILON * values[-1].clamp_min(0)
-    return _Factored(mean, vectors[:, kept] * values[kept].sqrt(), well_posed=False)
-
-
-def _distance(a: _Factored, b: _Factored) -> float:
+def _distance(a: _Side, b: _Side) -> float:
     if a.mean.shape != b.mean.shape:
         raise UserError(
             f"features of dimensions {len(a.mean)} and {len(b.mean)} cannot be compared: "
             "take both from one feature network at one image size."
         )
-    shift = (a.mean - b.mean).square().sum()
-    spread = a.factor.square().sum() + b.factor.square().sum()
-    overlap = _nuclear_norm(a.factor.T @ b.factor, a.well_posed and b.well_posed)
-    return max(0.0, float(shift + spread - 2 * overlap))
+    shift = float((a.mean - b.mean).square().sum())
+    return max(0.0, shift + a.trace + b.trace - 2 * _root_trace(a, b))
 
 
-def _nuclear_norm(product: Tensor, well_posed: bool) -> Tensor:
-    """The sum of the singular values of F₁ᵀF₂ [R₁, R₂]."""
-    if well_posed:
-        values: Tensor = torch.linalg.eigvalsh(product @ product.T)
+def _root_trace(a: _Side, b: _Side) -> float:
+    """Tr (Σ₁Σ₂)^½."""
+    if a.covariance is not None and b.cholesky is not None:
+        values: Tensor = torch.linalg.eigvalsh(_congruence(b.cholesky, a.covariance))
         # A root loses half the digits of an eigenvalue near rounding; such cases go the slower way below.
         if values[0] > 1e-12 * values[-1]:
-            return values.sqrt().sum()
-    if 0 in product.shape:
-        return product.new_zeros(())
-    singular: Tensor = torch.linalg.svdvals(product)
-    return singular.sum()
+            return float(values.sqrt().sum())
+    product = a.factor.T @ b.factor
+    return float(torch.linalg.svdvals(product).sum()) if product.numel() else 0.0
+
+
+def _congruence(lower: Tensor, covariance: Tensor) -> Tensor:
+    """The lower triangle of LᵀΣL: what is zero in L is skipped, what is mirrored is left out, 40 % is left."""
+    result = torch.zeros_like(covariance)
+    for i in range(0, len(lower), PANEL):
+        rows = lower[i:, i : i + PANEL].T @ covariance[i:]  # these rows of LᵀΣ
+        for j in range(0, i + 1, PANEL):
+            result[i : i + PANEL, j : j + PANEL] = rows[:, j:] @ lower[j:, j : j + PANEL]
+    return result
