@@ -30,8 +30,10 @@ def _per_row(count: int) -> int:
 def _generator(seed: int, draw: int, first_row: int, count: int) -> np.random.Philox:
     """The generator at the place of one row. Samples of other sizes have counters of their own."""
     place = first_row * (_per_row(count) // _NUMBERS_PER_BLOCK)
-    counter = [place & 0xFFFFFFFFFFFFFFFF, place >> 64, count, 0]
-    return np.random.Philox(counter=counter, key=[seed & 0xFFFFFFFFFFFFFFFF, draw])
+    # As unsigned arrays: numpy would read a list of small and huge numbers as floating point.
+    counter = np.array([place & 0xFFFFFFFFFFFFFFFF, place >> 64, count, 0], dtype=np.uint64)
+    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, draw], dtype=np.uint64)
+    return np.random.Philox(counter=counter, key=key)
 
 
 def _bits(generator: np.random.Philox, rows: int, count: int) -> np.ndarray:
@@ -125,6 +127,8 @@ class Noise:
         """
         if not 0 <= weight <= 1:
             raise UserError(f"a slerp weight lies in 0..1, {weight:g} does not.")
+        if weight == 0:
+            return self
         return replace(self, toward=(replace(other, ids=self.ids, draw=self.draw), weight))
 
     def _runs(self, rows: int, count: int, sub: int) -> list[tuple[int, int, np.random.Philox]]:
@@ -172,16 +176,21 @@ class Noise:
         They are made on the CPU and then moved, so that every device sees the same noise; float32 and float64
         differ by their rounding only, narrower types are rounded from float32.
         """
+        if self.toward is None:
+            return self._own(shape, sub, torch.float64 if dtype == torch.float64 else torch.float32).to(device, dtype)
+        other, weight = self.toward
+        if weight == 1:
+            return other.normal(shape, sub, dtype, device)
+        theirs = other.normal(shape, sub, torch.float64)
+        return slerp(self._own(shape, sub, torch.float64), theirs, weight).to(device, dtype)
+
+    def _own(self, shape: Sequence[int], sub: int, dtype: torch.dtype) -> Tensor:
+        """Standard normals of this seed alone, in float32 or float64."""
         count = math.prod(shape[1:])
-        made = torch.float64 if dtype == torch.float64 or self.toward is not None else torch.float32
-        values = torch.empty(shape[0], _per_row(count), dtype=made)
+        values = torch.empty(shape[0], _per_row(count), dtype=dtype)
         for place, length, generator in self._runs(shape[0], count, sub):
             _box_muller(generator, values[place : place + length], count)
-        values = values[:, :count]
-        if self.toward is not None:
-            other, weight = self.toward
-            values = slerp(values, other.normal(shape, sub, torch.float64).reshape(values.shape), weight)
-        return values.reshape(tuple(shape)).to(device=device, dtype=dtype)
+        return values[:, :count].reshape(tuple(shape))
 
     def like(self, x: Tensor, sub: int = 0) -> Tensor:
         """Standard normal numbers of x's shape, type and device."""
@@ -219,9 +228,8 @@ def slerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
 
     The angle is taken in float64 with sums that do not depend on the batch.
     """
-    if weight in (0, 1):
-        return start if weight == 0 else end
-    a, b = (value.detach().flatten(1).double().cpu().numpy() for value in (start, end))
+    flat = (len(start), math.prod(start.shape[1:]))
+    a, b = (value.detach().reshape(flat).double().cpu().numpy() for value in (start, end))
     cosine = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
     angle = np.arccos(np.clip(cosine, -1, 1))
     parallel = np.sin(angle) < 1e-6

@@ -61,6 +61,8 @@ class GaussianMixture:
         self.means = torch.as_tensor(means, dtype=torch.float64)
         self.weights = torch.as_tensor(weights, dtype=torch.float64)
         self.variances = torch.as_tensor(variances, dtype=torch.float64)
+        if self.means.ndim < 2:
+            raise UserError("a mixture's means are [K, *shape], of at least one dimension.")
         components = self.means.shape[0]
         own = torch.arange(components)
         self.labels = own if labels is None else torch.as_tensor(labels, dtype=torch.int64)
