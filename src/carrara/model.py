@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import Labels
 from carrara.errors import UserError, nearest
+from carrara.files import write_whole
 from carrara.guidance import classifier_free, static_threshold
 from carrara.networks import UNet, UNetParams
 from carrara.process import Denoiser, Grid, NetworkDenoiser, Noise, Predicts, Schedule, grids, schedules
@@ -359,24 +359,3 @@ def load_weights(module: nn.Module, path: Path) -> None:
                 f"{path}: '{key}' has the shape {tuple(state[key].shape)}, {tuple(own[key].shape)} is needed."
             )
     module.load_state_dict(state)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all: to a temporary name, synced, then renamed.
-
-    Raises:
-        UserError: the disk is full or the folder not writable; what stood there before is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} could not be written ({error.strerror or error}): what stood there before is kept."
-        ) from None

@@ -293,14 +293,12 @@ def test_full_disk_leaves_the_previous_report(tmp_path: Path, monkeypatch: pytes
     Report("first", "", []).write(path)
     before = path.read_bytes()
     assert b"first" in before
-    write = Path.write_text
 
-    def full(self: Path, text: str, **options: str) -> int:
-        write(self, text[:100], **options)
+    def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(UserError, match=r"report\.html cannot be written: No space left on device"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"report\.html could not be written \(No space left on device\)"):
         Report("second", "", []).write(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

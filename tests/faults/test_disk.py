@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from carrara.errors import UserError
-from carrara.model import write_whole
+from carrara.files import write_whole
 from carrara.training import Trainer, checkpoint
 from tests.runs import tiny_recipe, train
 

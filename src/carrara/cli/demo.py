@@ -78,7 +78,8 @@ def make_demo(out: Path, assignments: list[str], plan: Plan) -> Findings:
     """Everything that `carrara demo` does, into the run folder `out`."""
     from carrara.cli.demo_report import measure, write_report
     from carrara.cli.train import run
-    from carrara.model import DiffusionModel, write_whole
+    from carrara.files import write_whole
+    from carrara.model import DiffusionModel
     from carrara.recipe import load
     from carrara.training import Trainer
 

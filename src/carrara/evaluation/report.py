@@ -17,12 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from carrara.errors import UserError
 from carrara.evaluation import plots
 from carrara.evaluation.plots import LineChart, Series, value_text
+from carrara.files import write_whole
+from carrara.images import to_pil
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -367,25 +368,13 @@ class Report:
         Raises:
             UserError: the file cannot be written.
         """
-        target = Path(path)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            part.write_text(self.html(), encoding="utf-8", newline="\n")
-            part.replace(target)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise UserError(f"the report {target} cannot be written: {error.strerror or error}.") from error
+        write_whole(Path(path), self.html().encode())
 
 
 def png(image: Tensor) -> bytes:
     """One picture, float [C, H, W] in [-1, 1], as PNG; values outside are clamped, NaN is mid-gray."""
-    from PIL import Image
-
-    values = ((image.detach().float().nan_to_num(nan=0.0) + 1) * 127.5).round().clamp(0, 255)
-    pixels = values.to(device="cpu", dtype=torch.uint8).permute(1, 2, 0)
-    array = (pixels[..., 0] if pixels.shape[-1] == 1 else pixels).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG", optimize=True)
+    to_pil(image.nan_to_num(nan=0.0)).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

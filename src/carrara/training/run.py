@@ -14,7 +14,7 @@ from typing import IO, Any
 import yaml
 
 from carrara.errors import UserError
-from carrara.model import write_whole
+from carrara.files import write_whole
 from carrara.recipe import Recipe, validate
 
 _HARMLESS = {
