@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,10 +109,10 @@ def given(schedule: Schedule, times: Sequence[float] | Tensor) -> Grid:
     """Exactly these times, descending, the last one included.
 
     Raises:
-        UserError: they do not descend or lie outside the schedule.
+        UserError: they do not descend, lie outside the schedule, or where a table has no level.
     """
     grid = Grid(torch.as_tensor(times, dtype=torch.float64))
-    schedule.check(grid.times)
+    schedule.alpha(grid.times)
     return grid
 
 
@@ -152,14 +153,15 @@ def linspace(schedule: Schedule, steps: int, terminal: Terminal = "clean") -> Gr
 
 def quadratic(schedule: Schedule, steps: int, terminal: Terminal = "clean") -> Grid:
     """t = 1 + ⌊q²⌋ with q evenly from 0 to √(0.8·T): the spacing of DDIM's CIFAR-10 table (Song et al. 2020,
-    appendix D.2). Where squares of small q fall on one level, each takes the next free one."""
+    appendix D.2). Where squares of small q fall on one level, each takes the next free one; one step alone starts at
+    the noisy end."""
     n, final = _steps(schedule, steps), _table(schedule, "quadratic")
-    squares = (torch.linspace(0, math.sqrt(0.8 * final), n, dtype=torch.float64) ** 2).long().tolist()
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64) if n > 1 else torch.ones(1, dtype=torch.float64)
+    # The floor of a square that rounding has put just below a whole number would be one too low.
+    squares = (0.8 * final * ramp**2 + 1e-9).long().tolist()
     times: list[int] = []
     for square in squares:
         times.append(max(square + 1, times[-1] + 1 if times else 1))
-    if times[-1] > final:
-        raise UserError(f"quadratic spacing has no {n} distinct levels among {final}.")
     return _finish([float(t) for t in reversed(times)], "quadratic", terminal)
 
 
@@ -194,18 +196,33 @@ def karras(
     return _finish(_times(schedule, -2 * sigmas.log(), pinned=sigma_max is None), f"karras ρ={rho:g}")
 
 
-def log_snr(schedule: Schedule, steps: int) -> Grid:
+def log_snr(schedule: Schedule, steps: int, bends: Sequence[float] = ()) -> Grid:
     """Evenly in log-SNR from `final_time` to `first_time`, then clean (Lu et al. 2022, DPM-Solver §3.4).
 
     A schedule that ends without any signal starts there and spaces the rest from its next level.
+
+    Args:
+        bends: the logarithm of the step length, up to a constant, at even places along the walk and linear between
+            them; none, or equal ones, for even steps. `carrara.solvers.optimised_grid` finds them.
     """
     n = _steps(schedule, steps)
     low, high = float(schedule.log_snr(schedule.final_time)), float(schedule.log_snr(schedule.first_time))
+    name = "log_snr" if len(bends) == 0 else f"log_snr bent {', '.join(f'{b:.3g}' for b in bends)}"
     if math.isinf(low):
         before = schedule.final_time - 1 if schedule.discrete else schedule.final_time * (1 - 1e-3)
-        rest = torch.linspace(float(schedule.log_snr(before)), high, n - 1, dtype=torch.float64)
-        return _finish([schedule.final_time, *_times(schedule, rest, pinned=False)], "log_snr")
-    return _finish(_times(schedule, torch.linspace(low, high, n, dtype=torch.float64), pinned=True), "log_snr")
+        rest = _bent(float(schedule.log_snr(before)), high, n - 1, bends)
+        return _finish([schedule.final_time, *_times(schedule, rest, pinned=False)], name)
+    return _finish(_times(schedule, _bent(low, high, n, bends), pinned=True), name)
+
+
+def _bent(low: float, high: float, count: int, bends: Sequence[float]) -> Tensor:
+    """`count` values from low to high, both included, whose steps are as exp(bends)."""
+    if len(bends) < 2 or count < 3:
+        return torch.linspace(low, high, count, dtype=torch.float64)
+    places = np.linspace(0, len(bends) - 1, count - 1)
+    steps = np.exp(np.interp(places, np.arange(len(bends)), bends))
+    share = np.concatenate([[0.0], np.cumsum(steps) / steps.sum()])
+    return torch.from_numpy(low + (high - low) * share)
 
 
 def _times(schedule: Schedule, log_snrs: Tensor, pinned: bool) -> list[float]:

@@ -13,6 +13,7 @@ from carrara.solvers.euler import Euler, EulerAncestral
 from carrara.solvers.heun import Heun
 from carrara.solvers.multistep import LMS, PLMS
 from carrara.solvers.parallel import Picard, integrate_parallel, solve_parallel
+from carrara.solvers.tuning import optimised_grid
 from carrara.solvers.unipc import UniPC
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
@@ -75,6 +76,7 @@ __all__ = [
     "integrate",
     "integrate_parallel",
     "named",
+    "optimised_grid",
     "solve",
     "solve_parallel",
 ]

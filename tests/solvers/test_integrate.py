@@ -1,0 +1,179 @@
+"""The one loop: what it yields, what it refuses, and how it stops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from carrara.errors import UserError
+from carrara.process import Condition, Denoiser, GaussianMixture, Grid, Noise, Prediction, grids, schedules
+from carrara.process.schedules import Time
+from carrara.solvers import (
+    DDIM,
+    LMS,
+    SOLVERS,
+    Adaptive,
+    Ancestral,
+    DPMSolver,
+    DPMSolver2S,
+    Euler,
+    EulerAncestral,
+    Heun,
+    NonFinite,
+    Picard,
+    Solver,
+    Step,
+    UniPC,
+    integrate,
+    named,
+    optimised_grid,
+    solve,
+    solve_parallel,
+)
+
+SCHEDULE = schedules.linear(1000)
+MIXTURE = GaussianMixture([0.5, 0.5], torch.tensor([[0.5, -0.5], [-0.5, 0.2]]), [0.05, 0.02])
+GRID = grids.trailing(SCHEDULE, 8)
+START = Noise(1).normal((3, 2), dtype=torch.float64)
+
+
+def broken_at(time: float, value: float) -> Denoiser:
+    """The oracle, but for one wrong number at one time (or below it, for solvers that ask in between)."""
+    exact = MIXTURE.denoiser(SCHEDULE)
+
+    def call(x: Tensor, t: Time, condition: Condition) -> Prediction:
+        prediction = exact(x, t, condition)
+        reached = torch.as_tensor(t).min() <= time
+        wrong = torch.zeros_like(x)
+        wrong[1, 0] = value
+        return prediction.with_x0(prediction.x0 + wrong) if bool(reached) else prediction
+
+    return call
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_broken_prediction_stops_the_walk_with_its_place(name: str, value: float) -> None:
+    """At t = 625, the fourth time of eight. Methods that ask at the end of a step meet it one step earlier."""
+    early = isinstance(SOLVERS[name](), Heun | Adaptive)
+    place = "step 3 of 8, from t = 750 to 625" if early else "step 4 of 8, from t = 625 to 500"
+    with pytest.raises(NonFinite, match=place):
+        solve(broken_at(630.0, value), SCHEDULE, SOLVERS[name](), GRID, START)
+
+
+def test_a_broken_prediction_stops_parallel_sampling() -> None:
+    with pytest.raises(NonFinite, match="of 8 is not finite"):
+        solve_parallel(broken_at(630.0, float("nan")), SCHEDULE, Picard(), GRID, START)
+
+
+def test_steps_tell_where_they_are() -> None:
+    steps = list(integrate(MIXTURE.denoiser(SCHEDULE), SCHEDULE, DDIM(), GRID, START))
+    assert [step.index for step in steps] == list(range(8))
+    assert {step.total for step in steps} == {8}
+    assert [step.time for step in steps] == GRID.times[1:].tolist()
+
+
+def test_the_walk_is_lazy_so_that_it_can_be_cancelled() -> None:
+    asked: list[float] = []
+    exact = MIXTURE.denoiser(SCHEDULE)
+
+    def listening(x: Tensor, t: Time, condition: Condition) -> Prediction:
+        asked.append(float(t))
+        return exact(x, t, condition)
+
+    for step in integrate(listening, SCHEDULE, DDIM(), GRID, START):
+        if step.index == 2:
+            break
+    assert asked == [1000, 875, 750]
+
+
+def test_after_step_replaces_what_is_yielded() -> None:
+    def held(step: Step) -> Tensor:
+        return torch.full_like(step.x, float(step.index))
+
+    steps = list(integrate(MIXTURE.denoiser(SCHEDULE), SCHEDULE, DDIM(), GRID, START, after_step=held))
+    assert all(bool((step.x == step.index).all()) for step in steps)
+    assert float(solve(MIXTURE.denoiser(SCHEDULE), SCHEDULE, DDIM(), GRID, START, after_step=held)[0, 0]) == 7
+
+
+def test_a_grid_of_another_schedule_is_refused() -> None:
+    with pytest.raises(UserError, match="outside the schedule"):
+        solve(MIXTURE.denoiser(SCHEDULE), SCHEDULE, DDIM(), grids.karras(schedules.edm(1.0, 2000.0), 4), START)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_state_does_not_grow(name: str) -> None:
+    """After 60 steps no state holds more than a few values of x's size."""
+
+    def numbers(state: object) -> int:
+        if isinstance(state, Tensor):
+            return state.numel()
+        return sum(numbers(part) for part in state) if isinstance(state, tuple) else 1
+
+    grid = grids.linspace(SCHEDULE, 60)
+    *_, last = integrate(MIXTURE.denoiser(SCHEDULE), SCHEDULE, SOLVERS[name](), grid, START)
+    assert numbers(last.state) <= 4 * (START.numel() + 1)
+
+
+@pytest.mark.parametrize(
+    ("word", "solver"),
+    [
+        ("ddim", DDIM()),
+        ("DDPM", Ancestral()),
+        ("DPM++ 2M SDE", DPMSolver(eta=1.0)),
+        ("dpmpp_2m", DPMSolver()),
+        ("dpmpp_2s", DPMSolver2S()),
+        ("euler_a", EulerAncestral()),
+        ("Euler a", EulerAncestral()),
+        ("UniPC", UniPC()),
+        ("unipc-3", UniPC(order=3)),
+    ],
+)
+def test_words_people_type(word: str, solver: Solver) -> None:
+    assert named(word) == solver
+
+
+def test_an_unknown_word_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'heun'"):
+        named("huen")
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: DDIM(eta=1.5), "eta"),
+        (lambda: DDIM(noise="huge"), "matched"),  # type: ignore[arg-type]
+        (lambda: Ancestral(variance="tiny"), "variance 'tiny'"),  # type: ignore[arg-type]
+        (lambda: DPMSolver(order=4), "orders 1, 2 and 3"),
+        (lambda: DPMSolver(eta=-0.1), "eta"),
+        (lambda: DPMSolver(solver_type="euler"), "midpoint"),  # type: ignore[arg-type]
+        (lambda: DPMSolver2S(eta=2), "eta"),
+        (lambda: UniPC(order=0), "orders 1, 2 and 3"),
+        (lambda: UniPC(variant="B3"), "B1"),  # type: ignore[arg-type]
+        (lambda: LMS(order=5), "orders 1 to 4"),
+        (lambda: Euler(churn=-1), "churn"),
+        (lambda: Heun(s_min=2, s_max=1), "s_min"),
+        (lambda: Adaptive(rtol=0, atol=0), "tolerances"),
+        (lambda: Picard(window=0), "window"),
+    ],
+)
+def test_nonsense_options_are_refused(make: object, sentence: str) -> None:
+    assert callable(make)
+    with pytest.raises(UserError, match=sentence):
+        make()
+
+
+def test_an_optimised_grid_beats_the_even_one_on_data_it_never_saw() -> None:
+    grid = optimised_grid(SCHEDULE, UniPC(), 10, evaluations=150)
+    assert (len(grid), float(grid.times[0]), float(grid.times[-2])) == (10, 1000, 1)
+    other = GaussianMixture(torch.ones(5), 0.7 * Noise(9).normal((5, 32), dtype=torch.float64), [0.03] * 5)
+    x = Noise(3).normal((64, 32), dtype=torch.float64)
+    denoiser = other.denoiser(SCHEDULE)
+    fine = solve(denoiser, SCHEDULE, UniPC(order=3), grids.log_snr(SCHEDULE, 300), x)
+
+    def error(walked: Grid) -> float:
+        found = solve(denoiser, SCHEDULE, UniPC(), walked, x)
+        return float((found - fine).pow(2).mean(1).sqrt().median())
+
+    assert error(grid) < 0.6 * error(grids.log_snr(SCHEDULE, 10))
