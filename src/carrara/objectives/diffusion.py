@@ -163,7 +163,7 @@ def _check_zero_snr(schedule: Schedule, predicts: Predicts, weight: Weight) -> N
         raise UserError(
             "this schedule ends at zero SNR, where ε says nothing about the image: predict 'v', 'x0' or 'flow'."
         )
-    if schedule.discrete and float(weight(predicts, schedule, last)) == 0:
+    if schedule.discrete and float(weight(predicts, schedule, last)) < 1e-12:
         raise UserError(
             f"the weight '{weight.kind}' is 0 at this schedule's zero-SNR end, from which sampling starts: "
             "give it a floor (0.1, say)."
