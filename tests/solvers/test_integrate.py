@@ -177,3 +177,12 @@ def test_an_optimised_grid_beats_the_even_one_on_data_it_never_saw() -> None:
         return float((found - fine).pow(2).mean(1).sqrt().median())
 
     assert error(grid) < 0.6 * error(grids.log_snr(SCHEDULE, 10))
+
+
+def test_adaptive_leaves_a_zero_snr_end_by_one_level() -> None:
+    schedule = schedules.zero_terminal_snr(schedules.scaled_linear(100))
+    denoiser = MIXTURE.denoiser(schedule)
+    for times in ([100.0, 99.0, 0.0], [100.0, 0.0]):
+        found = solve(denoiser, schedule, Adaptive(rtol=1e-4, atol=1e-4), grids.given(schedule, times), START)
+        fine = solve(denoiser, schedule, UniPC(order=3), grids.log_snr(schedule, 99), START)
+        torch.testing.assert_close(found, fine, rtol=0, atol=2e-2)  # what is left is Euler's first step

@@ -62,10 +62,11 @@ class Adaptive:
         a_t, s_t = level(schedule, t)
         a_s, s_s = level(schedule, s)
         end = s if s_s > 0 else min(schedule.first_time, t)
-        if a_t == 0 and schedule.discrete and t - end > 1:
-            a_t, s_t = level(schedule, t - 1)
+        if a_t == 0 and schedule.discrete:
+            t -= 1  # a table has no levels between its zero-SNR end and the next
+            a_t, s_t = level(schedule, t)
             x = torch.add(prediction.x0 * a_t, prediction.eps, alpha=s_t)
-            prediction = denoiser(x, t - 1, condition).folded()
+            prediction = denoiser(x, t, condition).folded()
         x0 = prediction.x0
         if end < t:
             walk = _Walk(self, denoiser, schedule, condition, end)
@@ -99,7 +100,7 @@ class _Walk:
             scale = self.tolerance.atol + self.tolerance.rtol * torch.maximum(z.detach().abs(), arrived.detach().abs())
             norm = (error / scale).flatten(1).pow(2).mean(1).sqrt().to("cpu", torch.float64)
             if not bool(norm.isfinite().all()):
-                return arrived, last.x0, sizes  # `integrate` stops and tells the step
+                return torch.full_like(z, torch.nan), last.x0, sizes  # `integrate` stops and tells the step
             accept, moving = norm <= 1, remaining > 0
             factor = (0.9 * norm.clamp(min=1e-12) ** (-1 / 3)).clamp(0.2, 5)
             # A sub-step cut short by the end of the pair says little about the next one: it never shrinks it.
