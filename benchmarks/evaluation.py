@@ -1,6 +1,6 @@
 """Side by side with peers: streaming moments, the Fréchet distance, and where an evaluation spends its time.
 
-    python benchmarks/evaluation.py [--dimension 2048] [--repeats 3] [--images 64] [--skip-sqrtm]
+    python benchmarks/evaluation.py [--parts moments distance shares] [--dimension 2048] [--repeats 3]
 
 Competitors run in turn (ours, theirs, ours, theirs, …) in one process with the same threads, and only the ratio
 of their medians is a claim; single times depend on the machine.
@@ -23,6 +23,8 @@ from carrara.evaluation.features.inception_network import InceptionNetwork
 from carrara.evaluation.measure import measure_frechet, measure_pairs
 from carrara.evaluation.stamp import Stamp
 
+PARTS = ["moments", "distance", "shares"]
+
 
 def interleaved(repeats: int, *contestants: Callable[[], object]) -> list[list[float]]:
     """Wall-clock seconds of each contestant, `repeats` times in turn, after one warm-up round."""
@@ -43,9 +45,11 @@ def row(name: str, ours: list[float], theirs: list[float]) -> None:
 
 
 def features(count: int, dimension: int, seed: int) -> Tensor:
-    """float32 features with a spectrum over two decades, as those of networks have."""
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(count, dimension, generator=draw) * torch.logspace(0, -2, dimension) + 0.5
+    """float32 features with a spectrum over two decades in no particular basis, as those of networks have."""
+    basis = torch.linalg.qr(torch.randn(dimension, dimension, generator=torch.Generator().manual_seed(dimension))).Q
+    rows = torch.randn(count, dimension, generator=torch.Generator().manual_seed(seed))
+    spread: Tensor = rows * torch.logspace(0, -2, dimension) @ basis + 0.5
+    return spread
 
 
 def update_moments(dimension: int, repeats: int) -> None:
@@ -91,7 +95,7 @@ def distance(dimension: int, repeats: int) -> None:
     row(f"distance of moments, {dimension} dimensions", *interleaved(repeats, ours, theirs))
 
 
-def shares(images: int, count: int = 10_000) -> None:
+def shares(images: int, count: int) -> None:
     """How much of an evaluation of `count` 32×32 samples is the network's, on this machine."""
     network = InceptionNetwork()
     for module in network.modules():  # random weights cost the same
@@ -148,14 +152,17 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--skip-sqrtm", action="store_true", help="leave the slow comparison out")
+    parser.add_argument("--samples", type=int, default=10_000, help="of the evaluation whose shares are shown")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.repeats} repeats")
     print(f"{'':42} {'carrara':>11} {'peer':>11}   ratio   (of pairs)")
-    update_moments(options.dimension, options.repeats)
-    if not options.skip_sqrtm:
+    if "moments" in options.parts:
+        update_moments(options.dimension, options.repeats)
+    if "distance" in options.parts:
         distance(options.dimension, options.repeats)
-    shares(options.images)
+    if "shares" in options.parts:
+        shares(options.images, options.samples)
 
 
 if __name__ == "__main__":
