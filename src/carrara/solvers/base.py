@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -99,6 +100,12 @@ def combine(x: Tensor, values: Sequence[Tensor], weights: Sequence[float]) -> Te
     return x
 
 
+def finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor infinity, by its sum: a tenth of the cost of looking at every number."""
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    return math.isfinite(float(x.detach().sum(dtype=wide)))
+
+
 class NonFinite(ArithmeticError):
     """A prediction held NaN or infinity; the sentence names the step and the time."""
 
@@ -144,7 +151,7 @@ def integrate(
     for index in range(first, len(pairs)):
         t, s = pairs[index]
         step = solver.step(denoiser, schedule, x, t, s, condition, state, noise.at(index + 1))
-        if not bool(torch.isfinite(step.x.detach().sum(dtype=torch.float64))):
+        if not finite(step.x):
             raise NonFinite(
                 f"the prediction of step {index + 1} of {len(pairs)}, from t = {t:g} to {s:g}, is not finite: "
                 "look at the model's weights, the guidance scale and the precision."

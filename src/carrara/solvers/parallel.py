@@ -23,7 +23,7 @@ from carrara.process.noise import Noise
 from carrara.process.prediction import Denoiser, Prediction
 from carrara.process.schedules import Schedule, level
 from carrara.process.transitions import Pair
-from carrara.solvers.base import NonFinite, Step, combine, needs_descent
+from carrara.solvers.base import NonFinite, Step, combine, finite, needs_descent
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def integrate_parallel(
             if sigma > 0:
                 arrived = torch.add(arrived, noise.at(done + i + 1).like(x), alpha=sigma)
             fresh.append(arrived)
-        if not bool(torch.isfinite(torch.stack([f.detach().sum(dtype=torch.float64) for f in fresh])).all()):
+        if not all(finite(f) for f in fresh[1:]):
             raise NonFinite(f"a prediction of the steps {done + 1} to {done + count} of {len(pairs)} is not finite.")
         levels = [level(schedule, t)[1] for t, _ in pairs[done : done + count]]
         settled = _settled(points, fresh, [method.tolerance * s for s in levels])
