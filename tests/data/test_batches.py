@@ -199,9 +199,20 @@ class TestMidRun:
                     os.kill(child.pid, signal.SIGKILL)
             assert same(next(stream), reference.at(step))
 
-    def test_workers_that_die_twice_over_a_batch_are_reported(self) -> None:
+    def test_workers_killed_while_they_write_do_not_hang_the_run(self) -> None:
+        # Each result fills a pipe's 64 KiB a hundred times, so that a worker spends most of its time writing.
+        ahead = in_order(_large, 0, workers=2)
+        for item in range(24):
+            if item % 3 == 1:
+                time.sleep(0.003 * (item % 5))
+                for child in multiprocessing.active_children():
+                    assert child.pid is not None
+                    os.kill(child.pid, signal.SIGKILL)
+            assert next(ahead) == _large(item)
+
+    def test_a_batch_that_kills_every_worker_is_reported(self) -> None:
         ahead = in_order(_dies_at_2, 0, workers=1)
-        with pytest.raises(UserError, match=r"died twice over batch 2 .*data\.workers"):
+        with pytest.raises(UserError, match=r"data workers died over batch 2 .*data\.workers"):
             list(itertools.islice(ahead, 10))
 
     def test_workers_leave_with_their_killed_parent(self, tmp_path: Path) -> None:
@@ -218,6 +229,34 @@ class TestMidRun:
         while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
             assert time.monotonic() < deadline, "the worker outlived its parent"
             time.sleep(0.1)
+
+
+def test_an_error_in_a_worker_carries_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)a data worker failed:.*_divides.*ZeroDivisionError"):
+        next(in_order(_divides, 0, workers=1))
+
+
+def test_results_come_in_order_whatever_their_time() -> None:
+    assert list(itertools.islice(in_order(_takes_a_while, 5, workers=3), 12)) == list(range(5, 17))
+
+
+def test_an_open_iterator_does_not_disturb_the_end_of_the_program() -> None:
+    script = "from carrara.data.workers import in_order; ahead = in_order(abs, 0, 2); print(next(ahead), next(ahead))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "0 1\n", "")
+
+
+def _divides(item: int) -> float:
+    return 1 / item
+
+
+def _large(item: int) -> bytes:
+    return bytes([item]) * 2**23
+
+
+def _takes_a_while(item: int) -> int:
+    time.sleep(0.02 * (item % 3))
+    return item
 
 
 def _dies_at_2(item: int) -> int:
