@@ -157,6 +157,8 @@ def test_infinities_that_cancel_are_still_seen() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="at least one image"):
         Moments.of(torch.zeros(0, 3))
+    with pytest.raises(UserError, match=r"shape \[12\]: give one row for each"):
+        Moments.of(torch.zeros(12))  # features flattened by mistake once gave somebody a FID of 0
     with pytest.raises(UserError, match="at least 2 images"):
         Moments.of(torch.zeros(1, 3)).covariance
     with pytest.raises(UserError, match="dimension 4 cannot join moments of dimension 3"):
