@@ -126,7 +126,8 @@ class Chain:
             if prediction.x0_variance is None:
                 raise UserError("variance='optimal' needs a denoiser that knows Var[x0|x_t], as the oracle does.")
             spread = self._read("x0", index, x) ** 2 * prediction.x0_variance
-            return Gaussian(mean, (self._read("posterior", index, x) + spread).log())
+            # On the last pair a mode of no width would leave no variance: far below any bin is enough.
+            return Gaussian(mean, (self._read("posterior", index, x) + spread).clamp(min=1e-12).log())
         if kind == "learned":
             if raw is None:
                 raise UserError("variance='learned' needs a model that was trained with a learned variance.")
