@@ -154,6 +154,12 @@ def test_impossible_numbers_are_refused(tmp_path: Path, name: str) -> None:
         check_data(tmp_path, **{name: 0})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("nan")])
+def test_an_impossible_speed_is_refused(tmp_path: Path, speed: float) -> None:
+    with pytest.raises(UserError, match="images_per_second must be above 0"):
+        check_data(tmp_path, images_per_second=speed)
+
+
 def test_a_preview_that_cannot_be_written(tmp_path: Path) -> None:
     path = folder(tmp_path / "set", files(3))
     for target in (tmp_path / "no" / "p.png", tmp_path / "p.unknown"):

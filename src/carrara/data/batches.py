@@ -103,11 +103,7 @@ class Batches:
     ) -> None:
         if batch_size < 1 or workers < 0:
             raise UserError(f"a batch holds at least 1 image (not {batch_size}), workers are 0 or more ({workers}).")
-        if len(source) < batch_size:
-            raise UserError(
-                f"{source.name} holds {len(source)} images, fewer than one batch of {batch_size}: "
-                f"set training.batch_size to {len(source)} or less, or add images."
-            )
+        source.refuse_fewer_than(batch_size)
         if batch_size % world or not 0 <= rank < world:
             raise UserError(f"a batch of {batch_size} cannot be shared by {world} processes: make it a multiple.")
         self.source = source

@@ -87,8 +87,7 @@ def aspect_buckets(
         UserError: fewer pictures than a batch, or no size fits.
     """
     sizes = _sizes(resolution, multiple, largest_aspect)
-    if len(source) < batch_size:
-        raise UserError(f"{source.name} holds {len(source)} images, fewer than one batch of {batch_size}.")
+    source.refuse_fewer_than(batch_size)
     aspects = np.log([width / height for height, width in sizes])
     wanted = np.log(_aspect_ratios(source))
     open_buckets = np.arange(len(sizes))

@@ -123,6 +123,8 @@ def check_data(
     for name, value in (("batch_size", batch_size), ("steps", steps), ("sample", sample)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}.")
+    if images_per_second is not None and not images_per_second > 0:
+        raise UserError(f"images_per_second must be above 0, not {images_per_second}.")
     began = time.perf_counter()
     source = open_source(path, split, unreadable_limit, caption_column)
     indices = np.unique(np.linspace(0, len(source) - 1, min(sample or len(source), len(source))).astype(int)).tolist()
@@ -133,7 +135,7 @@ def check_data(
     report.classes = _classes(source)
     report.captions = _captions(source, indices)
     report.timings = {"seconds": round(seconds, 3), "images_per_second": round(len(indices) / seconds, 1)}
-    _find_problems(report, source, batch_size)
+    report.problems = _problems(source, batch_size)
     if looks:
         _measure(report, looks)
         _find_duplicates(report, source, looks)
@@ -194,16 +196,14 @@ def _spread(values: Sequence[int]) -> list[int]:
     return [int(min(values)), int(np.median(values)), int(max(values))]
 
 
-def _find_problems(report: DataReport, source: Source, batch_size: int) -> None:
-    try:
-        source.refuse_unreadable()
-    except UserError as error:
-        report.problems.append(str(error))
-    if len(source) < batch_size:
-        report.problems.append(
-            f"{source.name} holds {len(source)} images, fewer than one batch of {batch_size}: "
-            f"set training.batch_size to {len(source)} or less, or add images."
-        )
+def _problems(source: Source, batch_size: int) -> list[str]:
+    found = []
+    for refuse in (source.refuse_unreadable, lambda: source.refuse_fewer_than(batch_size)):
+        try:
+            refuse()
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _measure(report: DataReport, looks: Sequence[_Look]) -> None:

@@ -55,9 +55,8 @@ def open_source(
     Found by looking: a folder of images; class folders; images with .txt files beside them; metadata.jsonl or
     .csv (also nested); parquet file(s) or a folder of them; a data set saved by Hugging Face `datasets`;
     webdataset tar shards (a folder, one file, or "name-{000..099}.tar"); a zip of any of the image layouts
-    (also with EDM's dataset.json); an .npz of arrays;
-    or the word "digits" (scikit-learn's scanned digits). Folders and tables that name splits are asked for
-    `split`.
+    (also with EDM's dataset.json); an .npz of arrays; or the word "digits" (scikit-learn's scanned digits).
+    Where folders, files or tables tell splits, `split` is taken.
 
     Args:
         path: where the data lies, or "digits".

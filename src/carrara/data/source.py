@@ -149,6 +149,18 @@ class Source:
                 "mend or remove them, or raise data.unreadable_limit."
             )
 
+    def refuse_fewer_than(self, batch_size: int) -> None:
+        """Stop when the pictures do not fill one batch.
+
+        Raises:
+            UserError: there are fewer than `batch_size`.
+        """
+        if len(self) < batch_size:
+            raise UserError(
+                f"{self.name} holds {counted(len(self), 'image')}, fewer than one batch of {batch_size}: "
+                f"set training.batch_size to {len(self)} or less, or add images."
+            )
+
     def _unreadable_sentence(self) -> str:
         bad = [f"{self.pictures.name(i)} ({why})" for i, why in sorted(self.unreadable.items())[:_NAMES_SHOWN]]
         more = len(self.unreadable) - len(bad)
