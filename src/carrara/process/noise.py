@@ -45,26 +45,32 @@ def _bits(generator: np.random.Philox, rows: int, count: int) -> np.ndarray:
 def _box_muller(generator: np.random.Philox, out: Tensor, count: int) -> None:
     """Fill `out` [rows, _per_row(count)] with standard normals (Box & Muller 1958).
 
-    Logarithm, sine and cosine are taken in float64 and rounded to out's type, where square root and product are
-    exactly rounded anyway: other processors and libraries see the same float32 picture but for rare last bits.
-    Rows are whole blocks and every operation runs over contiguous memory, so a number's neighbours in memory
-    never matter to it.
+    Logarithm and cosine are taken in float64 and rounded to out's type, where square root and product are exactly
+    rounded anyway: other processors and libraries see the same float32 picture but for rare last bits. The sine is
+    ±√(1 - cos²), a third cheaper than asking for it. Rows are whole blocks and every operation runs over contiguous
+    memory, so a number's neighbours in memory never matter to it.
     """
     pairs = _per_row(count) // 2
     step = max(1, min(_CHUNK // pairs, len(out)))
     wide = torch.empty(2, step, pairs, dtype=torch.float64)
-    narrow = torch.empty(2, step, pairs, dtype=out.dtype)
+    narrow = torch.empty(3, step, pairs, dtype=out.dtype)
     for first in range(0, len(out), step):
         rows = min(step, len(out) - first)
         bits = _bits(generator, rows, count)
-        uniform, angle, radius, cosine = wide[0, :rows], wide[1, :rows], narrow[0, :rows], narrow[1, :rows]
+        uniform, angle = wide[:, :rows]
+        radius, cosine, sine = narrow[:, :rows]
         np.add(bits[:, :pairs], 0.5, out=uniform.numpy(), dtype=np.float64)
         torch.mul(uniform.mul_(2.0**-32).log_(), -2, out=radius)
         radius.sqrt_()
-        np.multiply(bits[:, pairs:], 2.0**-31 * math.pi, out=angle.numpy(), dtype=np.float64)
+        # Signed bits give angles in [-π, π), whose sign is that of their sine.
+        np.multiply(bits[:, pairs:].view(np.int32), 2.0**-31 * math.pi, out=angle.numpy(), dtype=np.float64)
+        sine.copy_(angle)
+        cosine.copy_(angle.cos_())
+        squares = uniform.fill_(1).addcmul_(angle, angle, value=-1)
+        torch.copysign(radius, sine, out=sine)
         target = out[first : first + rows]
-        torch.mul(radius, cosine.copy_(torch.cos(angle, out=uniform)), out=target[:, :pairs])
-        torch.mul(radius, cosine.copy_(angle.sin_()), out=target[:, pairs:])
+        torch.mul(radius, cosine, out=target[:, :pairs])
+        torch.mul(sine, radius.copy_(squares).sqrt_(), out=target[:, pairs:])
 
 
 def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
