@@ -18,7 +18,7 @@ from carrara.errors import UserError, nearest
 from carrara.process.grids import Grid
 from carrara.process.prediction import Prediction, Scale
 from carrara.process.schedules import Schedule, level
-from carrara.process.transitions import Gaussian, Pair, floor_variance, marginal
+from carrara.process.transitions import Gaussian, Pair, floor_variance, learned_log_variance, marginal
 
 ReverseVariance = Literal["small", "large", "learned", "optimal"]
 
@@ -131,9 +131,8 @@ class Chain:
         if kind == "learned":
             if raw is None:
                 raise UserError("variance='learned' needs a model that was trained with a learned variance.")
-            fraction = (raw + 1) / 2
-            ceiling, floor = self._read("ceiling", index, x, log=True), self._read("floor", index, x, log=True)
-            return Gaussian(mean, fraction * ceiling + (1 - fraction) * floor)
+            ends = self._read("floor", index, x), self._read("ceiling", index, x)
+            return Gaussian(mean, learned_log_variance(raw, *ends))
         return Gaussian(mean, self._read(kind, index, x, log=True))
 
     def prior(self, x0: Tensor) -> Tensor:
@@ -158,9 +157,10 @@ class Chain:
         if isinstance(index, int):
             return self._reconstruction(p, x0) if index == len(self) - 1 else _per_dimension(q.kl(p))
         # The rows are parted first: the last pair has no posterior variance to form a KL with.
-        last = (index.cpu() == len(self) - 1).to(x0.device)
+        last = index.cpu() == len(self) - 1
         value = x0.new_zeros(len(x0))
-        for rows, reconstructs in ((~last).nonzero()[:, 0], False), (last.nonzero()[:, 0], True):
+        for chosen, reconstructs in (~last, False), (last, True):
+            rows = chosen.nonzero()[:, 0].to(x0.device)
             if len(rows):
                 some = p.rows(rows)
                 part = self._reconstruction(some, x0[rows]) if reconstructs else _per_dimension(q.rows(rows).kl(some))

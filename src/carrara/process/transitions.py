@@ -84,15 +84,15 @@ def floor_variance(schedule: Schedule, t: float, s: float, previous: float | Non
     return pair.variance if previous is None else Pair.of(schedule, previous, t).posterior_variance
 
 
-def learned_log_variance(raw: Tensor, small: float, large: float) -> Tensor:
+def learned_log_variance(raw: Tensor, small: Scale, large: Scale) -> Tensor:
     """ln Σ = v ln σ²_{t|s} + (1 - v) ln σ²_post with v = (raw + 1)/2 (Nichol & Dhariwal 2021, eq. 15).
 
     Args:
         raw: the network's second half, [B, …], not clamped.
-        small, large: the two ends for the pair that is walked.
+        small, large: the two ends for the pair that is walked, or for one pair a sample, [B, 1, …].
     """
-    fraction = (raw + 1) / 2
-    return torch.add(fraction * math.log(large), 1 - fraction, alpha=math.log(small))
+    low, high = _log(small), _log(large)
+    return raw * ((high - low) / 2) + (high + low) / 2
 
 
 def diffuse(schedule: Schedule, x0: Tensor, t: Time, eps: Tensor) -> Tensor:
@@ -167,7 +167,9 @@ def _exp(value: Scale) -> Scale:
     return value.exp() if isinstance(value, Tensor) else math.exp(value)
 
 
-def _log(value: float) -> float:
+def _log(value: Scale) -> Scale:
+    if isinstance(value, Tensor):
+        return value.log()
     return math.log(value) if value > 0 else -math.inf
 
 
@@ -192,7 +194,7 @@ def _log_normal_between(low: Tensor, high: Tensor, open_low: Tensor, open_high: 
 def marginal(schedule: Schedule, x0: Tensor, t: Time) -> Gaussian:
     """q(x_t|x_0) = N(a_t x_0, s_t² I) (Ho et al. 2020, eq. 4); t is one time, or [B]."""
     alpha, sigma = scales(schedule, t, x0)
-    return Gaussian(alpha * x0, 2 * (sigma.log() if isinstance(sigma, Tensor) else _log(sigma)))
+    return Gaussian(alpha * x0, 2 * _log(sigma))
 
 
 def forward(schedule: Schedule, x: Tensor, s: float, t: float) -> Gaussian:
