@@ -46,12 +46,12 @@ STAMP = Stamp(n=360, shape=(1, 8, 8), reference="digits", reference_split="train
 
 def test_a_figure_is_called_fid_only_in_the_fid_networks_features(digits: tuple[Tensor, ...]) -> None:
     train, _, held_out, _ = digits
-    assert set(measure_frechet(seen(held_out), seen(train), STAMP, replicates=3)) == {
+    assert set(measure_frechet(seen(held_out), seen(train), STAMP)) == {
         "frechet_distance",
         "frechet_distance_infinity",
     }
     official = replace(STAMP, features="inception-2015")
-    assert set(measure_frechet(seen(held_out), seen(train), official, replicates=3)) == {"fid", "fid_infinity"}
+    assert set(measure_frechet(seen(held_out), seen(train), official)) == {"fid", "fid_infinity"}
     assert "kid" in measure_pairs(seen(held_out), seen(train), official)
     assert "kernel_distance" in measure_pairs(seen(held_out), seen(train), STAMP)
     assert "inception_score" in measure_inception_score(torch.zeros(20, 5), official)
@@ -61,7 +61,7 @@ def test_a_figure_is_called_fid_only_in_the_fid_networks_features(digits: tuple[
 def test_every_figure_has_an_interval_that_holds_it_and_survives_the_disk(digits: tuple[Tensor, ...]) -> None:
     train, _, held_out, held_out_labels = digits
     figures = {
-        **measure_frechet(seen(held_out), seen(train), STAMP, replicates=20),
+        **measure_frechet(seen(held_out), seen(train), STAMP),
         **measure_pairs(seen(held_out), seen(train), STAMP),
         **measure_memory(held_out, train, held_out, STAMP),
         **measure_classes(held_out, held_out_labels, held_out_labels, STAMP),
@@ -98,7 +98,7 @@ def test_reconstructions_and_captions_are_measured_too(digits: tuple[Tensor, ...
 
 def test_few_samples_are_said_to_be_few(digits: tuple[Tensor, ...]) -> None:
     train, _, held_out, _ = digits
-    few = measure_frechet(seen(held_out[:40]), seen(train), STAMP, replicates=3)
+    few = measure_frechet(seen(held_out[:40]), seen(train), STAMP)
     assert "40 samples for 64 dimensions" in few["frechet_distance"].note
     assert "frechet_distance_infinity" not in few
 
@@ -117,8 +117,8 @@ def test_a_statistics_file_serves_as_reference(
     train, _, held_out, _ = digits
     path = tmp_path_factory.mktemp("stats") / "digits.npz"
     write_statistics(path, seen(train).moments, {"features": "pixels"})
-    from_file = measure_frechet(seen(held_out), read_statistics(path), STAMP, replicates=3)
-    assert from_file == measure_frechet(seen(held_out), seen(train), STAMP, replicates=3)
+    from_file = measure_frechet(seen(held_out), read_statistics(path), STAMP)
+    assert from_file == measure_frechet(seen(held_out), seen(train), STAMP)
 
 
 class TestBadModelsAreToldApart:
@@ -129,7 +129,7 @@ class TestBadModelsAreToldApart:
         noise = torch.randn(360, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
         bad, fine = measure_pairs(seen(noise), seen(train), STAMP), measure_pairs(seen(held_out), seen(train), STAMP)
         assert bad["precision"].value < 0.02 < 0.8 < fine["precision"].value
-        far = measure_frechet(seen(noise), seen(train), STAMP, replicates=3)["frechet_distance"]
+        far = measure_frechet(seen(noise), seen(train), STAMP)["frechet_distance"]
         assert far.value > 10
 
     def test_one_class_only(self, digits: tuple[Tensor, ...]) -> None:
@@ -153,7 +153,7 @@ class TestBadModelsAreToldApart:
         jitter = 0.02 * torch.randn(train.shape, generator=torch.Generator().manual_seed(0))
         bad = measure_memory(train + jitter, train, held_out, STAMP)
         # Distances between sets see nothing wrong: it is the memorised share that tells.
-        assert measure_frechet(seen(train + jitter), seen(train), STAMP, replicates=3)["frechet_distance"].value < 0.1
+        assert measure_frechet(seen(train + jitter), seen(train), STAMP)["frechet_distance"].value < 0.1
         assert bad["memorised_share"].value == 1
         assert bad["memorised_share"].interval is not None
         assert bad["memorised_share_held_out"].interval is not None
@@ -164,8 +164,7 @@ class TestBadModelsAreToldApart:
         train, _, held_out, _ = digits
         blurred = F.avg_pool2d(F.pad(held_out, (1, 1, 1, 1), mode="replicate"), 3, 1)
         bad, fine = (
-            measure_frechet(seen(images), seen(train), STAMP, replicates=20)["frechet_distance"]
-            for images in (blurred, held_out)
+            measure_frechet(seen(images), seen(train), STAMP)["frechet_distance"] for images in (blurred, held_out)
         )
         assert bad.interval is not None
         assert fine.interval is not None

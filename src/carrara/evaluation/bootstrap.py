@@ -48,7 +48,7 @@ def percentile(replicates: Tensor, level: float = 0.95) -> Interval:
 
 
 def around(value: float, replicates: Tensor, level: float = 0.95) -> Interval:
-    """The replicates' spread laid around `value`: for figures that resampling itself shifts (FID, IS).
+    """The replicates' spread laid around `value`: for figures that resampling itself shifts (the Inception score).
 
     The normal approximation, value ± z·sd: steady with a few dozen replicates. Never below 0.
     """

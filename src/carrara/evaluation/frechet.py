@@ -9,13 +9,14 @@ dimensions or fewer, the centred data themselves are the factors, and nothing ha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.evaluation.bootstrap import Interval, around, resamples
+from carrara.evaluation.bootstrap import Interval, mean_interval
 from carrara.evaluation.moments import Moments, Rows, Statistics, as_rows
 
 PANEL = 256
@@ -42,16 +43,35 @@ def frechet_distance(a: Normal | Rows, b: Normal | Rows) -> float:
 
 
 def frechet_interval(
-    samples: Rows, reference: Normal | Rows, replicates: int = 50, level: float = 0.95, seed: int = 0
+    samples: Rows, reference: Normal | Rows, replicates: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """A bootstrap interval of the Fréchet distance of samples [N, D] to a fixed reference.
 
-    Resampled sets hold fewer distinct rows and so lie farther away: only the spread of the replicates is
-    used, laid around the value itself.
+    The bootstrap of the linearised distance: its value plus the mean influence of the rows drawn. Resampling
+    the distance itself costs an eigenproblem a replicate and is worse: a resampled set holds fewer distinct
+    rows, so its distances are too large and, for N of a few D, spread twice as wide as those of fresh draws
+    (the linearised ones 1.3 times: `tests/evaluation/test_frechet.py`).
     """
     rows, fixed = as_rows(samples, "samples").cpu(), _Side(reference)
-    drawn = [_distance(_Side(rows[index]), fixed) for index in resamples(len(rows), replicates, seed)]
-    return around(_distance(_Side(rows), fixed), torch.tensor(drawn, dtype=torch.float64), level)
+    value = _distance(_Side(rows), fixed)
+    found = mean_interval(value + _influence(rows, fixed), level, replicates, seed)
+    return replace(found, low=max(0.0, found.low))
+
+
+def _influence(rows: Tensor, fixed: _Side) -> Tensor:
+    """How the distance of rows [N, D] moves with the weight of each, float64 [N], of mean 0.
+
+    With c = x - μ₁ it is 2 (μ₁ - μ₂)·c + |c|² - cᵀTc, less its mean, where T carries the first normal
+    distribution onto the second: for Σ₂ = FFᵀ and FᵀΣ₁F = VΛVᵀ, T = F V Λ^-½ Vᵀ Fᵀ.
+    """
+    mean = rows.mean(0)
+    centred = rows - mean
+    within = centred @ fixed.factor
+    values, vectors = torch.linalg.eigh(within.T @ within / (len(rows) - 1))
+    kept = values > 1e-12 * values.max().clamp_min(0) if len(values) else values > 0
+    carried = (within @ vectors[:, kept]).square() @ values[kept].rsqrt()
+    influence: Tensor = 2 * centred @ (mean - fixed.mean) + centred.square().sum(1) - carried
+    return influence - influence.mean()
 
 
 class _Side:

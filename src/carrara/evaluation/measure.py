@@ -47,9 +47,7 @@ def same_pictures(samples: Collected, reference: Collected | Statistics) -> None
         )
 
 
-def measure_frechet(
-    samples: Collected, reference: Collected | Statistics, stamp: Stamp, replicates: int = 20, seed: int = 0
-) -> Measurements:
+def measure_frechet(samples: Collected, reference: Collected | Statistics, stamp: Stamp, seed: int = 0) -> Measurements:
     """The Fréchet distance and, where there are enough samples, its extrapolation to infinitely many.
 
     The interval needs the samples' rows; where only the first were kept there is none.
@@ -60,7 +58,7 @@ def measure_frechet(
     few = samples.moments.count <= samples.moments.dimension
     # With no more rows than dimensions the rows themselves are exact, their covariance only nearly so.
     value = frechet_distance(samples.rows if whole and few else samples.moments, known)
-    interval = frechet_interval(samples.rows, known, replicates, seed=seed) if whole else None
+    interval = frechet_interval(samples.rows, known, seed=seed) if whole else None
     name = frechet_name(stamp.features)
     figures = {name: Measurement(value, interval, stamp, _few(samples, few))}
     if whole and samples.moments.count > 1.2 * samples.moments.dimension:
