@@ -7,10 +7,17 @@ Training, sampling and evaluation share it. One process is the plain case and ne
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from carrara.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,132 @@ def start() -> Processes:
     return Processes(rank, world, device)
 
 
+def finish() -> None:
+    """Leave the group, after everything went well."""
+    if _together():
+        torch.distributed.destroy_process_group()
+
+
+def _together() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+# ---- what all tell each other: every process must call these alike ---------------------------------------
+
+
 def gather(values: Tensor) -> Tensor:
     """The values of all processes one after the other, in rank order, [world·B, …]; the values themselves where
     there is one process. Every process must call it, with equal shapes."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not _together():
         return values
     parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, values.contiguous())
     return torch.cat(parts)
+
+
+def gather_lists(items: Sequence[Any]) -> list[Any]:
+    """The items of all processes in rank order; any plain data, so better rarely."""
+    if not _together():
+        return list(items)
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process."""
+    if not _together():
+        return flag
+    return bool(gather(torch.tensor([flag], device=device)).any())
+
+
+def first_tells(function: Callable[[], Result]) -> Result:
+    """What the function gives on the first process, on all of them.
+
+    Raises:
+        UserError: on all of them, where it is raised on the first, so that none is left waiting.
+    """
+    if not _together():
+        return function()
+    told: list[Any] = [None, None]
+    failure: Exception | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            told[0] = function()
+        except Exception as error:
+            failure, told[1] = error, str(error)
+    torch.distributed.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    if told[1] is not None:
+        raise UserError(told[1])
+    result: Result = told[0]
+    return result
+
+
+# ---- modules over processes --------------------------------------------------------------------------------
+
+
+def replicated(module: nn.Module) -> nn.Module:
+    """The module with gradients averaged over the processes, each of which holds it whole (DDP)."""
+    # Without the search for unused parameters DDP lays out its buckets anew after the first step: the sums of
+    # three and more processes would then have other last bits after a resume.
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+
+def shard(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Spread the module's parameters over the processes (FSDP2), in place.
+
+    Args:
+        blocks: submodules that are gathered on their own, each right before it is used.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for part in (*blocks, module):
+        fully_shard(part, mesh=mesh)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` was applied."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+@contextmanager
+def gradients_joined(module: nn.Module, join: bool) -> Iterator[None]:
+    """Forward and backward passes whose gradients are averaged over the processes, or (`join` False) kept here
+    for the micro-batches that follow."""
+    if _together() and is_sharded(module):
+        module.set_requires_gradient_sync(join)  # type: ignore[operator]
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not join:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def local(values: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, in the same memory; other tensors as they are."""
+    from torch.distributed.tensor import DTensor
+
+    return values.to_local() if isinstance(values, DTensor) else values
+
+
+def whole(values: Tensor) -> Tensor:
+    """All of a sharded tensor; other tensors as they are. Every process must call it."""
+    from torch.distributed.tensor import DTensor
+
+    return values.full_tensor() if isinstance(values, DTensor) else values
+
+
+def spread_like(pattern: Tensor, values: Tensor) -> Tensor:
+    """A whole tensor, known to every process, sharded as `pattern` is, on its device."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    values = values.to(pattern.device)
+    if not isinstance(pattern, DTensor):
+        return values
+    return distribute_tensor(values, pattern.device_mesh, pattern.placements, src_data_rank=None)

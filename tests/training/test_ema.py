@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from carrara.training.ema import EMA
+from carrara.training.ema import EMA, Exponential
 
 
 def test_the_mean_follows_the_closed_form() -> None:
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
-    ema = EMA(module, decay=0.9)
+    ema = EMA(module, Exponential(0.9))
     nn.init.ones_(module.weight)
     left = 1.0
     for step in range(1, 200):
@@ -24,23 +24,24 @@ def test_the_mean_follows_the_closed_form() -> None:
 def test_the_mean_is_float32_and_does_not_freeze_under_half_weights() -> None:
     module = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     nn.init.zeros_(module.weight)
-    ema = EMA(module, decay=0.9999)
+    ema = EMA(module, Exponential(0.9999))
     nn.init.ones_(module.weight)
     for _ in range(100):
         ema.update(module, step=10**6)
     assert ema.module.weight.dtype == torch.float32
-    assert 0.0099 < float(ema.module.weight) < 0.0101, "bfloat16 would have rounded each 1e-4 away"
+    assert 0.0099 < float(next(ema.module.parameters())) < 0.0101, "bfloat16 would have rounded each 1e-4 away"
 
 
 def test_buffers_are_copied_not_averaged() -> None:
     module = nn.BatchNorm1d(2)
-    ema = EMA(module, decay=0.5)
-    module.running_mean.fill_(8.0)  # type: ignore[union-attr, operator]
+    ema = EMA(module, Exponential(0.5))
+    assert module.running_mean is not None
+    module.running_mean.fill_(8.0)
     ema.update(module, 100)
-    assert ema.module.running_mean.tolist() == [8.0, 8.0]  # type: ignore[union-attr, operator]
+    assert dict(ema.module.named_buffers())["running_mean"].tolist() == [8.0, 8.0]
 
 
 def test_the_mean_needs_no_gradients_and_is_in_evaluation_mode() -> None:
-    ema = EMA(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), 0.9)
+    ema = EMA(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), Exponential(0.9))
     assert not ema.module.training
     assert not any(p.requires_grad for p in ema.module.parameters())

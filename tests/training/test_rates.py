@@ -10,7 +10,7 @@ from carrara.training.rates import learning_rate
 
 @pytest.mark.parametrize("decay", ["constant", "cosine", "inverse_sqrt"])
 def test_the_warm_up_ends_at_the_full_rate(decay: str) -> None:
-    training = Training(steps=100, learning_rate=0.5, warmup=10, decay=decay)  # type: ignore[arg-type]
+    training = Training(steps=100, learning_rate=0.5, warmup=10, decay=decay)
     rates = [learning_rate(training, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.05)
     assert rates[9] == 0.5

@@ -34,11 +34,13 @@ class Terms:
         scalars: what to log beside it, detached, each [B] or a single number.
         quarter: int64 [B], which quarter of the noise levels every sample fell into (0 the cleanest); None where
             there are no levels.
+        times: float64 [B], the level of every sample in schedule time, or None.
     """
 
     per_sample: Tensor
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     quarter: Tensor | None = None
+    times: Tensor | None = None
 
 
 class Objective(Protocol):

@@ -98,7 +98,7 @@ class DiffusionObjective:
         loss, scalars = self.losses(x0, times, draw.like(x0, sub=NOISE), condition)
         if loss.requires_grad:
             self.times.observe(times, loss.detach(), range(size) if draw.ids is None else draw.ids)
-        return Terms(loss * importance.to(loss), scalars, quarters(self.schedule, times))
+        return Terms(loss * importance.to(loss), scalars, quarters(self.schedule, times), times)
 
     def losses(self, x0: Tensor, times: Tensor, eps: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of every sample at given times, without importance weights.

@@ -1,5 +1,6 @@
 """The training loop and what it keeps: the running mean, checkpoints, the run folder and its log."""
 
-from carrara.training.loop import Progress, Trainer
+from carrara.training.loop import Trainer
+from carrara.training.progress import Progress
 
 __all__ = ["Progress", "Trainer"]

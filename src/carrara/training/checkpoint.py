@@ -13,7 +13,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def save(checkpoints: Path, step: int, weights: Mapping[str, Mapping[str, Tensor
     """Write the checkpoint of a step.
 
     Args:
-        weights: state dicts by file name ("network", "ema").
+        weights: state dicts on the CPU by file name ("network", "ema").
         state: everything else, of types that `torch.load(weights_only=True)` reads back.
 
     Raises:
@@ -47,8 +48,7 @@ def save(checkpoints: Path, step: int, weights: Mapping[str, Mapping[str, Tensor
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, tensors in weights.items():
-            whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            save_file(whole, partial / f"{name}.safetensors")
+            save_file({key: value.contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors")
         torch.save(state, partial / "state.pt")
         manifest = {"step": step, "files": {path.name: _checksum(path) for path in sorted(partial.iterdir())}}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -87,10 +87,77 @@ def load(checkpoints: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], di
     return weights, state
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for step in sorted(_steps(checkpoints))[:-keep]:
-        shutil.rmtree(folder_of(checkpoints, step), ignore_errors=True)
+def prune(checkpoints: Path, step: int, keep: int, keep_every: int = 0) -> None:
+    """Tidy up after the checkpoint of `step` was written.
+
+    Kept are the newest `keep` up to this step, and those of every `keep_every` steps (0: none). Behind this step
+    lie only checkpoints that were passed over as damaged.
+    """
+    steps = sorted(_steps(checkpoints))
+    newest_ones = [s for s in steps if s <= step][-keep:]
+    for old in steps:
+        if old not in newest_ones and not (keep_every and old <= step and old % keep_every == 0):
+            shutil.rmtree(folder_of(checkpoints, old), ignore_errors=True)
+
+
+def tidy(checkpoints: Path) -> None:
+    """Remove what killed writes left behind."""
+    for partial in checkpoints.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_full_disk(checkpoints: Path, needed: int) -> None:
+    """Stop before anything is trained where the checkpoints would not fit.
+
+    Args:
+        needed: bytes of all checkpoints that lie there at the same time.
+
+    Raises:
+        UserError: the disk has less room than that.
+    """
+    there = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
+    free = shutil.disk_usage(checkpoints.parent).free
+    if free < needed - there:
+        raise UserError(
+            f"the checkpoints of this run need {(needed - there) / 1e9:,.2f} GB more on the disk of {checkpoints}, "
+            f"where {free / 1e9:,.2f} GB are free: make room, name another --out, or lower training.keep_checkpoints."
+        )
+
+
+class Writer:
+    """Writes checkpoints behind the training's back, one after the other.
+
+    Training only waits for a consistent copy of the state, and for the write before where that is still under way.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Wait for the write before, then begin this one."""
+        self.wait()
+        self._under_way = self._thread.submit(write)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last write has ended and went wrong; `wait` says how."""
+        ended = self._under_way is not None and self._under_way.done()
+        return ended and self._under_way is not None and self._under_way.exception() is not None
+
+    def wait(self) -> None:
+        """Come back when nothing is being written.
+
+        Raises:
+            UserError: as `save`.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def close(self) -> None:
+        """Let the write that is under way end, whatever becomes of it."""
+        self._thread.shutdown(wait=True)
 
 
 def _steps(checkpoints: Path) -> list[int]:

@@ -2,100 +2,67 @@
 
 Everything random in step k is a function of (seed, global position): the order, the augmentation, t, ε, the
 condition dropout; network dropout draws from a generator that is set anew at every step. So the state after step k
-is the weights, their mean, the optimiser and the objective's memory, and nothing else.
+is the weights, their means, the optimiser and the objective's memory, and nothing else.
 """
 
 from __future__ import annotations
 
 import signal
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import carrara
+from carrara import distributed
 from carrara import images as pictures
 from carrara.codecs import Codec, Identity
-from carrara.condition import Condition
-from carrara.conditioning import Labels
-from carrara.data import Batch, Batches, Preprocess, Source, open_source
-from carrara.distributed import Processes, start
+from carrara.data import Batch
+from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
 from carrara.networks import UNet
-from carrara.objectives import DiffusionObjective, Examples, Objective
-from carrara.process import Noise, schedules
+from carrara.process import schedules
 from carrara.recipe import Recipe
 from carrara.training import checkpoint
-from carrara.training.ema import EMA
+from carrara.training.assembly import (
+    examples_of,
+    labels_of,
+    make_network,
+    make_objective,
+    open_batches,
+    open_held_out,
+    spread,
+)
+from carrara.training.ema import EMA, Exponential, PowerFunction
+from carrara.training.log import Log
+from carrara.training.micro_batch import largest_micro_batch
+from carrara.training.phases import Phases, Watchdog
+from carrara.training.progress import Outcome, Progress, Window
 from carrara.training.rates import learning_rate
-from carrara.training.run import Log, Run
+from carrara.training.run import Run
+from carrara.training.state import copied, put_optimiser, put_weights
+from carrara.training.step import LossScale, Stepper, autocast
+from carrara.training.validation import validate
 
 BAD_STEPS = 10
 """So many steps in a row without a finite loss and gradient end the run."""
 
-_TRAINING_DRAWS = 2**40
-"""Draw numbers of training start here, far from those of sampling, so that one seed serves both."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step yields.
-
-    Attributes:
-        step, total: optimiser steps done, of the whole run.
-        loss: of this step.
-        images_per_s: since this process started.
-        seconds_left: at that speed.
-        notice: a sentence for the user, or None.
-    """
-
-    step: int
-    total: int
-    loss: float
-    images_per_s: float
-    seconds_left: float
-    notice: str | None = None
-
-
-@dataclass
-class Window:
-    """Sums since the last log line; part of the checkpoint, so that a resumed log has the same numbers."""
-
-    steps: int = 0
-    loss: float = 0.0
-    gradient: float = 0.0
-    quarter_sums: tuple[float, ...] = (0.0,) * 4
-    quarter_counts: tuple[int, ...] = (0,) * 4
-
-    def add(self, loss: float, gradient: float, per_sample: Tensor, quarter: Tensor | None) -> None:
-        """Take in one step."""
-        self.steps += 1
-        self.loss += loss
-        self.gradient += gradient
-        if quarter is not None:
-            sums = torch.zeros(4, dtype=torch.float64).index_add_(0, quarter.cpu(), per_sample.double().cpu())
-            counts = torch.bincount(quarter.cpu(), minlength=4)
-            self.quarter_sums = tuple((torch.tensor(self.quarter_sums, dtype=torch.float64) + sums).tolist())
-            self.quarter_counts = tuple((torch.tensor(self.quarter_counts) + counts).tolist())
-
-    def means(self) -> dict[str, Any]:
-        """What the log line says; a quarter that no sample fell into is null."""
-        quarters = zip(self.quarter_sums, self.quarter_counts, strict=True)
-        return {
-            "loss": self.loss / self.steps,
-            "loss_by_quarter": [total / count if count else None for total, count in quarters],
-            "gradient_norm": self.gradient / self.steps,
-        }
+_BYTES_OF_FLOAT = 4
+_BACKWARD = 2
+"""A backward pass takes twice the multiplications of its forward pass."""
 
 
 class Trainer:
     """A run that can be walked step by step: `for progress in Trainer(recipe, folder).steps(): …`
+
+    Every process of a launcher makes its own and walks it; the first one writes.
 
     Args:
         recipe: what to train.
@@ -108,36 +75,18 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: Path, accept_changes: bool = False) -> None:
         self.recipe = recipe
-        self.processes: Processes = start()
+        self.phases = Phases()
+        self.processes: Processes = distributed.start()
         self.source, self.batches = open_batches(recipe, self.processes)
-        self.labels = _labels(recipe, self.source)
-        torch.manual_seed(recipe.seed)
-        params = recipe.network_params(len(self.labels.names) if self.labels else None)
-        self.network = UNet(params).to(self.processes.device)
+        self.held_out = open_held_out(recipe, self.processes)
+        self.labels = labels_of(recipe, self.source)
         self.codec: Codec = Identity()
-        schedule = schedules.build(recipe.schedule.spec())
-        null = self.labels.null() if self.labels and self.labels.dropout else None
-        self.objective: Objective = DiffusionObjective(
-            self.network,
-            schedule,
-            recipe.objective.predicts,
-            null=null,
-            dropout=self.labels.dropout if self.labels else 0.0,
-        )
-        self.optimisers = {
-            name: torch.optim.AdamW(
-                player.parameters(),
-                lr=recipe.training.learning_rate,
-                betas=recipe.training.betas,
-                weight_decay=recipe.training.weight_decay,
-                fused=True,
-            )
-            for name, player in self.objective.players.items()
-        }
-        self.ema = EMA(self.network, recipe.training.ema)
+        self.schedule = schedules.build(recipe.schedule.spec())
+        self.network = make_network(recipe, self.labels, self.processes)
+        self.means = {name: EMA(self.network, decay) for name, decay in _decays(recipe).items()}
         self.model = DiffusionModel(
-            network=self.ema.module,
-            schedule=schedule,
+            network=self.means["ema"].module,
+            schedule=self.schedule,
             shape=(recipe.data.channels, *recipe.data.resolution),
             predicts=recipe.objective.predicts,
             labels=self.labels,
@@ -146,28 +95,104 @@ class Trainer:
             sampling=recipe.sampling.model_dump(include={"solver", "steps", "spacing", "guidance"}),
         )
         self.model.grid(recipe.sampling.steps, recipe.sampling.spacing)
+        make_objective(recipe, self.network, self.schedule, self.labels, self.source.levels)
         self.step, self.bad_steps, self.window = 0, 0, Window()
         self.notices: list[str] = list(self.source.warnings)
         self._stop = False
-        self.run = Run(folder, recipe, accept_changes)
+        self.log: Log | None = None  # only the first process has one
+        self.writer = checkpoint.Writer()
+        self.run = Run(folder, recipe)
+        distributed.first_tells(lambda: self.run.claim(accept_changes))
         try:
-            self._resume()
+            self._prepare()
         except BaseException:
             self.run.close()
             raise
 
+    def _prepare(self) -> None:
+        """What takes time or room: only once the folder is ours."""
+        training = self.recipe.training
+        self.size = sum(p.numel() for p in self.network.parameters())
+        distributed.first_tells(self._refuse_full_disk)
+        found, complaints = distributed.first_tells(lambda: checkpoint.newest(self.run.checkpoints))
+        self.notices += complaints
+        weights, state = checkpoint.load(self.run.checkpoints, found) if found else ({}, {})
+        self.flops_per_image = self._count_flops()
+        self.micro_batch = self._micro_batch(state.get("setting", {}).get("micro_batch"))
+        player = self._over_processes()
+        if training.compile:
+            player.compile()
+        self.objective = make_objective(self.recipe, player, self.schedule, self.labels, self.source.levels)
+        self.stepper = Stepper(
+            self.objective, training, self.recipe.seed, self.processes, self.micro_batch, self.phases
+        )
+        if found:
+            self._take_up(weights, state)
+
+    def _refuse_full_disk(self) -> None:
+        checkpoint.tidy(self.run.checkpoints)
+        each = (len(self.means) + 3) * _BYTES_OF_FLOAT * self.size  # the weights, their means, AdamW's two moments
+        checkpoint.refuse_full_disk(self.run.checkpoints, (self.recipe.training.keep_checkpoints + 1) * each)
+
+    def _count_flops(self) -> int:
+        """Of one image's forward and backward pass, twice its multiplications."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            image = torch.zeros(1, *self.codec.latent_shape(*self.model.shape), device=self.processes.device)
+            condition = self.labels.condition([0]) if self.labels else None
+            self.means["ema"].module(
+                image, torch.ones(1, device=image.device), condition and condition.to(image.device)
+            )
+        return int(counter.get_total_flops() * (1 + _BACKWARD))
+
+    def _micro_batch(self, before: int | None) -> int:
+        """Images that this process works on at once.
+
+        Args:
+            before: what the checkpoint says; another number would change the last bits.
+        """
+        training, device = self.recipe.training, self.processes.device
+        share = training.batch_size // self.processes.world
+        if training.micro_batch != "auto":
+            return min(training.micro_batch or share, share)
+        if self.processes.world > 1 and training.parallel == "fsdp":
+            raise UserError(
+                "training.micro_batch=auto tries sizes on each process alone, which sharded weights do not allow: "
+                "give a number with training.parallel=fsdp."
+            )
+        batch = self.batches.at(self.step)
+        examples = examples_of(batch, self.codec, self.labels, Stepper.draws(self.recipe.seed, batch.positions), device)
+        self.network.train()
+        with autocast(training, device):
+            size, notices = largest_micro_batch(
+                self.network, examples.x0, examples.condition, min(before or share, share), self.processes
+            )
+        self.notices += notices
+        return size
+
+    def _over_processes(self) -> nn.Module:
+        """The network as the objective sees it."""
+        if self.processes.world == 1:
+            return self.network
+        if self.recipe.training.parallel == "ddp":
+            return distributed.replicated(self.network)
+        spread([self.network, *(mean.module for mean in self.means.values())], self.processes)
+        return self.network
+
+    # ---- the walk ----------------------------------------------------------------------------------------
+
     def summary(self) -> dict[str, Any]:
         """Every effective number, to be said once at the start."""
         training = self.recipe.training
-        count = sum(p.numel() for p in self.network.parameters())
         return {
             "data": f"{self.source.layout}: {len(self.source):,} images",
             "image": "×".join(map(str, self.model.shape)),
             "classes": len(self.labels.names) if self.labels else 0,
-            "parameters": count,
+            "parameters": self.size,
             "device": str(self.processes.device),
             "processes": self.processes.world,
             "batch": training.batch_size,
+            "micro-batch": self.micro_batch,
+            "precision": training.precision,
             "learning rate": training.learning_rate,
             "steps": training.steps,
             "epochs": round(training.steps * training.batch_size / len(self.source), 1),
@@ -180,34 +205,60 @@ class Trainer:
         Raises:
             UserError: too many steps in a row were not finite, or a checkpoint could not be written.
         """
-        training = self.recipe.training
-        log = Log(self.run.folder, self.step)
-        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT) if _main_thread()}
-        began, first = time.perf_counter(), self.step
+        main = threading.current_thread() is threading.main_thread()
+        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT) if main}
         try:
-            yield from self._notices()
-            batches = self.batches.iterate(self.step)
-            while self.step < training.steps and not self._stop:
-                loss = self._one_step(next(batches))
-                speed = (self.step - first) * training.batch_size / (time.perf_counter() - began)
-                left = (training.steps - self.step) * training.batch_size / speed
-                self._log(log, speed)
-                if self.step % training.sample_every == 0 or self.step == training.steps:
-                    self._preview(log)
-                # Nothing is saved in the middle of a bad stretch, so that the last checkpoint is a good one.
-                if self.step % training.checkpoint_every == 0 and self.step < training.steps and not self.bad_steps:
-                    self.save_checkpoint()
-                yield Progress(self.step, training.steps, loss, speed, left)
-            if self.step > first:
-                self.save_checkpoint()
-            if self.step == training.steps:
-                self.model.origin = f"EMA of step {self.step}"
-                self.model.save(self.run.model)
+            for notice in self.notices:
+                yield Progress(self.step, self.recipe.training.steps, float("nan"), 0.0, 0.0, notice)
+            distributed.first_tells(self._open_log)
+            stacks = self.run.folder / f"stuck-{self.processes.rank}.txt"
+            with Watchdog(self.phases, self.recipe.training.stuck_after, stacks):
+                yield from self._walk()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            log.close()
+            self.writer.close()
+            if self.log is not None:
+                self.log.close()
             self.run.close()
+
+    def _walk(self) -> Iterator[Progress]:
+        training, first, began = self.recipe.training, self.step, self.phases.clock()
+        batches = self.batches.iterate(self.step)
+        while self.step < training.steps and not self._stopping():
+            with self.phases("reading data"):
+                batch = next(batches)
+            loss = self._one_step(batch)
+            speed = (self.step - first) * training.batch_size / (self.phases.clock() - began)
+            self._after_step()
+            left = (training.steps - self.step) * training.batch_size / speed
+            yield Progress(self.step, training.steps, loss, speed, left)
+        with self.phases("saving"):
+            distributed.first_tells(self.writer.wait)
+            if self.step > first:
+                self.save_checkpoint()
+                distributed.first_tells(self.writer.wait)
+            if self.step == training.steps:
+                self._save_models()
+
+    def _after_step(self) -> None:
+        """What is due every so many steps."""
+        training = self.recipe.training
+        last = self.step == training.steps
+        if training.validate_every and self.step % training.validate_every == 0:
+            with self.phases("validating"):
+                self._validate()
+        if self.step % training.log_every == 0 and self.window.steps:
+            self._write_log()
+        if self.step % training.sample_every == 0 or last:
+            with self.phases("sampling"):
+                self._preview()
+        with self.phases("saving"):
+            if training.power_ema and self.step % training.power_ema_every == 0:
+                self._save_snapshot()
+            # Nothing is saved in the middle of a bad stretch, so that the last checkpoint is a good one.
+            if self.step % training.checkpoint_every == 0 and not last and not self.bad_steps:
+                self.save_checkpoint()
 
     @property
     def stopped(self) -> bool:
@@ -217,155 +268,217 @@ class Trainer:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = True
 
-    def _notices(self) -> Iterator[Progress]:
-        for notice in self.notices:
-            yield Progress(self.step, self.recipe.training.steps, float("nan"), 0.0, 0.0, notice)
+    def _stopping(self) -> bool:
+        """Whether a signal came, or a checkpoint failed, on any process: all stop at the same step."""
+        self._stop = distributed.any_of(self._stop or self.writer.failed, self.processes.device)
+        return self._stop
+
+    # ---- one step ----------------------------------------------------------------------------------------
 
     def _one_step(self, batch: Batch) -> float:
         """One optimiser step of every player; returns the first player's loss."""
-        training = self.recipe.training
-        torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) % 2**63)
-        draw = Noise(self.recipe.seed).rows(batch.positions).at(_TRAINING_DRAWS)
-        device = self.processes.device
-        with torch.no_grad():
-            latents = self.codec.encode(batch.images.to(device)).sample(draw.at(_TRAINING_DRAWS + 1))
-        examples = Examples(latents, self._condition(batch).to(device))
-        losses: list[float] = []
-        for name, player in self.objective.players.items():
-            player.train()
-            with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-                terms = self.objective.terms(examples, draw, name)
-            loss = terms.per_sample.mean()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(player.parameters(), training.clip)
-            value, gradient = float(loss.detach()), float(norm)
-            if torch.isfinite(loss.detach() + norm):
-                for group in self.optimisers[name].param_groups:
-                    group["lr"] = learning_rate(training, self.step)
-                self.optimisers[name].step()
-                self.bad_steps = 0
-                if not losses:
-                    self.window.add(value, gradient, terms.per_sample.detach(), terms.quarter)
-            else:
-                self._bad(batch, value, gradient)
-            self.optimisers[name].zero_grad(set_to_none=True)
-            losses.append(value)
+        draws = Stepper.draws(self.recipe.seed, batch.positions)
+        examples = examples_of(batch, self.codec, self.labels, draws, self.processes.device)
+        outcomes = self.stepper.step(examples, batch.positions, self.step)
+        if all(outcome.finite for outcome in outcomes):
+            self.bad_steps = 0
+            self.window.add(outcomes[0])
+            with self.phases("optimiser"):
+                for mean in self.means.values():
+                    mean.update(self.network, self.step + 1)
+        else:
+            self._skip(batch, next(outcome for outcome in outcomes if not outcome.finite))
         self.step += 1
-        self.ema.update(self.network, self.step)
-        return losses[0]
+        return outcomes[0].loss
 
-    def _condition(self, batch: Batch) -> Condition:
-        return Condition(label=batch.label) if self.labels else Condition()
-
-    def _bad(self, batch: Batch, loss: float, gradient: float) -> None:
-        """Skip the step, write down what it held, and give up after too many in a row."""
-        import json
-
-        self.bad_steps += 1
-        entry = {"step": self.step, "loss": repr(loss), "gradient_norm": repr(gradient), "images": batch.names}
-        with open(self.run.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({**entry, "positions": batch.positions.tolist()}) + "\n")
-        if self.bad_steps >= BAD_STEPS:
-            whole, _ = checkpoint.newest(self.run.checkpoints)
-            good = f"the last good checkpoint is that of step {whole}" if whole else "there is no checkpoint yet"
-            raise UserError(
-                f"{BAD_STEPS} steps in a row had no finite loss or gradient (see {self.run.folder / 'skipped.jsonl'}); "
-                f"{good}: lower training.learning_rate or use training.precision=fp32."
-            )
-
-    def _log(self, log: Log, speed: float) -> None:
-        if self.step % self.recipe.training.log_every or not self.window.steps:
+    def _skip(self, batch: Batch, outcome: Outcome) -> None:
+        """Write down what a step held that was not taken, and give up after too many in a row."""
+        names = distributed.gather_lists(batch.names)
+        broken = ~torch.isfinite(outcome.per_sample)
+        rows = (broken if bool(broken.any()) else ~broken).nonzero().flatten()
+        entry = {
+            "step": self.step,
+            "loss": repr(outcome.loss),
+            "gradient_norm": repr(outcome.gradient),
+            "images": [names[row] for row in rows.tolist()],
+            "positions": (self.step * self.recipe.training.batch_size + rows).tolist(),
+            "times": [repr(time) for time in outcome.times[rows].tolist()],
+        }
+        if self.stepper.scale is not None:
+            entry["loss_scale"] = self.stepper.scale.value
+        if self.log is not None:
+            self.log.skipped(entry)
+        if outcome.scale_fell:
             return
-        rate = learning_rate(self.recipe.training, self.step - 1)
-        entry = {"step": self.step, **self.window.means(), "learning_rate": rate}
-        log.write({**entry, "timing": {"images_per_s": round(speed, 2)}})
+        self.bad_steps += 1
+        if self.bad_steps >= BAD_STEPS:
+            distributed.first_tells(self._give_up)
+
+    def _give_up(self) -> None:
+        self.writer.wait()
+        whole, _ = checkpoint.newest(self.run.checkpoints)
+        good = f"the last good checkpoint is that of step {whole}" if whole else "there is no checkpoint yet"
+        raise UserError(
+            f"{BAD_STEPS} steps in a row had no finite loss or gradient (see {self.run.folder / 'skipped.jsonl'}); "
+            f"{good}: lower training.learning_rate or use training.precision=fp32."
+        )
+
+    # ---- what is said along the way ------------------------------------------------------------------------
+
+    def _open_log(self) -> None:
+        self.log = Log(self.run.folder, self.step, self.recipe)
+        self._logged = self.phases.clock(), self.step, self.phases.seconds.copy()
+
+    def _write_log(self) -> None:
+        if self.log is not None:
+            training = self.recipe.training
+            entry = {"step": self.step, **self.window.means(), "learning_rate": learning_rate(training, self.step - 1)}
+            if self.stepper.scale is not None:
+                entry["loss_scale"] = self.stepper.scale.value
+            self.log.write({**entry, "timing": self._timing()})
         self.window = Window()
 
-    def _preview(self, log: Log) -> None:
-        """The same few pictures from the mean and from the raw weights, so that progress can be seen."""
+    def _timing(self) -> dict[str, Any]:
+        """Speed since the last line: images and floating-point operations a second, and the share of the time that
+        each phase took; `data_wait` is that of reading data."""
+        then, step, before = self._logged
+        self._logged = self.phases.clock(), self.step, self.phases.seconds.copy()
+        passed = self._logged[0] - then
+        speed = (self.step - step) * self.recipe.training.batch_size / passed
+        shares = {name: round((total - before[name]) / passed, 4) for name, total in self.phases.seconds.items()}
+        return {
+            "images_per_s": round(speed, 2),
+            "flops_per_s": round(speed * self.flops_per_image),
+            "data_wait": shares.get("reading data", 0.0),
+            "shares": shares,
+        }
+
+    def _whole(self, network: nn.Module) -> nn.Module:
+        """The network as one process can run it without the others, uncompiled. All must call this."""
+        if not distributed.is_sharded(network) and not (self.recipe.training.compile and network is self.network):
+            return network
+        plain = UNet(self.network.params).to(self.processes.device).eval()
+        put_weights(plain, copied(network.state_dict()))
+        return plain
+
+    def _preview(self) -> None:
+        """The same few pictures from the mean and from the raw weights, so that progress can be seen; every
+        process makes its part of them."""
         choice = self.recipe.sampling
-        labels = [i % len(self.labels.names) for i in range(choice.count)] if self.labels else None
-        raw = DiffusionModel(**{**self.model.__dict__, "network": self.network})
-        for name, model in (("ema", self.model), ("raw", raw)):
-            samples = model.sample(labels, None if labels else choice.count, seed=choice.seed)
-            sheet = pictures.grid(samples.images)
-            scale = max(1, 64 // sheet.shape[-1])
-            pictures.save_png(sheet, self.run.samples / f"step-{self.step:08d}-{name}.png", samples.protocol, scale)
-            log.picture(f"samples/{name}", sheet, self.step)
+        share = -(-choice.count // self.processes.world)
+        rows = range(self.processes.rank * share, (self.processes.rank + 1) * share)
+        labels = [i % len(self.labels.names) for i in rows] if self.labels else None
+        for name, network in (("ema", self.model.network), ("raw", self.network)):
+            model = replace(self.model, network=self._whole(network))
+            samples = model.sample(labels, None if labels else share, seed=choice.seed, first=rows[0])
+            images = distributed.gather(samples.images.to(self.processes.device)).cpu()[: choice.count]
+            if self.log is not None:
+                sheet = pictures.grid(images)
+                scale = max(1, 64 // sheet.shape[-1])
+                pictures.save_png(sheet, self.run.samples / f"step-{self.step:08d}-{name}.png", samples.protocol, scale)
+                self.log.picture(f"samples/{name}", sheet, self.step)
+
+    def _validate(self) -> None:
+        assert self.held_out is not None
+        network = self._whole(self.model.network)
+        objective = make_objective(self.recipe, network, self.schedule, self.labels, self.source.levels)
+        images, device = self.recipe.training.validation_images, self.processes.device
+        figures = validate(objective, self.held_out, images, self.codec, self.labels, device)
+        self.window.validation = {"step": self.step, **figures}
+
+    # ---- on disk -----------------------------------------------------------------------------------------
+
+    def _gathered(self, modules: dict[str, nn.Module]) -> dict[str, Any]:
+        """Copies of the modules' weights, whole, for the first process to write."""
+        return {name: copied(module.state_dict()) for name, module in modules.items()}
 
     def save_checkpoint(self) -> Path:
-        """Write the checkpoint of this step, then prune the oldest."""
-        weights = {"network": self.network.state_dict(), "ema": self.ema.module.state_dict()}
+        """Copy the state, and write it behind the training's back; then old checkpoints are pruned."""
+        step, training = self.step, self.recipe.training
+        folder = checkpoint.folder_of(self.run.checkpoints, step)
+        if not self.processes.first and not distributed.is_sharded(self.network):
+            return folder
+        weights = self._gathered({"network": self.network, **{n: mean.module for n, mean in self.means.items()}})
         state = {
             "carrara": carrara.__version__,
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-            "step": self.step,
+            "setting": self.setting(),
+            "step": step,
             "bad_steps": self.bad_steps,
-            "window": self.window.__dict__,
-            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
-            "objective": self.objective.state_dict(),
+            "window": asdict(self.window),
+            "scale": asdict(self.stepper.scale) if self.stepper.scale else None,
+            "optimisers": {name: copied(o.state_dict()) for name, o in self.stepper.optimisers.items()},
+            "objective": copied(self.objective.state_dict()),
             "recipe": self.recipe.to_yaml(),
         }
-        path = checkpoint.save(self.run.checkpoints, self.step, weights, state)
-        checkpoint.prune(self.run.checkpoints, self.recipe.training.keep_checkpoints)
-        return path
 
-    def _resume(self) -> None:
-        """Take up the newest whole checkpoint of the folder, if there is one."""
-        step, complaints = checkpoint.newest(self.run.checkpoints)
-        self.notices += complaints
-        if step == 0:
-            return
-        weights, state = checkpoint.load(self.run.checkpoints, step)
+        def write() -> None:
+            checkpoint.save(self.run.checkpoints, step, weights, state)
+            checkpoint.prune(self.run.checkpoints, step, training.keep_checkpoints, training.keep_every)
+
+        if self.processes.first:
+            self.writer.start(write)
+        return folder
+
+    def _save_snapshot(self) -> None:
+        step = self.step
+        modules = {name: mean.module for name, mean in self.means.items() if isinstance(mean.decay, PowerFunction)}
+        weights = self._gathered(modules)
+        if self.processes.first:
+            self.writer.start(lambda: self._write_snapshot(step, weights))
+
+    def _write_snapshot(self, step: int, weights: dict[str, Any]) -> None:
+        checkpoint.save(self.run.snapshots, step, weights, {"step": step})
+
+    def _save_models(self) -> None:
+        """The mean of the first decay as the run's model, those of the others beside it."""
+        for name, mean in self.means.items():
+            if isinstance(mean.decay, Exponential):
+                network = self._whole(mean.module)
+                folder = self.run.model if name == "ema" else self.run.folder / f"model-{name}"
+                model = replace(self.model, network=network, origin=f"EMA of step {self.step}")
+                if self.processes.first:
+                    model.save(folder)
+
+    def setting(self) -> dict[str, Any]:
+        """What changes the last bits of the sums though not the result, for the checkpoint."""
+        return {
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "device": self.processes.device.type,
+            "processes": self.processes.world,
+            "parallel": self.recipe.training.parallel if self.processes.world > 1 else "none",
+            "micro_batch": self.micro_batch,
+            "compile": self.recipe.training.compile,
+        }
+
+    def _take_up(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
         try:
-            self.network.load_state_dict(weights["network"])
-            self.ema.module.load_state_dict(weights["ema"])
-            for name, optimiser in self.optimisers.items():
-                optimiser.load_state_dict(state["optimisers"][name])
+            put_weights(self.network, weights["network"])
+            for name, mean in self.means.items():
+                put_weights(mean.module, weights[name])
+            for name, optimiser in self.stepper.optimisers.items():
+                put_optimiser(optimiser, state["optimisers"][name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
-                f"the checkpoint of step {step} in {self.run.folder} does not fit this network (Carrara "
+                f"the checkpoint of step {state['step']} in {self.run.folder} does not fit this recipe (Carrara "
                 f"{state.get('carrara')} wrote it): name another --out. {str(error).splitlines()[0]}"
             ) from None
         self.objective.load_state_dict(state["objective"])
+        if self.stepper.scale is not None and state["scale"] is not None:
+            self.stepper.scale = LossScale(**state["scale"])
         self.step, self.bad_steps = state["step"], state["bad_steps"]
         self.window = Window(**state["window"])
-        self.notices.append(f"going on from the checkpoint of step {step}.")
-        for key, now in (("torch", str(torch.__version__)), ("threads", torch.get_num_threads())):
-            if state[key] != now:
-                self.notices.append(f"the checkpoint was made with {key} {state[key]}, this is {now}: bits may differ.")
+        self.notices.append(f"going on from the checkpoint of step {self.step}.")
+        now = self.setting()
+        for key, then in state.get("setting", {}).items():
+            if then != now[key]:
+                self.notices.append(f"the checkpoint was made with {key} {then}, this is {now[key]}: bits may differ.")
 
 
-def _main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
-
-
-def open_batches(recipe: Recipe, processes: Processes) -> tuple[Source, Batches]:
-    """The recipe's data, ready to be walked."""
-    data = recipe.data
-    source = open_source(data.path, data.split, data.unreadable_limit, data.caption_column)
-    prepare = Preprocess(*data.resolution, data.channels, resize=data.resize, crop=data.crop, flip=data.flip)
-    batches = Batches(
-        source,
-        prepare,
-        recipe.seed,
-        recipe.training.batch_size,
-        processes.rank,
-        processes.world,
-        data.workers,
-    )
-    return source, batches
-
-
-def _labels(recipe: Recipe, source: Source) -> Labels | None:
-    if recipe.conditioning.kind == "none":
-        return None
-    if source.class_names is None:
-        raise UserError(
-            f"the recipe conditions on labels, but {source.name} has none: sort the images into one folder per class, "
-            "or set conditioning.kind=none."
-        )
-    return Labels(source.class_names, recipe.conditioning.dropout)
+def _decays(recipe: Recipe) -> dict[str, Callable[[int], float]]:
+    """The means that the recipe asks for, by the names of their files; samples are made from "ema"."""
+    first, *others = recipe.training.decays
+    decays: dict[str, Callable[[int], float]] = {"ema": Exponential(first)}
+    decays |= {f"ema-{decay:g}": Exponential(decay) for decay in others}
+    return decays | {f"power-{width:g}": PowerFunction(width) for width in recipe.training.power_ema}

@@ -1,0 +1,66 @@
+"""How many images one process works on at once: as told, or the most that fit into memory."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import Tensor, nn
+
+from carrara import distributed
+from carrara.condition import Condition
+from carrara.distributed import Processes
+from carrara.errors import UserError
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_MOMENTS = 2
+"""Tensors of the weights' size that AdamW keeps, and which are not there yet when the search runs."""
+
+
+def largest_micro_batch(
+    network: nn.Module, images: Tensor, condition: Condition, largest: int, processes: Processes
+) -> tuple[int, list[str]]:
+    """The share of the batch, halved until a forward and a backward pass fit into memory on every process.
+
+    Args:
+        network: plain, not over several processes: each process tries on its own.
+        images: some of the data, [B, C, H, W] on the device.
+        condition: what the network is told of them.
+        largest: where the search begins, this process's share.
+
+    Returns:
+        The size, and a sentence for every one that did not fit.
+
+    Raises:
+        UserError: not even one image fits.
+    """
+    size, notices = largest, []
+    while size and not _fits(network, images, condition, size):
+        notices.append(f"a micro-batch of {size} images does not fit into memory.")
+        size //= 2
+    size = int(distributed.gather(torch.tensor([size], device=processes.device)).min())
+    if size == 0:
+        raise UserError(
+            "not even one image fits into memory: choose a smaller network or resolution, or set "
+            "network.checkpointing=true."
+        )
+    return size, notices
+
+
+def _fits(network: nn.Module, images: Tensor, condition: Condition, size: int) -> bool:
+    rows = torch.arange(size, device=images.device) % len(images)
+    try:
+        ballast = [torch.empty_like(p) for p in network.parameters() for _ in range(_MOMENTS)]
+        time = torch.ones(size, device=images.device)
+        network(images[rows], time, condition.rows(rows)).square().mean().backward()
+        del ballast
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)):
+            raise
+        return False
+    finally:
+        network.zero_grad(set_to_none=True)
+        gc.collect()
+        if images.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True

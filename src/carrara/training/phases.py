@@ -1,0 +1,98 @@
+"""What the loop is doing now, for how long, and a watchdog that says so when it takes too long."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Phases:
+    """The phases of the loop, one at a time.
+
+    Args:
+        clock: seconds that never jump; the wall clock would (daylight saving, a corrected clock, a suspended laptop).
+
+    Attributes:
+        seconds: spent in each phase so far.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._now: tuple[str, float] | None = None
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """While inside, the loop is in this phase; an inner phase interrupts an outer one."""
+        outer, began = self._now, self.clock()
+        self._account(began)
+        self._now = (name, began)
+        try:
+            yield
+        finally:
+            ended = self.clock()
+            self._account(ended)
+            self._now = None if outer is None else (outer[0], ended)
+
+    def _account(self, now: float) -> None:
+        if self._now is not None:
+            self.seconds[self._now[0]] += now - self._now[1]
+
+    @property
+    def current(self) -> tuple[str, float] | None:
+        """The phase and since when it has lasted, or None between phases."""
+        now = self._now
+        return None if now is None else (now[0], self.clock() - now[1])
+
+
+class Watchdog:
+    """A thread that names the phase that is stuck, again each time the wait has doubled.
+
+    Only said, never acted upon: a slow disk looks like a dead one, and the state is safe in either case.
+
+    Args:
+        phases: what the loop is doing.
+        limit: seconds in one phase.
+        stacks: where the Python stacks of all threads are appended at that moment.
+        say: what the sentence is given to; by default it goes to stderr.
+    """
+
+    def __init__(self, phases: Phases, limit: float, stacks: Path, say: Callable[[str], None] | None = None) -> None:
+        self.phases, self.limit, self.stacks = phases, limit, stacks
+        self.say = say or (lambda sentence: print(f"carrara: {sentence}", file=sys.stderr, flush=True))
+        self._told: tuple[str, float] = ("", limit)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(self.limit / 4, 10)):
+            self.look()
+
+    def look(self) -> None:
+        """Say which phase is stuck, if one is."""
+        current = self.phases.current
+        if current is None:
+            return
+        name, lasted = current
+        if name != self._told[0] or lasted < self.limit:
+            self._told = (name, self.limit)
+        if lasted < self._told[1]:
+            return
+        self._told = (name, 2 * lasted)
+        self.say(f"nothing has moved for {lasted:,.0f} s while {name}; {self.stacks} says in which line.")
+        with open(self.stacks, "a", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)

@@ -1,0 +1,53 @@
+"""What a checkpoint holds, taken from a trainer's parts and put back into them; the same for one process, DDP and
+FSDP, so that each goes on from the others' checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from carrara.distributed import spread_like, whole
+
+
+def copied(value: Any) -> Any:
+    """Plain data with its tensors whole and copied to the CPU: a state that training cannot change any more."""
+    if isinstance(value, Tensor):
+        # Contiguous copies: what lies in another order in memory (channels last) is written alike.
+        return whole(value.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(item) for item in value)
+    return value
+
+
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Fill a module, sharded or not, from whole weights.
+
+    Raises:
+        RuntimeError: they do not fit.
+    """
+    own = module.state_dict()
+    module.load_state_dict({k: spread_like(own[k], v) if k in own else v for k, v in weights.items()})
+
+
+def put_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Fill an optimiser, of sharded parameters or not, from its whole state.
+
+    Raises:
+        ValueError, KeyError: it does not fit.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+
+    def placed(parameter: Tensor, value: Any) -> Any:
+        same = isinstance(value, Tensor) and value.shape == parameter.shape
+        return spread_like(parameter, value) if same else value
+
+    entries = {
+        index: {key: placed(parameters[index], value) for key, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimiser.load_state_dict({**state, "state": entries})
