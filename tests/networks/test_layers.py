@@ -17,6 +17,7 @@ from carrara.networks.layers import (
     ResidualBlock,
     SelfAttention,
     Upsample,
+    activated,
     attention,
     convolution,
     count_heads,
@@ -126,6 +127,48 @@ def test_heads_are_counted_and_refused() -> None:
     for heads, width in ((3, None), (None, 24), (None, 128)):
         with pytest.raises(UserError, match="64 channels cannot be split"):
             count_heads(64, heads, width)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_fused_norm_is_its_three_layers_and_so_are_its_gradients(dims: int, adaptive: bool) -> None:
+    norm = GroupNorm(6, 3).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (2 + noise(2, 6, *(3, 4, 2)[:dims])).requires_grad_()
+    scale = noise(2, 6, seed=1).requires_grad_() if adaptive else None
+    shift = noise(2, 6, seed=2).requires_grad_() if adaptive else None
+    inputs = [value for value in (x, norm.weight, norm.bias, scale, shift) if value is not None]
+    fused = activated(norm, x, scale, shift)
+    plain = norm(x)
+    if scale is not None and shift is not None:
+        column = (2, 6, *[1] * dims)
+        plain = plain * (1 + scale.reshape(column)) + shift.reshape(column)
+    plain = F.silu(plain)
+    torch.testing.assert_close(fused, plain)
+    weight = noise(*x.shape, seed=3)
+    ours = torch.autograd.grad((fused * weight).sum(), inputs)
+    theirs = torch.autograd.grad((plain * weight).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        assert torch.equal(activated(norm, x, scale, shift), fused)
+    assert torch.autograd.gradcheck(
+        lambda *given_: activated(norm, *given_), [v for v in (x, scale, shift) if v is not None]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_normalised_in_float32_with_and_without_gradients(dtype: torch.dtype) -> None:
+    norm = GroupNorm(6, 3)
+    x = (2 + noise(2, 6, 4, 4)).to(dtype)
+    expected = F.silu(norm(x.float()))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got = activated(norm, x)
+        assert got.dtype == dtype
+        # One rounding to the half type after SiLU, one more before it where gradients are kept.
+        torch.testing.assert_close(got.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
 
 @settings(max_examples=10, deadline=None)

@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from carrara.condition import Attend
 from carrara.errors import UserError
+from carrara.networks.fused import NormSiLU, norm_silu
 
+_HALF = (torch.float16, torch.bfloat16)
 _CONVOLUTION: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
@@ -85,14 +87,33 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(largest_divisor(channels, groups), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in (torch.float16, torch.bfloat16):
+        if x.dtype in _HALF:
             return super().forward(x.float()).to(x.dtype)
         return super().forward(x)
 
 
-def activated(h: Tensor) -> Tensor:
-    """SiLU of a map that nobody else holds: in its own memory where no gradient needs the map again."""
-    return F.silu(h, inplace=not torch.is_grad_enabled())
+def activated(norm: GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """SiLU(GN(x)), or SiLU(GN(x)·(1 + scale) + shift), [B, C, *S].
+
+    Args:
+        norm: GN.
+        x: [B, C, *S].
+        scale, shift: [B, C], what adaptive group norm is told.
+    """
+    if torch.is_grad_enabled() and (x.device.type != "cpu" or x.dtype in _HALF):
+        # The layers as they are: an accelerator's own kernels, and half types kept for the backward pass.
+        h = norm(x)
+        if scale is not None and shift is not None:
+            column = (*scale.shape, *[1] * (h.ndim - 2))
+            h = torch.addcmul(shift.reshape(column), h, 1 + scale.reshape(column))
+        return F.silu(h)
+    gain, offset = norm.weight[None], norm.bias[None]
+    if scale is not None and shift is not None:
+        gain, offset = gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
+    if torch.is_grad_enabled():
+        return NormSiLU.apply(x, gain, offset, norm.num_groups, norm.eps)  # type: ignore[no-any-return]
+    precise = x.float() if x.dtype in _HALF else x
+    return norm_silu(precise, gain.to(precise), offset.to(precise), norm.num_groups, norm.eps)[0].to(x.dtype)
 
 
 class Upsample(nn.Module):
@@ -185,7 +206,7 @@ class ResidualBlock(nn.Module):
         return remembered(self._forward, x, embedding, forget=self.checkpointing)
 
     def _forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = activated(self.norm_in(x))
+        h = activated(self.norm_in, x)
         if isinstance(self.resample, Upsample):
             h, x = upsampled_convolution(h, self.conv_in.weight, self.conv_in.bias), self.resample(x)
         elif self.resample is not None:
@@ -193,13 +214,11 @@ class ResidualBlock(nn.Module):
         else:
             h = self.conv_in(h)
         told = self.embed(embedding).to(h.dtype)
-        told = told.reshape(*told.shape, *[1] * (h.ndim - 2))  # [B, C', 1, 1]
         if self.adaptive:
-            scale, shift = told.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
+            h = activated(self.norm_out, h, *told.chunk(2, dim=1))
         else:
-            h = self.norm_out(h + told)
-        h = self.conv_out(self.dropout(activated(h)))
+            h = activated(self.norm_out, h.add_(told.reshape(*told.shape, *[1] * (h.ndim - 2))))
+        h = self.conv_out(self.dropout(h))
         return h.add_(self.skip(x))  # type: ignore[no-any-return]
 
 

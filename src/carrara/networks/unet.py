@@ -148,7 +148,7 @@ class UNet(nn.Module):
                 h = stage(torch.cat([h, maps.pop()], dim=1), embedding, condition.attend)
             if level.resample is not None:
                 h = level.resample(h, embedding)  # type: ignore[operator]
-        raw: Tensor = self.out(activated(self.norm(h.to(self.out.weight.dtype))))
+        raw: Tensor = self.out(activated(self.norm, h.to(self.out.weight.dtype)))
         return raw.to(x.dtype).contiguous()
 
     def _embedding(self, time: Tensor, condition: Condition) -> Tensor:
