@@ -1,6 +1,6 @@
 """What a solver itself costs a step, beside diffusers' scheduler of the same method, and whether a long walk grows.
 
-    python benchmarks/solvers_speed.py [--pairs 41] [--threads 1] [--steps 20] [--parts step growth]
+    python -m benchmarks.solvers_speed [--pairs 41] [--threads 1] [--steps 20] [--parts step growth]
 
 A batch [64, 3, 32, 32] in float32. The network is a stored tensor, so that what is timed is everything else: turning
 its output into what the method needs, the method, and ours' check for NaN. Noise is a stored tensor on both sides.
@@ -26,7 +26,20 @@ from carrara.condition import Condition
 from carrara.process import Grid, Noise, Prediction, grids, schedules
 from carrara.process.prediction import scales
 from carrara.process.schedules import Time
-from carrara.solvers import DDIM, LMS, PLMS, SOLVERS, Ancestral, DPMSolver, Euler, EulerAncestral, Heun, Solver, UniPC
+from carrara.solvers import (
+    DDIM,
+    DEIS,
+    LMS,
+    PLMS,
+    SOLVERS,
+    Ancestral,
+    DPMSolver,
+    Euler,
+    EulerAncestral,
+    Heun,
+    Solver,
+    UniPC,
+)
 from carrara.solvers import integrate as walk
 
 SHAPE = (64, 3, 32, 32)
@@ -63,6 +76,7 @@ CONTESTS: dict[str, tuple[Solver, str, dict[str, Any]]] = {
     "UniPC 2": (UniPC(order=2), "UniPCMultistepScheduler", {"solver_order": 2}),
     "UniPC 3": (UniPC(order=3), "UniPCMultistepScheduler", {"solver_order": 3}),
     "PLMS": (PLMS(), "PNDMScheduler", {"skip_prk_steps": True}),
+    "DEIS 3": (DEIS(order=3), "DEISMultistepScheduler", {"solver_order": 3}),
     "LMS": (LMS(), "LMSDiscreteScheduler", {}),
 }
 

@@ -27,7 +27,19 @@ from carrara.process import (
 )
 from carrara.process.prediction import scales
 from carrara.process.schedules import Time
-from carrara.solvers import DDIM, PLMS, Ancestral, DPMSolver, Euler, EulerAncestral, Heun, Solver, UniPC, integrate
+from carrara.solvers import (
+    DDIM,
+    DEIS,
+    PLMS,
+    Ancestral,
+    DPMSolver,
+    Euler,
+    EulerAncestral,
+    Heun,
+    Solver,
+    UniPC,
+    integrate,
+)
 from tests.parity.reference import Reference
 
 CASE = Reference("h1_diffusers_schedulers")
@@ -104,7 +116,7 @@ class Peer:
         settings: its arguments beyond the β table.
         solver: ours.
         left_out: how many of its last states are not compared: its UniPC lowers the order toward the end, and with
-            B1 gives NaN at the clean point.
+            B1 gives NaN at the clean point; its DEIS ends at the last level.
     """
 
     scheduler: str
@@ -136,6 +148,8 @@ PEERS = [
     ),
     Peer("UniPCMultistepScheduler", {"solver_order": 3}, UniPC(order=3), left_out=2),
     Peer("UniPCMultistepScheduler", {"use_karras_sigmas": True}, UniPC(order=2)),
+    Peer("DEISMultistepScheduler", {"solver_order": 2}, DEIS(order=2), left_out=1),
+    Peer("DEISMultistepScheduler", {"solver_order": 3}, DEIS(order=3), left_out=1),
     Peer("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, Euler()),
     Peer("EulerDiscreteScheduler", {"use_karras_sigmas": True}, Euler()),
 ]

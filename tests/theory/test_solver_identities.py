@@ -14,6 +14,7 @@ from carrara.process import Condition, Denoiser, GaussianMixture, Grid, Noise, P
 from carrara.process.schedules import Time
 from carrara.solvers import (
     DDIM,
+    DEIS,
     LMS,
     SOLVERS,
     Ancestral,
@@ -72,6 +73,7 @@ def walk(schedule: Schedule, grid: Grid, solver: Solver) -> Tensor:
         (Euler(), DDIM()),
         (DPMSolver(order=1), DDIM()),
         (LMS(order=1), DDIM()),
+        (DEIS(order=1), DDIM()),
         (UniPC(order=1, corrector=False), DDIM()),
         (EulerAncestral(), DDIM(eta=1.0)),
         (EulerAncestral(eta=0.3), DDIM(eta=0.3)),

@@ -18,6 +18,7 @@ from torch import Tensor
 from carrara.process import Condition, GaussianMixture, Grid, Noise, Schedule, diffuse, grids, schedules
 from carrara.solvers import (
     DDIM,
+    DEIS,
     LMS,
     PLMS,
     Adaptive,
@@ -97,6 +98,9 @@ ORDERS: list[tuple[Solver, int]] = [
     (UniPC(order=2), 3),
     (UniPC(order=2, variant="B1"), 3),
     (UniPC(order=3), 4),
+    (DEIS(order=2), 2),
+    (DEIS(order=3), 3),
+    (DEIS(order=4), 4),
     (LMS(order=2), 2),
     (LMS(order=3), 3),
     (LMS(order=4), 4),

@@ -11,7 +11,7 @@ from carrara.solvers.ddim import DDIM
 from carrara.solvers.dpm_solver import DPMSolver, DPMSolver2S
 from carrara.solvers.euler import Euler, EulerAncestral
 from carrara.solvers.heun import Heun
-from carrara.solvers.multistep import LMS, PLMS
+from carrara.solvers.multistep import DEIS, LMS, PLMS
 from carrara.solvers.parallel import Picard, integrate_parallel, solve_parallel
 from carrara.solvers.tuning import optimised_grid
 from carrara.solvers.unipc import UniPC
@@ -31,6 +31,7 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "unipc": UniPC,
     "unipc1": partial(UniPC, order=1),
     "unipc3": partial(UniPC, order=3),
+    "deis": DEIS,
     "lms": LMS,
     "plms": PLMS,
     "adaptive": Adaptive,
@@ -58,6 +59,7 @@ def named(name: str) -> Solver:
 
 __all__ = [
     "DDIM",
+    "DEIS",
     "LMS",
     "PLMS",
     "SOLVERS",

@@ -1,11 +1,12 @@
-"""Linear multistep methods on ε̂: LMS (k-diffusion) and PLMS (Liu et al. 2022, "PNDM").
+"""Multistep methods on ε̂: LMS (k-diffusion), DEIS (Zhang & Chen 2023) and PLMS (Liu et al. 2022, "PNDM").
 
-In y = x/a and ρ = s/a the flow is dy/dρ = ε̂: both are Adams-Bashforth in ρ, so
-x_s = (a_s/a_t) x_t + a_s Σ_j w_j ε̂_j. LMS takes the grid as it is, PLMS presumes even steps.
+In y = x/a and ρ = s/a the flow is dy/dρ = ε̂, so x_s = (a_s/a_t) x_t + a_s Σ_j w_j ε̂_j. LMS integrates the polynomial
+in ρ through the last ε̂, DEIS the polynomial in ln ρ; PLMS presumes even steps in ρ.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from carrara.process.schedules import Schedule
 from carrara.process.transitions import Pair
 from carrara.solvers.base import State, Step, combine, needs_descent
 from carrara.solvers.euler import euler_step
-from carrara.solvers.exponential import History, interpolatory
+from carrara.solvers.exponential import History, exact_weights, interpolatory
 
 ADAMS_BASHFORTH = {
     1: (1.0,),
@@ -68,11 +69,32 @@ class LMS:
             return Step(euler_step(prediction, pair), prediction, state, s)
         rho, target = pair.s_t / pair.a_t, pair.s_s / pair.a_s
         known: History = ((rho, prediction.eps), *state)[: self.order]
-        nodes = [(place - rho) / (target - rho) for place, _ in known]
-        weights = interpolatory(nodes, [1 / (k + 1) for k in range(len(nodes))])
-        scaled = [pair.a_s * (target - rho) * w for w in weights]
-        arrived = combine(x * (pair.a_s / pair.a_t), [value for _, value in known], scaled)
+        weights = self.weights([place for place, _ in known], target)
+        arrived = combine(x * (pair.a_s / pair.a_t), [value for _, value in known], [pair.a_s * w for w in weights])
         return Step(arrived, prediction, known, s)
+
+    def weights(self, places: list[float], target: float) -> list[float]:
+        """The weights of ∫ ε̂ dρ from places[0] to target, of values known at `places`."""
+        width = target - places[0]
+        nodes = [(place - places[0]) / width for place in places]
+        return [width * w for w in interpolatory(nodes, [1 / (k + 1) for k in range(len(nodes))])]
+
+
+@dataclass(frozen=True)
+class DEIS(LMS):
+    """Exponential Adams-Bashforth: as LMS, with the polynomial in ln ρ ("tAB-DEIS" in log-ρ, DPM-Solver's variable).
+
+    Attributes:
+        order: 1 to 4.
+    """
+
+    order: int = 3
+
+    def weights(self, places: list[float], target: float) -> list[float]:
+        # With ρ = places[0]·e^{-τ} the integral is -places[0] ∫₀ʰ e^{-τ} p(τ) dτ: `exact_weights` seen from its end.
+        h = math.log(places[0] / target)
+        mirrored = [1 - math.log(places[0] / place) / h for place in places]
+        return [-places[0] * w for w in exact_weights(h, mirrored)]
 
 
 @dataclass(frozen=True)
