@@ -70,7 +70,7 @@ def optimal(pair: Pair) -> float:
         (EulerAncestral(), small),
         (DPMSolver(order=1, eta=1.0), small),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_discrete_chain_of_a_gaussian(solver: Solver, noise_variance: Callable[[Pair], float]) -> None:
     schedule, n = schedules.linear(1000), 200_000
