@@ -65,13 +65,14 @@ class NormSiLU(torch.autograd.Function):
 
         def total(value: Tensor) -> Tensor:
             """Σ over each group's channels, again [B, C]."""
-            sums = (value * gain).reshape(-1, groups, each).sum(2)
+            sums: Tensor = (value * gain).reshape(-1, groups, each).sum(2)
             return sums.repeat_interleave(each, dim=1)
 
         of_x = (total(alone) * m - total(with_x)) * r**3 / count
         constant = -of_x * m - total(alone) * r / count
         torch.addcmul(_column(constant, x), x, _column(of_x, x), out=work)
-        return work.addcmul_(d, _column(r * gain, x)), d_gain, d_offset, None, None
+        d_x = work.addcmul_(d, _column(r * gain, x))
+        return d_x, d_gain, d_offset, None, None
 
 
 def _column(value: Tensor, x: Tensor) -> Tensor:
