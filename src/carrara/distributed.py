@@ -123,8 +123,9 @@ def first_tells(function: Callable[[], Result]) -> Result:
 def replicated(module: nn.Module) -> nn.Module:
     """The module with gradients averaged over the processes, each of which holds it whole (DDP)."""
     # Without the search for unused parameters DDP lays out its buckets anew after the first step: the sums of
-    # three and more processes would then have other last bits after a resume.
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+    # three and more processes, whose order depends on that, would have other last bits after a resume.
+    several = torch.distributed.get_world_size() > 2
+    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=several)
 
 
 def shard(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -143,6 +144,8 @@ def shard(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device) 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `shard` was applied."""
+    if not _together():
+        return False
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
@@ -163,6 +166,8 @@ def gradients_joined(module: nn.Module, join: bool) -> Iterator[None]:
 
 def local(values: Tensor) -> Tensor:
     """This process's part of a sharded tensor, in the same memory; other tensors as they are."""
+    if not _together():  # spares a process alone the import
+        return values
     from torch.distributed.tensor import DTensor
 
     return values.to_local() if isinstance(values, DTensor) else values
@@ -170,6 +175,8 @@ def local(values: Tensor) -> Tensor:
 
 def whole(values: Tensor) -> Tensor:
     """All of a sharded tensor; other tensors as they are. Every process must call it."""
+    if not _together():
+        return values
     from torch.distributed.tensor import DTensor
 
     return values.full_tensor() if isinstance(values, DTensor) else values
@@ -177,9 +184,10 @@ def whole(values: Tensor) -> Tensor:
 
 def spread_like(pattern: Tensor, values: Tensor) -> Tensor:
     """A whole tensor, known to every process, sharded as `pattern` is, on its device."""
+    if not _together():
+        return values.to(pattern.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    values = values.to(pattern.device)
     if not isinstance(pattern, DTensor):
-        return values
-    return distribute_tensor(values, pattern.device_mesh, pattern.placements, src_data_rank=None)
+        return values.to(pattern.device)
+    return distribute_tensor(values.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)

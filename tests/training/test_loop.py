@@ -160,14 +160,14 @@ def test_labels_are_needed_where_the_recipe_conditions_on_them(tmp_path: Path) -
 
 def poisoned(trainer: Trainer, bad: set[int]) -> Trainer:
     """The trainer with NaN images in some steps."""
-    honest = trainer._one_step
+    honest = trainer.one_step
 
     def one_step(batch: Batch) -> float:
         if trainer.step in bad:
             batch.images.fill_(float("nan"))
         return honest(batch)
 
-    trainer._one_step = one_step  # type: ignore[method-assign]
+    trainer.one_step = one_step  # type: ignore[method-assign]
     return trainer
 
 

@@ -10,6 +10,7 @@ import typer
 from carrara.errors import UserError
 
 if TYPE_CHECKING:
+    from carrara.recipe import Recipe
     from carrara.training import Trainer
 
 
@@ -43,7 +44,7 @@ def train(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", "--mixed_precision", help="training.precision: fp32 or bf16."),
+        typer.Option("--precision", "--mixed_precision", help="training.precision: fp32, bf16 or fp16."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="seed.")] = None,
     resume: Annotated[
@@ -53,9 +54,14 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although the run folder's recipe differs.")
     ] = False,
+    overfit: Annotated[
+        bool, typer.Option("--overfit-one-batch", help="Self-test: can this recipe learn one batch by heart?")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Self-test: where does the time of a step go?")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object per log interval.")] = False,
 ) -> None:
     """Train a model. To resume, run the same command again; Ctrl-C saves and stops."""
+    from carrara import distributed
     from carrara.recipe import override, read, shipped, validate
     from carrara.training import Trainer
     from carrara.training.choose import recipe_for
@@ -83,8 +89,49 @@ def train(
             f"{what} is neither a shipped recipe ({', '.join(shipped())}), nor a recipe file, nor a folder."
         )
     recipe = validate(override(data, changes), f"the recipe {what}")
+    if overfit or profile:
+        self_test(recipe, overfit, profile, json_lines)
+        return
     trainer = Trainer(recipe, out or Path("runs") / recipe.name, accept_changes)
-    run(trainer, reasons, json_lines)
+    try:
+        run(trainer, reasons, json_lines)
+    finally:
+        distributed.finish()
+
+
+def self_test(recipe: Recipe, overfit: bool, profile: bool, json_lines: bool) -> None:
+    """The self-tests that were asked for, in a folder that is thrown away.
+
+    Raises:
+        typer.Exit: with 1, where the recipe cannot learn one batch by heart.
+    """
+    import json
+    import tempfile
+
+    from carrara.cli.console import console, table
+    from carrara.training import Trainer
+    from carrara.training.selftest import GOAL, overfit_one_batch, profile_steps
+
+    told: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if profile:
+            told["profile"] = profile_steps(Trainer(recipe, Path(folder) / "profile"))
+        if overfit:
+            walk = list(overfit_one_batch(Trainer(recipe, Path(folder) / "overfit")))
+            step, share = walk[-1]
+            told["overfit"] = {"steps": step, "loss_share": share, "passed": share <= GOAL}
+    if json_lines:
+        print(json.dumps(told), flush=True)
+    elif profile:
+        rows = told["profile"]
+        console.print(table({k: v for k, v in rows.items() if not isinstance(v, dict)}))
+        for title in ("shares", "operations"):
+            console.print(table({name: f"{share:.1%}" for name, share in rows[title].items()}))
+    if overfit:
+        verdict = "learned by heart" if told["overfit"]["passed"] else "NOT learned: mend the recipe before you train"
+        if not json_lines:
+            console.print(f"one batch: {verdict} (loss at {share:.1%} of its start after {step} steps)")
+        raise typer.Exit(0 if told["overfit"]["passed"] else 1)
 
 
 def run(trainer: Trainer, reasons: list[str], json_lines: bool = False) -> None:
@@ -99,6 +146,10 @@ def run(trainer: Trainer, reasons: list[str], json_lines: bool = False) -> None:
     from carrara.cli.console import console, progress_bar, table
 
     summary: dict[str, Any] = trainer.summary()
+    if not trainer.processes.first:  # the first speaks for all
+        for _ in trainer.steps():
+            pass
+        return
     if json_lines:
         print(json.dumps({"start": summary, "reasons": reasons, "run": str(trainer.run.folder)}), flush=True)
         for state in trainer.steps():

@@ -28,6 +28,7 @@ from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
 from carrara.networks import UNet
+from carrara.objectives import Examples
 from carrara.process import schedules
 from carrara.recipe import Recipe
 from carrara.training import checkpoint
@@ -159,8 +160,7 @@ class Trainer:
                 "training.micro_batch=auto tries sizes on each process alone, which sharded weights do not allow: "
                 "give a number with training.parallel=fsdp."
             )
-        batch = self.batches.at(self.step)
-        examples = examples_of(batch, self.codec, self.labels, Stepper.draws(self.recipe.seed, batch.positions), device)
+        examples = self.examples(self.batches.at(0))
         self.network.train()
         with autocast(training, device):
             size, notices = largest_micro_batch(
@@ -228,7 +228,7 @@ class Trainer:
         while self.step < training.steps and not self._stopping():
             with self.phases("reading data"):
                 batch = next(batches)
-            loss = self._one_step(batch)
+            loss = self.one_step(batch)
             speed = (self.step - first) * training.batch_size / (self.phases.clock() - began)
             self._after_step()
             left = (training.steps - self.step) * training.batch_size / speed
@@ -275,11 +275,14 @@ class Trainer:
 
     # ---- one step ----------------------------------------------------------------------------------------
 
-    def _one_step(self, batch: Batch) -> float:
-        """One optimiser step of every player; returns the first player's loss."""
+    def examples(self, batch: Batch) -> Examples:
+        """What the objective learns from a batch."""
         draws = Stepper.draws(self.recipe.seed, batch.positions)
-        examples = examples_of(batch, self.codec, self.labels, draws, self.processes.device)
-        outcomes = self.stepper.step(examples, batch.positions, self.step)
+        return examples_of(batch, self.codec, self.labels, draws, self.processes.device)
+
+    def one_step(self, batch: Batch) -> float:
+        """One optimiser step of every player; returns the first player's loss."""
+        outcomes = self.stepper.step(self.examples(batch), batch.positions, self.step)
         if all(outcome.finite for outcome in outcomes):
             self.bad_steps = 0
             self.window.add(outcomes[0])

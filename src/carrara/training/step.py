@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ def autocast(training: Training, device: torch.device) -> AbstractContextManager
     """The precision of the forward pass; group norms, time embeddings and losses stay float32 within it."""
     kind = _TYPES.get(training.precision)
     return torch.autocast(device.type, kind, enabled=kind is not None)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Of the generator that network dropout alone draws from: anew in every step, apart on every process."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 @dataclass
@@ -101,8 +108,7 @@ class Stepper:
             positions: their global positions, int64 [B].
             step: optimiser steps done before.
         """
-        # Network dropout is all that draws from this generator: anew in every step, and apart on every process.
-        torch.manual_seed((self.seed * 1_000_003 + step * 8191 + self.processes.rank * 524_287) % 2**63)
+        torch.manual_seed(dropout_seed(self.seed, step, self.processes.rank))
         outcomes = []
         for name, player in self.objective.players.items():
             with self.phases("forward/backward"):

@@ -1,0 +1,232 @@
+"""One process or two, weights whole or sharded, batches in one piece or in several: the same run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from carrara.errors import UserError
+from carrara.training import Trainer
+from carrara.training.progress import Outcome
+from carrara.training.step import dropout_seed
+from tests.processes import together
+from tests.runs import tiny_recipe, train
+from tests.training.test_loop import assert_same_bits
+
+SHORT = (
+    "training.steps=6",
+    "training.checkpoint_every=3",
+    "training.sample_every=6",
+    "training.log_every=2",
+    "training.tracker=none",
+)
+
+
+@dataclass
+class Walk:
+    """What was seen of a run: each step's positions, images, noise levels and losses, and the notices."""
+
+    positions: list[Tensor]
+    images: list[Tensor]
+    outcomes: list[Outcome]
+    notices: list[str]
+
+
+def walk(folder: Path, assignments: tuple[str, ...], stop_at: int | None = None) -> Walk:
+    """Train; with `stop_at`, leave without saving after that step, as a killed run would."""
+    trainer = Trainer(tiny_recipe(*SHORT, *assignments), folder)
+    seen = Walk([], [], [], [])
+    honest = trainer.stepper.step
+
+    def step(examples: Any, positions: Tensor, number: int) -> list[Outcome]:
+        outcomes = honest(examples, positions, number)
+        seen.positions.append(positions)
+        seen.images.append(examples.x0)
+        seen.outcomes.append(outcomes[0])
+        return outcomes
+
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(trainer.stepper, "step", step)
+    steps = trainer.steps()
+    for progress in steps:
+        if progress.notice:
+            seen.notices.append(progress.notice)
+        elif progress.step == stop_at:
+            break
+    steps.close()  # type: ignore[attr-defined]
+    return seen
+
+
+def walks(plans: list[tuple[Path, tuple[str, ...], int | None]]) -> list[Walk]:
+    """Several runs, one after the other, in one group."""
+    return [walk(*plan) for plan in plans]
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_nearly_same(one: Path, two: Path) -> None:
+    """Weights that differ by the rounding of sums only.
+
+    A bias before a group norm of one channel a group has no gradient but rounding, which Adam blows up to whole
+    steps: one weight in a hundred may lie anywhere within what six steps of 2e-3 can reach.
+    """
+    mine, theirs = load_file(one), load_file(two)
+    assert mine.keys() == theirs.keys()
+    gap = torch.cat([(mine[key] - theirs[key]).abs().flatten() for key in mine])
+    assert float(gap.max()) <= 2 * 6 * 2e-3
+    assert float((gap > 2e-5).double().mean()) < 0.01
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Walk]]]:
+    """By processes (1, then 2 as DDP, 2 as FSDP, 2 broken off after step 4 and taken up again)."""
+    folder = tmp_path_factory.mktemp("processes")
+    alone = walk(folder / "alone", ())
+    plans: list[tuple[Path, tuple[str, ...], int | None]] = [
+        (folder / "ddp", (), None),
+        (folder / "fsdp", ("training.parallel=fsdp",), None),
+        (folder / "ddp-broken", (), 4),
+        (folder / "ddp-broken", (), None),
+        (folder / "fsdp-broken", ("training.parallel=fsdp", "training.micro_batch=5", "network.dropout=0.2"), 4),
+        (folder / "fsdp-broken", ("training.parallel=fsdp", "training.micro_batch=5", "network.dropout=0.2"), None),
+        (folder / "fsdp-whole", ("training.parallel=fsdp", "training.micro_batch=5", "network.dropout=0.2"), None),
+    ]
+    return folder, [[alone], *zip(*together(2, walks, plans), strict=True)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("kind", [1, 2], ids=["ddp", "fsdp"])
+def test_samples_times_and_noise_are_the_same_and_losses_to_rounding(
+    runs: tuple[Path, list[list[Walk]]], kind: int
+) -> None:
+    _, by_kind = runs
+    alone, (one, two) = by_kind[0][0], by_kind[kind]
+    for step in range(6):
+        assert torch.equal(torch.cat([one.positions[step], two.positions[step]]), alone.positions[step])
+        assert torch.equal(torch.cat([one.images[step], two.images[step]]), alone.images[step])
+        for outcome in (one.outcomes[step], two.outcomes[step]):
+            assert torch.equal(outcome.times, alone.outcomes[step].times)
+            assert torch.equal(outcome.quarter, alone.outcomes[step].quarter)
+            # float32 sums in another order, for six steps: a few units in the last place, grown by the updates
+            torch.testing.assert_close(outcome.per_sample, alone.outcomes[step].per_sample, rtol=1e-4, atol=0)
+            assert outcome.gradient == pytest.approx(alone.outcomes[step].gradient, rel=1e-4)
+
+
+def test_the_first_step_has_the_very_same_losses(runs: tuple[Path, list[list[Walk]]]) -> None:
+    """Before any sum over a batch has touched the weights: only another batch size in the kernels is left."""
+    _, by_kind = runs
+    torch.testing.assert_close(
+        by_kind[1][0].outcomes[0].per_sample, by_kind[0][0].outcomes[0].per_sample, rtol=2e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_logs_previews_and_models_agree(runs: tuple[Path, list[list[Walk]]], kind: str) -> None:
+    folder, _ = runs
+    for mine, theirs in zip(log_of(folder / kind), log_of(folder / "alone"), strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["loss_by_quarter"] == pytest.approx(theirs["loss_by_quarter"], rel=1e-4)
+    assert sorted(p.name for p in (folder / kind / "samples").iterdir()) == [
+        "step-00000006-ema.png",
+        "step-00000006-raw.png",
+    ]
+    assert_nearly_same(*(folder / name / "model" / "network.safetensors" for name in (kind, "alone")))
+
+
+def test_two_processes_resume_to_the_same_bits(runs: tuple[Path, list[list[Walk]]]) -> None:
+    folder, by_kind = runs
+    assert_same_bits(folder / "ddp", folder / "ddp-broken", 6)
+    assert_same_bits(folder / "fsdp-whole", folder / "fsdp-broken", 6)
+    assert by_kind[4][0].notices == ["going on from the checkpoint of step 3."]
+    assert len(by_kind[4][0].outcomes) == 3
+
+
+def test_network_dropout_differs_between_the_processes() -> None:
+    """The same masks on all would silently divide the diversity of the batch."""
+    seeds = {dropout_seed(0, step, rank) for step in range(1000) for rank in range(64)}
+    assert len(seeds) == 64_000
+
+
+def test_checkpoints_of_one_kind_load_in_the_others(runs: tuple[Path, list[list[Walk]]], tmp_path: Path) -> None:
+    """Every kind goes on from the checkpoint of step 3 of every other, to the weights that one process reaches."""
+    import shutil
+
+    folder, _ = runs
+
+    def broken_off(kind: str, target: str) -> Path:
+        copy = Path(shutil.copytree(folder / kind, tmp_path / f"{kind}-{target}"))
+        shutil.rmtree(copy / "checkpoints" / "step-00000006")
+        return copy
+
+    there: list[tuple[Path, tuple[str, ...], int | None]] = [
+        (broken_off("alone", "ddp"), (), None),
+        (broken_off("alone", "fsdp"), ("training.parallel=fsdp",), None),
+        (broken_off("fsdp", "ddp"), (), None),
+        (broken_off("ddp", "fsdp"), ("training.parallel=fsdp",), None),
+    ]
+    notices = [seen.notices for seen in together(2, walks, there)[0]]
+    assert any("made with processes 1, this is 2" in notice for notice in notices[0])
+    assert any("made with parallel fsdp, this is ddp" in notice for notice in notices[2])
+    for kind in ("ddp", "fsdp"):
+        walk(broken_off(kind, "alone"), ())
+    reached = folder / "alone" / "checkpoints" / "step-00000006" / "network.safetensors"
+    for copy in (*(plan[0] for plan in there), tmp_path / "ddp-alone", tmp_path / "fsdp-alone"):
+        assert_nearly_same(copy / "checkpoints" / "step-00000006" / "network.safetensors", reached)
+
+
+def refused(folder: Path) -> str:
+    try:
+        Trainer(tiny_recipe("training.batch_size=15"), folder)
+    except UserError as error:
+        return str(error)
+    return "not refused"
+
+
+def refused_folder(folder: Path) -> str:
+    try:
+        Trainer(tiny_recipe(), folder)
+    except UserError as error:
+        return str(error)
+    return "not refused"
+
+
+def refusals(folder: Path, taken: Path) -> list[str]:
+    return [refused(folder), refused_folder(taken)]
+
+
+def test_mistakes_are_told_by_all_so_that_none_waits(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for told in together(2, refusals, tmp_path / "run", tmp_path):
+        assert "a batch of 15 cannot be shared by 2 processes" in told[0]
+        assert "holds other files and no run" in told[1]
+
+
+def test_micro_batches_change_nothing_but_the_last_bits(tmp_path: Path) -> None:
+    one = walk(tmp_path / "one", ())
+    several = walk(tmp_path / "several", ("training.micro_batch=5",))
+    for mine, theirs in zip(several.outcomes, one.outcomes, strict=True):
+        assert torch.equal(mine.times, theirs.times)
+        torch.testing.assert_close(mine.per_sample, theirs.per_sample, rtol=1e-4, atol=0)  # as above
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "step-00000006" / "state.pt", weights_only=True)
+        for name in ("one", "several")
+    ]
+    assert [state["optimisers"]["network"]["state"][0]["step"] for state in states] == [6, 6]
+    names = ("one", "several")
+    assert_nearly_same(*(tmp_path / name / "checkpoints" / "step-00000006" / "ema.safetensors" for name in names))
+
+
+def test_another_micro_batch_on_resume_is_told(tmp_path: Path) -> None:
+    train(tiny_recipe(*SHORT, "training.decay=constant"), tmp_path)
+    more = tiny_recipe(*SHORT, "training.decay=constant", "training.steps=7", "training.micro_batch=4")
+    notices = [p.notice for p in train(more, tmp_path) if p.notice]
+    assert any("made with micro_batch 16, this is 4: bits may differ" in notice for notice in notices)
