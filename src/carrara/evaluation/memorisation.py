@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.evaluation.bootstrap import Interval, mean_interval, percentile, weights
+from carrara.evaluation.bootstrap import Interval, around, mean_interval, weights
 from carrara.evaluation.moments import Rows, as_rows
 from carrara.evaluation.neighbours import nearest
 
@@ -98,7 +98,11 @@ def class_spread(images: Rows, labels: Tensor) -> float:
 def class_spread_interval(
     images: Rows, labels: Tensor, replicates: int = 200, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """A bootstrap interval of `class_spread`, resampled within each class."""
+    """A bootstrap interval of `class_spread`, resampled within each class.
+
+    Resampled classes hold fewer distinct images and so spread less: only the spread of the replicates is used,
+    laid around the value itself.
+    """
     rows, members = _by_class(images, labels)
     total = torch.zeros(replicates, dtype=torch.float64)
     for number, member in enumerate(members):
@@ -106,7 +110,7 @@ def class_spread_interval(
         w = weights(len(own), replicates, seed + number).to(own) / len(own)
         variance = w @ own.square() - (w @ own).square()
         total += variance.clamp_min(0).sqrt().mean(1).cpu()
-    return percentile(total / len(members), level)
+    return around(class_spread(images, labels), total / len(members), level)
 
 
 def _by_class(images: Rows, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
