@@ -218,10 +218,11 @@ def test_what_shapes_cannot_tell_is_asked_for_by_name() -> None:
     weights = guided_diffusion.state_dict(UNet(guided_diffusion.unet_params(**BASE)))
     with pytest.raises(UserError, match=r"image_size, use_new_attention_order, num_head_channels \(or num_heads\)"):
         guided_diffusion.infer_arguments(weights)
-    with pytest.raises(UserError, match="fit no arguments"):
-        guided_diffusion.infer_arguments(weights, num_res_blocks=3)
-    del weights["output_blocks.0.0.in_layers.0.bias"]
-    with pytest.raises(UserError, match="fit no arguments"):
+    with pytest.raises(UserError, match="contradict num_res_blocks = 5"):
+        guided_diffusion.infer_arguments(weights, num_res_blocks=5)
+    weights["output_blocks.0.0.in_layers.0.bias"] = torch.zeros(7)
+    sentence = r"'output_blocks\.0\.0\.in_layers\.0\.bias' is \(7,\) in the file and \(128,\) in the model"
+    with pytest.raises(UserError, match=sentence):
         guided_diffusion.infer_arguments(weights)
     with pytest.raises(UserError, match="no checkpoint of guided-diffusion"):
         guided_diffusion.infer_arguments({"weight": torch.zeros(1)})
@@ -279,6 +280,8 @@ def test_files_that_do_not_fit_name_the_first_key_and_both_shapes() -> None:
         guided_diffusion.load_unet(weights | {"extra": torch.zeros(1)}, **BASE)
     with pytest.raises(UserError, match="did you mean 'num_heads'"):
         guided_diffusion.load_unet(weights, **BASE, num_head=3)
+    with pytest.raises(UserError, match="not a text"):
+        guided_diffusion.load_unet(weights, **BASE | {"attention_resolutions": "16,8"})
     with pytest.raises(UserError, match="in_channels is missing"):
         guided_diffusion.load_unet(weights, image_size=8)
     with pytest.raises(UserError, match="num_head_channels"):

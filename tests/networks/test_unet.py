@@ -262,6 +262,16 @@ def test_the_layout_of_the_input_changes_nothing_but_the_order_of_memory() -> No
     assert all(p.grad is not None for p in network.parameters())
 
 
+@pytest.mark.slow
+def test_the_whole_network_compiles_as_one_graph() -> None:
+    network = awake(UNet(replace(SMALL, num_classes=3)))
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    x, condition = noise(2, 3, 8, 8), Condition(label=torch.tensor([0, 1]))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(compiled(x, times(2), condition), network(x, times(2), condition))
+
+
 def test_training_and_inference_compute_the_same() -> None:
     network = awake(UNet(SMALL))
     x = noise(2, 3, 8, 8)

@@ -24,6 +24,7 @@ from carrara.networks.layers import Downsample, ResidualBlock, SelfAttention, Up
 
 StateDict = Mapping[str, Tensor]
 Network = UNet | EncoderClassifier
+Shapes = dict[str, tuple[int, ...]]
 AnyNetwork = TypeVar("AnyNetwork", UNet, EncoderClassifier)
 
 REQUIRED = ("in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
@@ -126,8 +127,9 @@ def to_ours(checkpoint: StateDict, network: Network) -> dict[str, Tensor]:
                 f"the checkpoint's '{key}' has the shape {tuple(theirs[key].shape)}, "
                 f"a network of these arguments {shape}."
             )
+    known = {key for key, _, _ in keys}
     for key in theirs:
-        if key not in {known for known, _, _ in keys}:
+        if key not in known:
             raise UserError(f"the checkpoint holds '{key}', which a network of these arguments does not have.")
     return {mine: theirs[key].reshape(expected[mine].shape) for key, mine, _ in keys}
 
@@ -182,6 +184,8 @@ def _complete(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
         raise UserError(
             f"the argument {missing[0]} is missing: name it, or let `infer_arguments` read it from the shapes."
         )
+    if isinstance(arguments["attention_resolutions"], str):
+        raise UserError("attention_resolutions are the constructor's downsampling factors, as (2, 4), not a text.")
     return {**defaults, **arguments}
 
 
@@ -228,9 +232,19 @@ def infer_arguments(checkpoint: StateDict, **named: Any) -> dict[str, Any]:
     blocks = 1 + max(int(key.split(".")[1]) for key in theirs if key.startswith("input_blocks."))
     levels = [count for count in range(1, blocks + 1) if blocks % count == 0 and blocks // count > 1]
     guesses = [guess for count in levels for guess in _guesses(theirs, count, blocks // count)]
-    fitting = [g for g in guesses if all(g.get(k, v) == v for k, v in named.items()) and _fits(theirs, g)]
+    guesses = [guess for guess in guesses if all(guess.get(key, value) == value for key, value in named.items())]
+    if not guesses:
+        raise UserError(
+            f"the shapes of this checkpoint contradict {', '.join(f'{k} = {v}' for k, v in named.items())}."
+        )
+    found = {key: tuple(value.shape) for key, value in theirs.items()}
+    expected = [_shapes_of(guess) for guess in guesses]
+    fitting = [guess for guess, shape in zip(guesses, expected, strict=True) if shape == found]
     if not fitting:
-        raise UserError("the shapes of this checkpoint fit no arguments of the original's constructor.")
+        nearest_ = max(expected, key=lambda shape: len(shape.items() & found.items()))
+        raise UserError(
+            f"the checkpoint fits no arguments of the original's constructor: {difference(found, nearest_)}."
+        )
     first, *others = fitting
     open_ = sorted({key for other in others for key in other if other[key] != first[key]})
     needed = [name for name in ("image_size", "use_new_attention_order") if name not in {**first, **named}]
@@ -283,16 +297,23 @@ def _pool_arguments(theirs: StateDict, factor: int) -> dict[str, Any]:
     return {"pool": "adaptive", "out_channels": len(theirs["out.3.weight"])}
 
 
-def _fits(theirs: StateDict, guess: Mapping[str, Any]) -> bool:
+def _shapes_of(guess: Mapping[str, Any]) -> Shapes:
+    """The shapes that arguments without heads make; a head of the last level's width stands for them."""
     with torch.device("meta"):
-        if "pool" in guess:
-            network: Network = EncoderClassifier(classifier_params(**guess, num_head_channels=guess["model_channels"]))
-        else:
-            network = UNet(unet_params(**guess))
-    return shapes(network) == {key: tuple(value.shape) for key, value in theirs.items()}
+        if "pool" not in guess:
+            return shapes(UNet(unet_params(**guess)))
+        width = int(guess["channel_mult"][-1] * guess["model_channels"])
+        counted = {"num_head_channels": width} if guess["pool"] == "attention" else {}
+        return shapes(EncoderClassifier(classifier_params(**guess, **counted)))
 
 
-def shapes(network: Network) -> dict[str, tuple[int, ...]]:
+def difference(found: Shapes, expected: Shapes) -> str:
+    """The first key that a file and a network do not share, with both shapes."""
+    key = next(key for key in (*expected, *found) if expected.get(key) != found.get(key))
+    return f"'{key}' is {found.get(key, 'absent')} in the file and {expected.get(key, 'absent')} in the model"
+
+
+def shapes(network: Network) -> Shapes:
     """The shapes of the network's weights under the original's keys (the network may be on the meta device)."""
     ours = network.state_dict()
     return {theirs: tuple(_to_theirs(ours[mine], axes).shape) for theirs, mine, axes in _keys(network)}

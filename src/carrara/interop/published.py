@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from carrara.errors import UserError
-from carrara.interop.guided_diffusion import Network, StateDict, shapes, strip_prefixes
+from carrara.interop.guided_diffusion import Network, Shapes, StateDict, difference, shapes, strip_prefixes
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
 
 
@@ -176,14 +176,12 @@ def recognise(checkpoint: StateDict) -> tuple[str, ...]:
         return fitting
     nearest = max(known, key=lambda name: len(known[name].items() & theirs.items()))
     expected = known[nearest]
-    key = next(key for key in (*expected, *theirs) if expected.get(key) != theirs.get(key))
     raise UserError(
-        f"the checkpoint fits no published model; the nearest is {nearest}, but '{key}' is "
-        f"{theirs.get(key, 'absent')} in the file and {expected.get(key, 'absent')} in the model: "
+        f"the checkpoint fits no published model; the nearest is {nearest}, but {difference(theirs, expected)}: "
         "name the original's arguments instead."
     )
 
 
-def _shapes(published: Published) -> dict[str, tuple[int, ...]]:
+def _shapes(published: Published) -> Shapes:
     with torch.device("meta"):
         return shapes(published.network())

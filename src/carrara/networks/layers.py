@@ -100,8 +100,10 @@ def activated(norm: GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Te
         x: [B, C, *S].
         scale, shift: [B, C], what adaptive group norm is told.
     """
-    if torch.is_grad_enabled() and (x.device.type != "cpu" or x.dtype in _HALF):
-        # The layers as they are: an accelerator's own kernels, and half types kept for the backward pass.
+    stored = torch.is_grad_enabled() and (x.device.type != "cpu" or x.dtype in _HALF)
+    if stored or torch.compiler.is_compiling():
+        # The layers as they are, for an accelerator's own kernels, for half types (which keep little), and for
+        # the compiler, which fuses them itself.
         h = norm(x)
         if scale is not None and shift is not None:
             column = (*scale.shape, *[1] * (h.ndim - 2))
@@ -144,9 +146,9 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     Returns:
         [B, C', *2S] (of three dimensions, the first keeps its size).
     """
-    spatial = range(2, weight.ndim)
+    spatial = tuple(range(2, weight.ndim))
     doubled = spatial[-2:]
-    kernel = weight.transpose(0, 1).flip(*spatial)
+    kernel = weight.transpose(0, 1).flip(spatial)
     for axis in doubled:
         edge = torch.zeros_like(kernel.narrow(axis, 0, 1))
         kernel = torch.cat([kernel, edge], axis) + torch.cat([edge, kernel], axis)
