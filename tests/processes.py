@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 # One server imports what is slow once; every test forks from it.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.runs", "sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.runs", "sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp"])
 
 _SECONDS = 180
 
@@ -29,8 +29,8 @@ def together(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         port = probe.getsockname()[1]
     pipes, members = [], []
     for rank in range(world):
-        here, there = _CONTEXT.Pipe(duplex=False)
-        member = _CONTEXT.Process(target=_member, args=(rank, world, port, there, work, arguments))
+        here, there = CONTEXT.Pipe(duplex=False)
+        member = CONTEXT.Process(target=_member, args=(rank, world, port, there, work, arguments))
         member.start()
         there.close()
         pipes.append(here)

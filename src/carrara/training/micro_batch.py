@@ -57,10 +57,10 @@ def _fits(network: nn.Module, images: Tensor, condition: Condition, size: int) -
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)):
             raise
+        gc.collect()  # the traceback held what did not fit
+        if images.device.type == "cuda":
+            torch.cuda.empty_cache()
         return False
     finally:
         network.zero_grad(set_to_none=True)
-        gc.collect()
-        if images.device.type == "cuda":
-            torch.cuda.empty_cache()
     return True
