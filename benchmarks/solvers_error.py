@@ -162,8 +162,8 @@ def tuned_grids(counts: Sequence[int]) -> dict[tuple[str, int], Grid]:
     return found
 
 
-def oracle_tables(counts: Sequence[int], samples: int) -> dict[str, dict[str, list[float]]]:
-    """Print the tables; the errors of each contestant by mixture."""
+def oracle_tables(counts: Sequence[int], samples: int) -> dict[str, list[float]]:
+    """Print the tables; the geometric mean over the mixtures of each contestant's errors."""
     tuned = tuned_grids(counts)
     results: dict[str, dict[str, list[float]]] = {}
     for title, data in MIXTURES.items():
@@ -180,8 +180,9 @@ def oracle_tables(counts: Sequence[int], samples: int) -> dict[str, dict[str, li
         curves["diffusers' best"] = [value for value, _ in peers]
         results[title] = curves
         print_comparison(title, counts, curves, [name for _, name in peers])
-    print_solvers(counts, results)
-    return results
+    means = averaged(counts, results)
+    print_solvers(counts, means)
+    return means
 
 
 def print_comparison(title: str, counts: Sequence[int], curves: dict[str, list[float]], peers: list[str]) -> None:
@@ -198,15 +199,19 @@ def print_comparison(title: str, counts: Sequence[int], curves: dict[str, list[f
         print(f"| {n} | " + " | ".join(cells) + " |", flush=True)
 
 
-def print_solvers(counts: Sequence[int], results: dict[str, dict[str, list[float]]]) -> None:
-    """Geometric mean over the mixtures, every solver on its grids."""
+def averaged(counts: Sequence[int], results: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """The geometric mean over the mixtures of every curve."""
+    many = list(results.values())
+    return {
+        name: [math.exp(sum(math.log(curves[name][i]) for curves in many) / len(many)) for i in range(len(counts))]
+        for name in many[0]
+    }
+
+
+def print_solvers(counts: Sequence[int], curves: dict[str, list[float]]) -> None:
     print("\n### every solver\n\n| | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
-    for name in next(iter(results.values())):
-        means = [
-            math.exp(sum(math.log(curves[name][i]) for curves in results.values()) / len(results))
-            for i in range(len(counts))
-        ]
-        print(f"| {name} | " + " | ".join(f"{m:.2g}" for m in means) + " |")
+    for name, values in curves.items():
+        print(f"| {name} | " + " | ".join(f"{v:.2g}" for v in values) + " |")
 
 
 def picard_table(samples: int) -> None:
@@ -259,7 +264,7 @@ def trained_curves(folder: str, counts: Sequence[int], samples: int) -> dict[str
         for name in TUNED:
             ends = [problem.along(SOLVERS[name], optimised_grid(schedule, SOLVERS[name], n)) for n in counts]
             curves[f"{name}, optimised"] = [error(end, exact) for end in ends]
-    print_solvers(counts, {folder: curves})
+    print_solvers(counts, curves)
     return curves
 
 
@@ -271,16 +276,20 @@ def draw(path: Path, title: str, counts: Sequence[int], curves: dict[str, list[f
     mpl.rcParams["svg.hashsalt"] = "carrara"  # the same bytes from the same numbers
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
     for name in names:
-        style = {"color": "black", "linewidth": 2.5, "linestyle": ":"} if name.startswith("diffusers") else {}
-        dashes = "-" if "optimised" in name or style else "--"
-        axes.plot(counts, curves[name], marker="o", markersize=3, label=name, **({"linestyle": dashes} | style))
+        solver, _, grid = name.partition(", ")
+        style = (
+            {"color": f"C{list(SOLVERS).index(solver)}"} if solver in SOLVERS else {"color": "black", "linewidth": 2}
+        )
+        line = {"optimised": "-", "": ":"}.get(grid, "--")
+        axes.plot(counts, curves[name], marker="o", markersize=3, label=name, linestyle=line, **style)
     axes.set(xscale="log", yscale="log", xlabel="evaluations", ylabel="median error", title=title)
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.set_ylim(top=1)
+    figure.legend(fontsize=8, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     print(f"wrote {path}")
@@ -301,11 +310,11 @@ def main() -> None:
         title = f"error on {Path(arguments.model).name}"
         draw(arguments.out / "solvers_trained.svg", title, counts, curves, list(curves))
         return
-    results = oracle_tables(counts, arguments.samples)
+    means = oracle_tables(counts, arguments.samples)
     picard_table(arguments.samples)
     adaptive_table(arguments.samples)
     shown = [f"{name}, log_snr" for name in SOLVERS] + [f"{name}, optimised" for name in TUNED] + ["diffusers' best"]
-    draw(arguments.out / "solvers_error.svg", "8 components in 64 dimensions", counts, results["images"], shown)
+    draw(arguments.out / "solvers_error.svg", "8 components in 64 dimensions", counts, means, shown)
 
 
 if __name__ == "__main__":

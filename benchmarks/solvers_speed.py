@@ -104,11 +104,15 @@ def our_walk(solver: Solver, grid: Grid) -> Callable[[], None]:
     return run
 
 
+def clock() -> float:
+    """Seconds of this thread where it is the only one, so that other work on the machine tells less."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def timed(run: Callable[[], None]) -> float:
-    """Seconds of this thread, so that other work on the machine tells less."""
-    start = time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    start = clock()
     run()
-    return (time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()) - start
+    return clock() - start
 
 
 def step_costs(pairs: int, steps: int) -> None:
@@ -137,7 +141,7 @@ def growth() -> None:
         if name == "adaptive":
             continue  # its cost is its sub-steps', which the tolerance decides
         marks = [
-            (time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            (clock(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
             for step in walk(network, SCHEDULE, SOLVERS[name](), grids.trailing(SCHEDULE, 1000), START, noise=Stored())
             if step.index in (100, 200, 899, 999)
         ]
