@@ -258,8 +258,9 @@ def trained_curves(folder: str, counts: Sequence[int], samples: int) -> dict[str
     with torch.no_grad():
         exact = problem.exact()
         curves = {
-            f"{name}, log_snr": [error(problem.walk(solver, grids.log_snr, n), exact) for n in counts]
+            f"{name}, {spacing}": [error(problem.walk(solver, SPACINGS[spacing], n), exact) for n in counts]
             for name, solver in SOLVERS.items()
+            for spacing in ("log_snr", "trailing")
         }
         for name in TUNED:
             ends = [problem.along(SOLVERS[name], optimised_grid(schedule, SOLVERS[name], n)) for n in counts]
@@ -282,7 +283,7 @@ def draw(path: Path, title: str, counts: Sequence[int], curves: dict[str, list[f
         style = (
             {"color": f"C{list(SOLVERS).index(solver)}"} if solver in SOLVERS else {"color": "black", "linewidth": 2}
         )
-        line = {"optimised": "-", "": ":"}.get(grid, "--")
+        line = {"optimised": "-", "": ":", "trailing": "-."}.get(grid, "--")
         axes.plot(counts, curves[name], marker="o", markersize=3, label=name, linestyle=line, **style)
     axes.set(xscale="log", yscale="log", xlabel="evaluations", ylabel="median error", title=title)
     axes.set_xticks(counts, [str(n) for n in counts])
@@ -308,7 +309,8 @@ def main() -> None:
     if arguments.model:
         curves = trained_curves(arguments.model, counts, min(arguments.samples, 64))
         title = f"error on {Path(arguments.model).name}"
-        draw(arguments.out / "solvers_trained.svg", title, counts, curves, list(curves))
+        shown = [name for name in curves if "trailing" not in name] + ["DPM++ 2M, trailing"]
+        draw(arguments.out / "solvers_trained.svg", title, counts, curves, shown)
         return
     means = oracle_tables(counts, arguments.samples)
     picard_table(arguments.samples)
