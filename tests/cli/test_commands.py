@@ -8,60 +8,14 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from carrara.cli import main
+from tests.cli.conftest import Command, photographs
 from tests.runs import TINY
 
-Command = Callable[..., "Result"]
 SETS = [word for assignment in TINY for word in ("--set", assignment)]
-
-
-@dataclass
-class Result:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def carrara(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command through the program's own entry point, in this process: importing torch takes seconds."""
-
-    def run(*words: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["carrara", *map(str, words)])
-        monkeypatch.setattr("carrara.cli.console.console.width", 200)
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return run
-
-
-@pytest.fixture
-def refused(carrara: Command) -> Callable[..., str]:
-    """The one sentence with which a command refuses."""
-
-    def run(*words: str | Path) -> str:
-        result = carrara(*words)
-        assert result.returncode == 2, result.stdout + result.stderr
-        assert "Traceback" not in result.stderr
-        lines = [line for line in result.stderr.splitlines() if line.startswith("carrara: ")]
-        assert len(lines) == 1, result.stderr
-        return lines[0]
-
-    return run
 
 
 def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -69,16 +23,6 @@ def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "carrara", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
-
-
-def photographs(folder: Path, count: int, classes: int = 1) -> Path:
-    """A folder of random pictures, in class folders where there are several."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        place = folder / f"class{i % classes}" if classes > 1 else folder
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 17, 3), dtype=np.uint8)).save(place / f"{i}.png")
-    return folder
 
 
 def test_help_answers_at_once() -> None:
@@ -91,7 +35,7 @@ def test_help_answers_at_once() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert result.returncode == 0
-    for command in ("demo", "data", "train", "sample", "recipes"):
+    for command in ("demo", "data", "train", "sample", "evaluate", "recipes"):
         assert command in result.stdout
     assert min(times) < 0.5
 
@@ -214,7 +158,7 @@ def test_version(carrara: Command) -> None:
     assert carrara("--version").stdout.strip() == package.__version__
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "recipes", "data"])
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "recipes", "data"])
 def test_every_command_explains_itself(command: str, carrara: Command) -> None:
     result = carrara(command, "--help")
     assert result.returncode == 0

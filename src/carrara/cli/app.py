@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from carrara.cli import data, demo, recipes, sample, train
+from carrara.cli import data, demo, evaluate, recipes, sample, train
 
 app = typer.Typer(
     name="carrara",
@@ -18,6 +18,7 @@ app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+app.command("evaluate")(evaluate.evaluate)
 app.command("recipes")(recipes.recipes)
 
 

@@ -1,0 +1,221 @@
+"""`carrara evaluate`: what it measures, what it stamps, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from carrara.evaluation import Moments, frechet_distance, write_statistics
+from carrara.evaluation.collect import collect
+from carrara.evaluation.features import Pixels
+from carrara.evaluation.protocol import Size, data_pictures
+from carrara.images import from_uint8, save_npz, to_uint8
+from carrara.model import DiffusionModel
+from tests.cli.conftest import Command, photographs
+
+Refused = Callable[..., str]
+
+
+def everything(path: str | Path, split: str = "train") -> torch.Tensor:
+    """All pictures of a data set, [N, C, H, W]."""
+    return torch.cat(list(data_pictures(str(path), split).batches()))
+
+
+def told(carrara: Command, *words: str | Path) -> dict[str, Any]:
+    """The figures that the command prints as JSON."""
+    result = carrara("evaluate", *words, "--json")
+    assert result.returncode == 0, result.stderr
+    figures: dict[str, Any] = json.loads(result.stdout)
+    return figures
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> tuple[Path, Path]:
+    """The digits' held-out images cut in two, as archives with their labels."""
+    pictures = data_pictures("digits", "test")
+    images, labels = everything("digits", "test"), torch.tensor([int(name) for name in pictures.labels or ()])
+    paths = tmp_path / "a.npz", tmp_path / "b.npz"
+    for path, part in zip(paths, (slice(0, 180), slice(180, 360)), strict=True):
+        save_npz(path, images[part], labels[part])
+    return paths
+
+
+def test_a_model_is_measured_as_its_own_samples_are(tiny_run: Path, carrara: Command) -> None:
+    """The classes in turn, picture k from row k of the seed, rounded to 8 bits, whatever the batch size."""
+    words = ("--reference", "digits", "--n", "30", "--steps", "2", "--seed", "3", "--batch-size", "7")
+    figures = told(carrara, tiny_run, *words)
+    made = DiffusionModel.load(tiny_run).sample([i % 10 for i in range(30)], steps=2, seed=3)
+    expected = frechet_distance(from_uint8(to_uint8(made.images)).flatten(1), everything("digits").flatten(1))
+    # Batches of other sizes take their sums in another order: a pixel in some thousands may round to its neighbour.
+    assert figures["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-3)
+    stamp = figures["frechet_distance"]["stamp"]
+    assert stamp["n"] == 30
+    assert stamp["sampling"]["seed"] == 3
+    assert stamp["sampling"]["steps"] == 2
+    assert stamp["sampling"]["classes"] == "in turn"
+    assert "EMA" in stamp["sampling"]["weights"]
+    assert stamp["reference_n"] == 1437
+    assert "30 samples for 64 dimensions" in figures["frechet_distance"]["note"]
+    assert "fid" not in figures
+    assert {"kernel_distance", "precision", "recall", "density", "coverage", "class_spread"} <= figures.keys()
+    assert all(figure["interval"] is not None for figure in figures.values())
+
+
+def test_nothing_is_written_unless_asked(tiny_run: Path, tmp_path: Path, carrara: Command) -> None:
+    before = sorted(tiny_run.rglob("*"))
+    words = ("--reference", "digits", "--n", "8", "--steps", "1")
+    assert carrara("evaluate", tiny_run, *words, "--out", tmp_path / "f.json").returncode == 0
+    assert sorted(tiny_run.rglob("*")) == before
+    assert json.loads((tmp_path / "f.json").read_text()) == told(carrara, tiny_run, *words)
+
+
+def test_real_images_pass_for_real_and_copies_are_found(halves: tuple[Path, Path], carrara: Command) -> None:
+    """One half of the held-out digits beside the other; then the training images themselves as samples."""
+    words = ("--train", "digits", "--judge", "svc")
+    honest = told(carrara, halves[0], "--reference", halves[1], *words)
+    assert honest["class_accuracy"]["value"] > 0.85  # an SVC that learned from 180 digits
+    assert honest["class_accuracy"]["stamp"]["settings"]["judge_rows"] == 180
+    share, unseen = honest["memorised_share"], honest["memorised_share_held_out"]
+    assert share["interval"]["low"] < unseen["interval"]["high"]  # both halves are unseen: their intervals overlap
+    assert unseen["interval"]["low"] < share["interval"]["high"]
+    copied = told(carrara, "digits", "--n", "180", "--reference", halves[1], *words)
+    assert copied["memorised_share"]["value"] == 1
+    assert copied["distance_ratio"]["value"] == 0
+
+
+def test_an_exact_copy_of_the_reference_is_at_distance_0(halves: tuple[Path, Path], carrara: Command) -> None:
+    figures = told(carrara, halves[0], "--reference", halves[0])
+    assert figures["frechet_distance"]["value"] == pytest.approx(0, abs=1e-9)  # float64, distances of order 10
+    assert figures["precision"]["value"] == figures["recall"]["value"] == figures["coverage"]["value"] == 1
+
+
+def test_statistics_stand_in_for_their_images(halves: tuple[Path, Path], tmp_path: Path, carrara: Command) -> None:
+    """The Fréchet distance is the same; figures that need pairs are not there."""
+    moments = Moments.of(everything(halves[1]))
+    path = tmp_path / "stats.npz"
+    write_statistics(path, moments, {"features": "pixels", "features_checksum": ""})
+    whole, known = (told(carrara, halves[0], "--reference", real) for real in (halves[1], path))
+    assert known["frechet_distance"]["value"] == pytest.approx(whole["frechet_distance"]["value"], rel=1e-9)
+    assert "precision" in whole
+    assert "precision" not in known
+
+
+def test_the_folder_that_sample_wrote_is_read_without_its_grid(
+    tiny_run: Path, tmp_path: Path, carrara: Command
+) -> None:
+    assert carrara("sample", tiny_run, "-n", "12", "--steps", "1", "--out", tmp_path / "s").returncode == 0
+    figures = told(carrara, tmp_path / "s", "--reference", "digits")
+    assert figures["frechet_distance"]["stamp"]["n"] == 12
+    assert "class_spread" in figures
+
+
+def test_the_table_shows_figures_and_protocol(halves: tuple[Path, Path], carrara: Command) -> None:
+    result = carrara("evaluate", halves[0], "--reference", halves[1])
+    assert result.returncode == 0, result.stderr
+    for word in ("frechet_distance", "95 % interval", "reference_hash", "own size, [-1, 1]"):
+        assert word in result.stdout
+
+
+def test_alike_results_are_compared_and_others_refused(
+    halves: tuple[Path, Path], tmp_path: Path, carrara: Command, refused: Refused
+) -> None:
+    a, b, c = (tmp_path / f"{name}.json" for name in "abc")
+    for out, n in ((a, "100"), (b, "100"), (c, "90")):
+        words = ("--reference", "digits", "--n", n, "--out", out)
+        assert carrara("evaluate", halves[0] if out == a else halves[1], *words).returncode == 0
+    shown = carrara("evaluate", "--compare", a, b)
+    assert shown.returncode == 0, shown.stderr
+    assert "frechet_distance" in shown.stdout
+    pairs = json.loads(carrara("evaluate", "--compare", a, b, "--json").stdout)
+    first, second = (json.loads(path.read_text())["recall"]["value"] for path in (a, b))
+    assert pairs["recall"]["difference"] == second - first
+    assert "n is 100 and 90" in refused("evaluate", "--compare", a, c)
+    varied = ("--varied", "n", "--varied", "settings")
+    assert carrara("evaluate", "--compare", a, c, *varied).returncode == 0
+    assert "leave MODEL|SAMPLES out" in refused("evaluate", halves[0], "--compare", a, b)
+    assert "leave --reference out" in refused("evaluate", "--compare", a, b, "--reference", "digits")
+    assert "no file" in refused("evaluate", "--compare", a, tmp_path / "missing.json")
+
+
+def test_pictures_of_another_size_or_colour_mode_are_refused(
+    tiny_run: Path, halves: tuple[Path, Path], tmp_path: Path, carrara: Command, refused: Refused
+) -> None:
+    photos = photographs(tmp_path / "photos", 12)
+    assert "1×8×8" in refused("evaluate", halves[0], "--reference", photos)
+    assert "3×20×17" in refused("evaluate", tiny_run, "--reference", photos, "--n", "8", "--steps", "1")
+    assert "3×8×8" in refused("evaluate", halves[0], "--reference", photos, "--resolution", "8")
+    brought = ("--reference", photos, "--resolution", "8", "--channels", "1", "--resize", "box")
+    stamp = told(carrara, halves[0], *brought)["frechet_distance"]["stamp"]
+    assert stamp["shape"] == [1, 8, 8]
+    assert "box" in stamp["resize"]
+    Image.new("RGB", (9, 9)).save(photos / "small.png")
+    assert "small.png has 9×9 pixels" in refused("evaluate", photos, "--reference", photos)
+    Image.new("L", (17, 20)).save(photos / "small.png")
+    assert "small.png has 1 channels" in refused("evaluate", photos, "--reference", photos)
+
+
+def test_damaged_and_missing_inputs_are_named(
+    tiny_run: Path, halves: tuple[Path, Path], tmp_path: Path, refused: Refused
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "empty is empty" in refused("evaluate", empty, "--reference", "digits")
+    assert "empty is empty" in refused("evaluate", tiny_run, "--reference", empty)
+    photos = photographs(tmp_path / "photos", 12)
+    (photos / "7.png").write_bytes((photos / "7.png").read_bytes()[:200])
+    assert "7.png cannot be read" in refused("evaluate", photos, "--reference", photos)
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(halves[0].read_bytes()[:500])
+    assert "cut.npz" in refused("evaluate", halves[0], "--reference", cut)
+    assert "no data at" in refused("evaluate", tmp_path / "missing", "--reference", "digits")
+    assert "fewer than the 181" in refused("evaluate", halves[0], "--reference", "digits", "--n", "181")
+    assert "at least 1" in refused("evaluate", tiny_run, "--reference", "digits", "--n", "0")
+
+
+def test_statistics_of_other_features_are_refused(halves: tuple[Path, Path], tmp_path: Path, refused: Refused) -> None:
+    other, wide = tmp_path / "other.npz", tmp_path / "wide.npz"
+    write_statistics(other, Moments.of(everything(halves[1])), {"features": "inception-2015"})
+    assert "'inception-2015'" in refused("evaluate", halves[0], "--reference", other)
+    np.savez(wide, mu=np.zeros(2048), sigma=np.eye(2048))
+    assert "2048 dimensions" in refused("evaluate", halves[0], "--reference", wide)
+    assert "memorisation needs images" in refused("evaluate", halves[0], "--reference", wide, "--train", "digits")
+
+
+def test_words_that_would_change_nothing_are_refused(
+    tiny_run: Path, halves: tuple[Path, Path], tmp_path: Path, refused: Refused
+) -> None:
+    real = ("--reference", "digits")
+    assert "--steps: only for models" in refused("evaluate", halves[0], *real, "--steps", "5")
+    assert "--split: only for finished samples" in refused("evaluate", tiny_run, *real, "--split", "test")
+    assert "--varied belongs to --compare" in refused("evaluate", tiny_run, *real, "--varied", "n")
+    assert "--train-split belongs" in refused("evaluate", tiny_run, *real, "--train-split", "test")
+    assert "--resize says how" in refused("evaluate", tiny_run, *real, "--resize", "box")
+    assert "give MODEL or SAMPLES" in refused("evaluate", tiny_run)
+    assert "no judge 'me'" in refused("evaluate", tiny_run, *real, "--judge", "me")
+    assert "no device 'moon'" in refused("evaluate", tiny_run, *real, "--device", "moon")
+    assert "are the reference itself" in refused("evaluate", tiny_run, *real, "--train", "digits")
+    photos = photographs(tmp_path / "photos", 8)
+    assert "tells none" in refused("evaluate", photos, *real, "--judge", "svc")
+
+
+def test_a_part_of_a_sorted_data_set_holds_every_class(tmp_path: Path) -> None:
+    """The first 20 of 40 pictures sorted by class are of two classes of four; a part that is drawn is not."""
+    folder = photographs(tmp_path / "sorted", 40, classes=4)
+    part = data_pictures(str(folder), count=20)
+    assert len(set(part.labels or ())) == 4
+    assert sum(map(len, part.batches())) == 20
+
+
+def test_the_batch_size_of_reading_changes_nothing(tmp_path: Path) -> None:
+    folder = photographs(tmp_path / "photos", 11)
+    size = Size((8, 8))
+    found = [collect(data_pictures(str(folder), size=size, batch_size=b).batches(), Pixels()) for b in (3, 256)]
+    assert found[0].content == found[1].content
+    assert torch.equal(found[0].moments.covariance, found[1].moments.covariance)
