@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from carrara.evaluation import Interval, Measurements
     from carrara.evaluation.features import Features
     from carrara.evaluation.protocol import Pictures, Reference, Size
+    from carrara.model import DiffusionModel
 
 SAMPLING = {"steps", "solver", "guidance", "seed", "eta", "spacing", "batch_size"}
 COMPARING = {"comparison", "varied", "json_output"}
@@ -60,6 +61,9 @@ def evaluate(
     varied: Annotated[
         list[str] | None, typer.Option(help="What --compare may find different, e.g. sampling.steps. Repeatable.")
     ] = None,
+    table: Annotated[
+        str | None, typer.Option(help="ddim, guidance or solvers: the model in many ways, into the folder --out.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write figures and protocols as JSON.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
 ) -> None:
@@ -68,7 +72,7 @@ def evaluate(
     from carrara.errors import UserError
     from carrara.evaluation.features import open_features
     from carrara.evaluation.protocol import Size
-    from carrara.evaluation.protocol import evaluate as measure
+    from carrara.model import DiffusionModel
 
     given = _given(context)
     if comparison is not None:
@@ -79,6 +83,7 @@ def evaluate(
     if subject is None or reference is None:
         raise UserError("give MODEL or SAMPLES and --reference DATA, or --compare A.json B.json.")
     _refuse_ignored(given, subject, reference, judge)
+    _refuse_table(given, subject, table)
     _refuse_device(device)
     network = open_features(features, device)
     size = Size(None if resolution is None else parse_resolution(resolution), channels, resize)
@@ -86,9 +91,66 @@ def evaluate(
     with _bar(json_output) as bar:
         real = open_reference(bar, reference, reference_split, network, size)
         known = None if train is None else open_training(bar, train, train_split, network, size)
-        samples = open_samples(subject, split, n, real, size, device, batch_size, choices)
-        figures = measure(shown(bar, "samples", samples), real, network, known, judge is not None)
+        bench = Bench(bar, real, known, network, judge is not None)
+        if table is None or out is None:
+            figures = bench.measure(open_samples(subject, split, n, real, size, device, batch_size, choices))
+        else:
+            model, count = DiffusionModel.load(subject, device), samples_wanted(n, real)
+            fill_table(bench, table, model, out, count, batch_size, choices)
+            return
     tell(figures, out, json_output)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all samples are measured against, and with."""
+
+    bar: Progress
+    reference: Reference
+    train: Reference | None
+    features: Features
+    judge: bool
+
+    def measure(self, samples: Pictures) -> Measurements:
+        """Every figure of these samples; the bar shows how far they are."""
+        from carrara.evaluation import protocol
+
+        return protocol.evaluate(
+            shown(self.bar, "samples", samples), self.reference, self.features, self.train, self.judge
+        )
+
+    def protocol(self) -> dict[str, str | bool | None]:
+        """What decides the figures besides the samples."""
+        from carrara.evaluation.protocol import features_of
+
+        train = None if self.train is None else self.train.content
+        return features_of(self.features) | {"reference": self.reference.content, "train": train, "judge": self.judge}
+
+
+def fill_table(
+    bench: Bench,
+    table: str,
+    model: DiffusionModel,
+    out: Path,
+    count: int,
+    batch_size: int,
+    choices: dict[str, Any],
+) -> None:
+    """Measure the model in every way of the table, each kept in `out` as soon as it is known."""
+    from carrara.cli import evaluate_table
+    from carrara.evaluation import protocol
+    from carrara.evaluation.features.checksum import tensors_checksum
+
+    plan = evaluate_table.cells(table, model.schedule)
+    weights = tensors_checksum(model.network.state_dict())
+    own = {key: value for key, value in choices.items() if key not in evaluate_table.TABLES[table]}
+    about = {"table": table, "model": weights, "n": count, **own, **bench.protocol()}
+
+    def measure(cell: evaluate_table.Cell) -> Measurements:
+        return bench.measure(protocol.model_pictures(model, cell.line, count, batch_size, **{**own, **cell.choices}))
+
+    evaluate_table.fill(out, plan, about, measure)
+    bench.bar.console.print((out / "table.md").read_text(encoding="utf-8"), highlight=False, markup=False)
 
 
 def _given(context: typer.Context) -> set[str]:
@@ -123,6 +185,23 @@ def _refuse_ignored(given: set[str], subject: str, reference: str, judge: str | 
         unused = given & ({"reference_split", "resolution", "channels"} if nothing_read else {"reference_split"})
         if unused:
             raise UserError(f"{_spelt(unused)}: only for images, and {reference} holds their statistics.")
+
+
+def _refuse_table(given: set[str], subject: str, table: str | None) -> None:
+    """Raises UserError for a table that cannot be made, or an option that it sets itself."""
+    from carrara.cli.evaluate_table import TABLES
+    from carrara.errors import UserError, nearest
+
+    if table is None:
+        return
+    if table not in TABLES:
+        raise UserError(f"there is no table '{table}': {nearest(table, TABLES)}")
+    if not _is_model(subject):
+        raise UserError(f"a table samples a model in many ways, and {subject} is no run or model folder.")
+    if given & (TABLES[table] | {"json_output"}):
+        raise UserError(f"--table {table} takes no {_spelt(given & (TABLES[table] | {'json_output'}))}: leave it out.")
+    if "out" not in given:
+        raise UserError("--table keeps each row as it goes: give the folder with --out.")
 
 
 def _refuse_device(device: str) -> None:
@@ -168,17 +247,23 @@ def open_samples(
     size: Size,
     device: str,
     batch_size: int,
-    choices: dict[str, int | float | str | None],
+    choices: dict[str, Any],
 ) -> Pictures:
     """A model's samples, by default as many as there are real images (10,000 at most), or finished ones."""
     from carrara.evaluation import protocol
-    from carrara.evaluation.collect import ROWS
     from carrara.model import DiffusionModel
 
     if not _is_model(subject):
         return protocol.data_pictures(subject, split, n, size)
-    count = min(reference.count or ROWS, ROWS) if n is None else n
-    return protocol.model_pictures(DiffusionModel.load(subject, device), subject, count, batch_size, **choices)
+    model, count = DiffusionModel.load(subject, device), samples_wanted(n, reference)
+    return protocol.model_pictures(model, subject, count, batch_size, **choices)
+
+
+def samples_wanted(n: int | None, reference: Reference) -> int:
+    """How many samples a model makes: `n`, or as many as there are real images, 10,000 at most."""
+    from carrara.evaluation.collect import ROWS
+
+    return min(reference.count or ROWS, ROWS) if n is None else n
 
 
 def _bar(quiet: bool) -> Progress:

@@ -33,6 +33,7 @@ from carrara.evaluation.reference import read_statistics
 from carrara.evaluation.stamp import Measurements, Stamp
 from carrara.images import from_uint8, to_uint8
 from carrara.model import DiffusionModel
+from carrara.solvers import Solver
 
 OWN_SIZE = "own size"
 
@@ -94,7 +95,7 @@ class Size:
 
 
 def model_pictures(
-    model: DiffusionModel, name: str, count: int, batch_size: int = 64, **choices: int | float | str | None
+    model: DiffusionModel, name: str, count: int, batch_size: int = 64, **choices: int | float | str | Solver | None
 ) -> Pictures:
     """Samples of a model, made batch by batch and written nowhere; the classes in turn where it knows classes.
 
@@ -216,7 +217,7 @@ def statistics_reference(path: str, features: Features) -> Reference:
     from carrara.evaluation.features.checksum import file_checksum
 
     statistics = read_statistics(path, features_of(features))
-    return Reference(statistics, Path(path).name, file_checksum(path))
+    return Reference(statistics, path, file_checksum(path))
 
 
 def collected_reference(pictures: Pictures, features: Features, rows: int = ROWS) -> Reference:
@@ -262,7 +263,7 @@ def evaluate(
         n=found.moments.count,
         shape=found.shape,
         resize=reference.resize,
-        reference=reference.name,
+        reference=Path(reference.name).name,
         reference_split=reference.split,
         reference_hash=reference.content,
         reference_n=reference.count,
@@ -275,7 +276,7 @@ def evaluate(
     if isinstance(features, Inception):
         figures |= measure_inception_score(features.logits(found.rows), stamp)
     if train is not None and isinstance(train.known, Collected) and isinstance(known, Collected):
-        about = stamp.with_settings(train=train.name, train_split=train.split, train_hash=train.content)
+        about = stamp.with_settings(train=Path(train.name).name, train_split=train.split, train_hash=train.content)
         figures |= _memory(found, train.known, known, about)
     if samples.labels is not None:
         figures |= _classes(found, samples.labels[: len(found.rows)], reference, stamp, judge)
