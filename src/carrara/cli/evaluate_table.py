@@ -98,7 +98,7 @@ def markdown(filled: list[tuple[Cell, Measurements]], protocol: dict[str, Any]) 
             shown.append(f"{figure.value:.4g}{limits or ''}")
         lines.append(f"| {line} | " + " | ".join(shown) + " |")
     notes = dict.fromkeys(figures[name].note for _, figures in filled if figures[name].note)
-    about = ", ".join(f"{key} {value}" for key, value in protocol.items())
+    about = ", ".join(f"{key} {value}" for key, value in protocol.items() if value not in (None, ""))
     return "\n".join([*lines, "", f"95 % intervals; {about}.", *(f"{note}." for note in notes), ""])
 
 
