@@ -93,9 +93,8 @@ def seconds(steps: Iterator[Any], count: int) -> float:
     return time.perf_counter() - began
 
 
-def speed(data: Path, repeats: int, steps: int, folder: Path) -> None:
-    trainer = ours(data, folder / "speed", "training.steps=1000000")
-    batch_size = trainer.recipe.training.batch_size
+def speed(data: Path, repeats: int, steps: int, batch_size: int, folder: Path) -> None:
+    trainer = ours(data, folder / "speed", "training.steps=1000000", f"training.batch_size={batch_size}")
     mine = trainer.steps()
     parameters, peer = theirs(data, batch_size, workers=0)
     print(
@@ -171,11 +170,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar10"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=64)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "speed" in given.parts:
-            speed(given.data, given.repeats, given.steps, folder)
+            speed(given.data, given.repeats, given.steps, given.batch_size, folder)
         if "start" in given.parts:
             start(given.data, given.repeats, folder)
         if "memory" in given.parts:
