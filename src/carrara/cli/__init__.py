@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from carrara.errors import UserError
+
+# OpenMP's threads wait in a busy loop for each other. Where another program has one of the cores, a long loop takes
+# from it what it waits for: two threads on two half-busy cores were slower than one (docs/results.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def main() -> None:
