@@ -54,7 +54,9 @@ class ClassifierObjective:
         loss = nn.functional.cross_entropy(logits, label, reduction="none")
         if loss.requires_grad:
             self.times.observe(times, loss.detach(), range(len(x0)) if draw.ids is None else draw.ids)
-        return Terms(loss * importance.to(loss), _accuracy(logits.detach(), label), quarters(self.schedule, times), times)
+        return Terms(
+            loss * importance.to(loss), _accuracy(logits.detach(), label), quarters(self.schedule, times), times
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return self.times.state_dict()
