@@ -15,7 +15,7 @@ def sample(
     model: Annotated[Path, typer.Argument(help="A run folder, or its model folder.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "--output_dir", help="Where the pictures go [MODEL/samples-seedN]."),
+        typer.Option("--out", "--output_dir", help="Where the pictures go; MODEL/samples-seedN unless said."),
     ] = None,
     label: Annotated[
         list[str] | None,
@@ -23,7 +23,11 @@ def sample(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option("--count", "-n", help="How many pictures [one per label, 16 without; all classes in turn]."),
+        typer.Option(
+            "--count",
+            "-n",
+            help="How many pictures; one per label unless said, 16 without labels, all classes in turn.",
+        ),
     ] = None,
     steps: Annotated[
         int | None,

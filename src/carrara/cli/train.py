@@ -20,7 +20,7 @@ def train(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "--output_dir", help="The run folder [runs/NAME]."),
+        typer.Option("--out", "--output_dir", help="The run folder; runs/NAME unless said."),
     ] = None,
     assignments: Annotated[
         list[str] | None,
