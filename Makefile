@@ -19,7 +19,9 @@ check: $(VENV)/.development
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.development
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for name in noise solvers_speed solvers_error evaluation unet training; do \
+		$(BIN)/python -m benchmarks.$$name || exit 1; \
+	done
 
 docs: $(VENV)/.development
 	$(BIN)/pdoc --docformat google --output-directory build/docs carrara
