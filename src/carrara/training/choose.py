@@ -100,5 +100,8 @@ def _reasons(path: Path, report: DataReport, data: dict[str, Any]) -> list[str]:
     if report.captions is not None:
         lines.append("captions were found; this recipe does not train on them (there is no text encoder yet).")
     network = yaml.safe_dump(data["network"], default_flow_style=True, width=1000).strip()
-    lines.append(f"network {network}, batch {data['training']['batch_size']}, {data['training']['steps']:,} steps.")
+    lines.append(
+        f"a recipe for {side}×{side}: network {network}, batch {data['training']['batch_size']}, "
+        f"{data['training']['steps']:,} steps; --set changes it."
+    )
     return lines
