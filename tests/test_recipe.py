@@ -52,6 +52,9 @@ def test_override_leaves_the_original_alone() -> None:
         ("training.steps.more=4", "'steps' is a value, not a section"),
         ("training", "not of the form section.key=value"),
         ("training.betas=[1", "cannot be read as a YAML value"),
+        ("sampling.solver=dpm", "there is no solver 'dpm'"),
+        ("conditioning.dropout=0", "sampling.guidance=1.5 needs a condition that training drops"),
+        ("conditioning.kind=none", "sampling.guidance=1.5 needs a condition that training drops"),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_the_key(assignment: str, sentence: str) -> None:

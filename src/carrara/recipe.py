@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -255,9 +255,16 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        from carrara import solvers
         from carrara.process import schedules
 
         schedules.build(self.schedule.spec())
+        solvers.named(self.sampling.solver)
+        if self.sampling.guidance != 1 and (self.conditioning.kind == "none" or self.conditioning.dropout == 0):
+            raise UserError(
+                f"sampling.guidance={self.sampling.guidance:g} needs a condition that training drops now and then: "
+                "set sampling.guidance=1, or conditioning.kind=labels with conditioning.dropout=0.1."
+            )
         self.network_params(2 if self.conditioning.kind == "labels" else None)
         return self
 
@@ -421,7 +428,3 @@ def read(name: str | Path) -> dict[str, Any]:
 def load(name: str | Path, assignments: Sequence[str] = ()) -> Recipe:
     """A shipped recipe or a YAML file, with overrides, validated."""
     return validate(override(read(name), assignments), f"the recipe {name}")
-
-
-SPACINGS: tuple[str, ...] = get_args(Sampling.model_fields["spacing"].annotation)
-"""The words for a grid's spacing."""
