@@ -40,6 +40,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     steps = trainer.steps()
     while next(steps).step < 6:
         pass
+    trainer.writer.wait()  # the checkpoint of step 5 is written in the background; only the next one is to fail
     monkeypatch.setattr(f"carrara.training.checkpoint.{victim}", full)
     with pytest.raises(UserError, match="could not be written") as error:
         list(steps)
