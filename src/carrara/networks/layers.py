@@ -83,8 +83,8 @@ class GroupNorm(nn.GroupNorm):
     Has `groups` groups, or the largest divisor of `channels` below that.
     """
 
-    def __init__(self, channels: int, groups: int = 32) -> None:
-        super().__init__(largest_divisor(channels, groups), channels)
+    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5) -> None:
+        super().__init__(largest_divisor(channels, groups), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype in _HALF:
@@ -283,14 +283,23 @@ class SelfAttention(nn.Module):
     """Every position attends to every other, beside a skip (Vaswani 2017; Ho 2020)."""
 
     def __init__(
-        self, site: str, dims: int, channels: int, heads: int, *, order: str, groups: int, checkpointing: bool = False
+        self,
+        site: str,
+        dims: int,
+        channels: int,
+        heads: int,
+        *,
+        order: str,
+        groups: int,
+        eps: float = 1e-5,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.site = site
         self.heads = heads
         self.order = order
         self.checkpointing = checkpointing
-        self.norm = GroupNorm(channels, groups)
+        self.norm = GroupNorm(channels, groups, eps)
         self.qkv = convolution(dims, channels, 3 * channels, 1)
         self.out = zeroed(convolution(dims, channels, channels, 1))
 
