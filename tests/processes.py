@@ -13,7 +13,16 @@ from typing import Any
 
 # One server imports what is slow once; every test forks from it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.runs", "sklearn.datasets", "torch._dynamo", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload(
+    [
+        "tests.runs",
+        "sklearn.datasets",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.profiler",
+        "torch.utils.tensorboard",
+    ]
+)
 
 _SECONDS = 180
 

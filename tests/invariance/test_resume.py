@@ -9,7 +9,7 @@ import pytest
 
 from carrara.data import batches
 from carrara.training import Trainer
-from tests.invariance.kills import CHOICES, campaign, strike
+from tests.invariance.kills import CHOICES, Strike, attempt, campaign
 from tests.processes import together
 from tests.runs import tiny_recipe, train
 from tests.training.test_loop import assert_same_bits
@@ -77,14 +77,13 @@ def test_pairs_of_accumulation_dropout_processes_and_workers(tmp_path: Path) -> 
 
 
 def test_killed_five_times_once_within_a_write(tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    assert strike(broken, 0, halt=tmp_path / "halted") == "writing"
-    assert Trainer(tiny_recipe(*CHOICES), broken).step == 0, "half a checkpoint counts for nothing"
-    counts = campaign(tmp_path, 4, lambda one, two: assert_same_bits(one, two, 40))
+    assert attempt(tmp_path / "first", Strike("operation", 3)) == "writing"
+    assert Trainer(tiny_recipe(*CHOICES), tmp_path / "first").step == 0, "half a checkpoint counts for nothing"
+    counts = campaign(tmp_path, 4)
     assert counts["finished"] >= 1
 
 
 @pytest.mark.slow
 def test_killed_a_thousand_times(tmp_path: Path) -> None:
-    counts = campaign(tmp_path, 1000, lambda one, two: assert_same_bits(one, two, 40))
-    assert counts["writing"] > 0
+    counts = campaign(tmp_path, 1000)
+    assert counts["writing"] > 100
