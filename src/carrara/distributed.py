@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from carrara.errors import UserError
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -115,6 +116,31 @@ def first_tells(function: Callable[[], Result]) -> Result:
         raise UserError(told[1])
     result: Result = told[0]
     return result
+
+
+def in_turn(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+    """What `work` gives of every item, in their order and on every process; each is worked on by one of them.
+
+    The results must be plain data. Every process must call it with equally many items, and draw all results.
+
+    Raises:
+        UserError: on all of them, where one raised it.
+    """
+    if not _together():
+        yield from map(work, items)
+        return
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for low in range(0, len(items), world):
+        own: list[Result | UserError] = []
+        if low + rank < len(items):
+            try:
+                own.append(work(items[low + rank]))
+            except UserError as error:
+                own.append(error)
+        for result in gather_lists(own):
+            if isinstance(result, UserError):
+                raise result
+            yield result
 
 
 # ---- modules over processes --------------------------------------------------------------------------------
