@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,18 +12,15 @@ from torch import Tensor, nn
 
 import carrara
 from carrara import images as pictures
+from carrara import weights
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import Labels
 from carrara.errors import UserError, nearest
-from carrara.files import write_whole
 from carrara.guidance import classifier_free, static_threshold
 from carrara.networks import UNet, UNetParams
 from carrara.process import Denoiser, Grid, NetworkDenoiser, Noise, Predicts, Schedule, grids, schedules
 from carrara.solvers import DDIM, Solver, Step, integrate, named
-
-FORMAT = 1
-"""The version of `config.json`; a newer one is refused, an older one is read."""
 
 CODECS: dict[str, Callable[[], Codec]] = {"identity": Identity}
 
@@ -251,8 +247,6 @@ class DiffusionModel:
             raise UserError("only models around Carrara's own networks can be saved.")
         labels = None if self.labels is None else {"names": list(self.labels.names), "dropout": self.labels.dropout}
         return {
-            "format": FORMAT,
-            "carrara": carrara.__version__,
             "network": {"kind": "unet", **asdict(params)},
             "schedule": self.schedule.spec,
             "shape": list(self.shape),
@@ -266,13 +260,7 @@ class DiffusionModel:
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `network.safetensors`, each whole or not at all."""
-        from safetensors.torch import save
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        write_whole(folder / "network.safetensors", save(state))
-        write_whole(folder / "config.json", (json.dumps(self.config(), indent=2) + "\n").encode())
+        weights.save(folder, "diffusion", self.config(), {"network": self.network})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> DiffusionModel:
@@ -281,12 +269,8 @@ class DiffusionModel:
         Raises:
             UserError: a missing or cut file, a config of a newer version, weights that do not fit it.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise UserError(f"there is no model folder {folder}.")
-        if (folder / "model").is_dir():
-            folder = folder / "model"
-        config = _read_config(folder / "config.json")
+        folder = weights.find(path)
+        config = weights.read_config(folder, "diffusion")
         try:
             network = UNet(UNetParams(**{k: v for k, v in config["network"].items() if k != "kind"}))
             labels = config["labels"]
@@ -306,7 +290,7 @@ class DiffusionModel:
             raise UserError(
                 f"{folder / 'config.json'} does not describe a model: {error!r} is wrong or missing."
             ) from None
-        load_weights(network, folder / "network.safetensors")
+        weights.load_weights(network, folder / "network.safetensors")
         network.eval()
         return model.to(device)
 
@@ -317,45 +301,3 @@ def _solver(choice: str | Solver, eta: float | None) -> Solver:
     if choice != "ddim":
         raise UserError(f"only the solver ddim takes an eta, {choice} does not.")
     return DDIM(eta=eta)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path.parent} holds no config.json: it is not a model folder of Carrara.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
-        raise UserError(f"{path} does not describe a model of Carrara.")
-    if config["format"] > FORMAT:
-        raise UserError(f"{path} was written by a newer Carrara (format {config['format']}): upgrade this one.")
-    return config
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module from a safetensors file, every key of both used.
-
-    Raises:
-        UserError: a missing or cut file; the first missing, unexpected or misshapen key is named.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UserError(f"the weights file {path} is missing: copy it again, or train again.")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the weights file {path} is cut short or damaged ({error}): copy it again.") from None
-    own = module.state_dict()
-    for key in own.keys() | state.keys():
-        if key not in state:
-            raise UserError(f"{path} lacks the weights '{key}'.")
-        if key not in own:
-            raise UserError(f"{path} holds the unexpected weights '{key}'.")
-        if own[key].shape != state[key].shape:
-            raise UserError(
-                f"{path}: '{key}' has the shape {tuple(state[key].shape)}, {tuple(own[key].shape)} is needed."
-            )
-    module.load_state_dict(state)

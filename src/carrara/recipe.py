@@ -109,12 +109,13 @@ class TimesChoice(_Section):
     """Which noise levels are visited (`carrara.objectives.times`); arguments that its kind does not take are refused.
 
     Attributes:
-        kind: "uniform", "logit_normal", "log_normal", or "loss_aware".
+        kind: "uniform", "logit_normal", "log_normal", "loss_aware", or "clean": no noise at all, for a classifier
+            that is to judge samples.
         mean, spread: of the two normal kinds.
         history, uniform: losses that each level remembers, and the share spread evenly, of the loss-aware kind.
     """
 
-    kind: Literal["uniform", "logit_normal", "log_normal", "loss_aware"] = "uniform"
+    kind: Literal["uniform", "logit_normal", "log_normal", "loss_aware", "clean"] = "uniform"
     mean: float | None = None
     spread: float | None = Field(None, gt=0)
     history: int | None = Field(None, ge=1)
@@ -239,11 +240,14 @@ class Recipe(_Section):
 
     Attributes:
         name: what the run folder is called by default.
+        kind: what is trained: a "diffusion" model, or a "classifier" of noisy images that guides one.
         seed: of the weights, the order, and every draw.
-        network: fields of `UNetParams`, without those that data and conditioning decide.
+        network: fields of `UNetParams`, or of `EncoderClassifierParams`, without those that data and conditioning
+            decide.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
+    kind: Literal["diffusion", "classifier"] = "diffusion"
     seed: int = Field(0, ge=0)
     data: Data
     conditioning: Conditioning = Conditioning()
@@ -265,27 +269,38 @@ class Recipe(_Section):
                 f"sampling.guidance={self.sampling.guidance:g} needs a condition that training drops now and then: "
                 "set sampling.guidance=1, or conditioning.kind=labels with conditioning.dropout=0.1."
             )
-        self.network_params(2 if self.conditioning.kind == "labels" else None)
+        if self.kind == "classifier":
+            self._refuse_the_diffusion_models_keys()
+        elif self.objective.times.kind == "clean":
+            raise UserError("objective.times of kind 'clean' holds no noise to learn from: it is for kind: classifier.")
+        self.network_params(2 if self.kind == "classifier" or self.conditioning.kind == "labels" else None)
         return self
 
+    def _refuse_the_diffusion_models_keys(self) -> None:
+        """What a classifier does not take is not silently ignored."""
+        objective = self.objective.model_copy(update={"times": TimesChoice()})
+        for key, given, nothing in (
+            ("conditioning", self.conditioning, Conditioning()),
+            ("objective", objective, ObjectiveChoice()),
+            ("sampling", self.sampling, Sampling()),
+        ):
+            if given != nothing:
+                rest = " but objective.times" if key == "objective" else ""
+                raise UserError(f"a recipe of kind classifier takes nothing in '{key}'{rest}: leave it out.")
+
     def network_params(self, classes: int | None) -> Any:
-        """The U-Net's params for this recipe's images and a number of classes.
+        """The network's params for this recipe's images and a number of classes.
 
         Raises:
             UserError: an unknown or decided-elsewhere key, a wrong type, or a size that does not fit.
         """
-        from carrara.networks import UNetParams
+        from carrara.networks import EncoderClassifierParams, UNetParams
 
-        return params_from(
-            UNetParams,
-            self.network,
-            {
-                "image_size": self.data.resolution,
-                "in_channels": self.data.channels,
-                "num_classes": classes,
-                "null_label": classes is not None and self.conditioning.dropout > 0,
-            },
-        )
+        images = {"image_size": self.data.resolution, "in_channels": self.data.channels, "num_classes": classes}
+        if self.kind == "classifier":
+            return params_from(EncoderClassifierParams, self.network, images)
+        null = classes is not None and self.conditioning.dropout > 0
+        return params_from(UNetParams, self.network, {**images, "null_label": null})
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load` reads back to an equal one."""

@@ -15,6 +15,7 @@ from carrara import DiffusionModel
 from carrara.condition import Condition
 from carrara.distributed import Processes
 from carrara.errors import UserError
+from carrara.objectives import Examples
 from carrara.training import Trainer
 from carrara.training.micro_batch import largest_micro_batch
 from carrara.training.selftest import overfit_one_batch, profile_steps
@@ -159,17 +160,22 @@ class Hungry(nn.Module):
         return x * self.weight
 
 
+def ask(network: nn.Module, examples: Examples) -> torch.Tensor:
+    answer: torch.Tensor = network(examples.x0, torch.ones(len(examples.x0)), examples.condition)
+    return answer
+
+
 def test_the_micro_batch_is_halved_until_it_fits() -> None:
     alone = Processes(0, 1, torch.device("cpu"))
-    images, condition = torch.zeros(16, 1, 2, 2), Condition(label=torch.zeros(16, dtype=torch.int64))
+    examples = Examples(torch.zeros(16, 1, 2, 2), Condition(label=torch.zeros(16, dtype=torch.int64)))
     network = Hungry(5)
-    assert largest_micro_batch(network, images, condition, 64, alone) == (
+    assert largest_micro_batch(network, ask, examples, 64, alone) == (
         4,
         [f"a micro-batch of {size} images does not fit into memory." for size in (64, 32, 16, 8)],
     )
     assert network.weight.grad is None
     with pytest.raises(UserError, match="not even one image fits"):
-        largest_micro_batch(Hungry(0), images, condition, 64, alone)
+        largest_micro_batch(Hungry(0), ask, examples, 64, alone)
 
 
 def test_auto_takes_the_whole_share_where_there_is_room_and_changes_no_bit(tiny_run: Path, tmp_path: Path) -> None:

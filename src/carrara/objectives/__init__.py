@@ -3,11 +3,19 @@
 from carrara.objectives.base import Examples, Objective, Terms
 from carrara.objectives.classifier import ClassifierObjective
 from carrara.objectives.diffusion import DiffusionObjective, Loss
-from carrara.objectives.times import LogitNormalTimes, LogNormalTimes, LossAwareTimes, TimeSampler, UniformTimes
+from carrara.objectives.times import (
+    CleanTimes,
+    LogitNormalTimes,
+    LogNormalTimes,
+    LossAwareTimes,
+    TimeSampler,
+    UniformTimes,
+)
 from carrara.objectives.weights import Weight, WeightKind
 
 __all__ = [
     "ClassifierObjective",
+    "CleanTimes",
     "DiffusionObjective",
     "Examples",
     "LogNormalTimes",

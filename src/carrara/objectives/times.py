@@ -70,6 +70,14 @@ class UniformTimes(TimeSampler):
         return times, torch.ones_like(times)
 
 
+@dataclass(frozen=True)
+class CleanTimes(TimeSampler):
+    """t = 0 alone: for a classifier that is to judge clean images."""
+
+    def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(uniform), torch.ones_like(uniform)
+
+
 def _within(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
     """Times moved into the schedule's range, to whole ones on a table, each with weight 1."""
     times = (times.round() if schedule.discrete else times).clamp(schedule.first_time, schedule.final_time)

@@ -1,32 +1,19 @@
-"""What a recipe is made of: its data, labels, network and objective."""
+"""What every kind of run is made of: its data, labels and noise levels, and its modules over the processes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
 from carrara import distributed
-from carrara.codecs import Codec
-from carrara.condition import Condition
 from carrara.conditioning import Labels
-from carrara.data import Batch, Batches, Preprocess, Source, open_source
+from carrara.data import Batches, Preprocess, Source, open_source
 from carrara.distributed import Processes
 from carrara.errors import UserError
-from carrara.networks import UNet
 from carrara.networks.layers import ResidualBlock, SelfAttention
-from carrara.objectives import (
-    DiffusionObjective,
-    Examples,
-    LogitNormalTimes,
-    LogNormalTimes,
-    LossAwareTimes,
-    TimeSampler,
-    Weight,
-)
-from carrara.process import Noise, Schedule, grids
-from carrara.process.bound import Chain
+from carrara.objectives import CleanTimes, LogitNormalTimes, LogNormalTimes, LossAwareTimes, TimeSampler
+from carrara.process import Schedule
 from carrara.recipe import Recipe
 
 
@@ -77,60 +64,11 @@ def labels_of(recipe: Recipe, source: Source) -> Labels | None:
     return Labels(source.class_names, recipe.conditioning.dropout)
 
 
-def examples_of(batch: Batch, codec: Codec, labels: Labels | None, draw: Noise, device: torch.device) -> Examples:
-    """What an objective learns from: the latents of a batch, and what the network is told of them.
-
-    Args:
-        draw: the samples' randomness; the latents take the draw after it.
-    """
-    with torch.no_grad():
-        latents = codec.encode(batch.images.to(device)).sample(draw.at(draw.draw + 1))
-    return Examples(latents, (Condition(label=batch.label) if labels else Condition()).to(device))
-
-
-def make_network(recipe: Recipe, labels: Labels | None, processes: Processes) -> UNet:
-    """The network with its initial weights, the same on every process."""
-    torch.manual_seed(recipe.seed)
-    params = recipe.network_params(len(labels.names) if labels else None)
-    return UNet(params).to(processes.device)
-
-
 def spread(networks: Iterable[nn.Module], processes: Processes) -> None:
     """Shard networks over the processes, one attention or residual block at a time."""
     for network in networks:
         blocks = [m for m in network.modules() if isinstance(m, (ResidualBlock, SelfAttention))]
         distributed.shard(network, blocks, processes.device)
-
-
-def make_objective(
-    recipe: Recipe, network: nn.Module, schedule: Schedule, labels: Labels | None, levels: int
-) -> DiffusionObjective:
-    """The recipe's objective for a network (plain, or over several processes).
-
-    Args:
-        levels: distinct values of a channel of the images, for the bound.
-
-    Raises:
-        UserError: choices that do not go together.
-    """
-    choice = recipe.objective
-    learned = bool(recipe.network.get("learned_variance", False))
-    chain = None
-    if choice.loss != "simple" and schedule.discrete:
-        chain = Chain(schedule, grids.trailing(schedule, int(schedule.final_time)), levels=levels)
-    return DiffusionObjective(
-        network,
-        schedule,
-        choice.predicts,
-        times=make_times(recipe, schedule),
-        null=labels.null() if labels and labels.dropout else None,
-        dropout=labels.dropout if labels else 0.0,
-        loss=choice.loss,
-        weight=Weight(**choice.weight.model_dump()),
-        learned_variance=learned,
-        chain=chain,
-        vlb_weight=choice.vlb_weight,
-    )
 
 
 def make_times(recipe: Recipe, schedule: Schedule) -> TimeSampler | None:
@@ -141,5 +79,7 @@ def make_times(recipe: Recipe, schedule: Schedule) -> TimeSampler | None:
         return LossAwareTimes(schedule, gather=distributed.gather, **choice.arguments())
     if choice.kind == "uniform":
         return None
+    if choice.kind == "clean":
+        return CleanTimes()
     kind = LogitNormalTimes if choice.kind == "logit_normal" else LogNormalTimes
     return kind(**choice.arguments())

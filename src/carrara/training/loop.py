@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,25 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import carrara
 from carrara import distributed
 from carrara import images as pictures
-from carrara.codecs import Codec, Identity
 from carrara.data import Batch
 from carrara.distributed import Processes
 from carrara.errors import UserError
-from carrara.model import DiffusionModel
-from carrara.networks import UNet
 from carrara.objectives import Examples
-from carrara.process import schedules
 from carrara.recipe import Recipe
 from carrara.training import checkpoint
-from carrara.training.assembly import (
-    examples_of,
-    labels_of,
-    make_network,
-    make_objective,
-    open_batches,
-    open_held_out,
-    spread,
-)
+from carrara.training.assembly import open_batches, open_held_out, spread
 from carrara.training.ema import EMA, Exponential, PowerFunction
 from carrara.training.log import Log
 from carrara.training.micro_batch import largest_micro_batch
@@ -50,6 +38,7 @@ from carrara.training.rates import learning_rate
 from carrara.training.run import Run
 from carrara.training.state import copied, put_optimiser, put_weights
 from carrara.training.step import LossScale, Stepper, autocast
+from carrara.training.task import make_task
 from carrara.training.validation import validate
 
 BAD_STEPS = 10
@@ -80,23 +69,9 @@ class Trainer:
         self.processes: Processes = distributed.start()
         self.source, self.batches = open_batches(recipe, self.processes)
         self.held_out = open_held_out(recipe, self.processes)
-        self.labels = labels_of(recipe, self.source)
-        self.codec: Codec = Identity()
-        self.schedule = schedules.build(recipe.schedule.spec())
-        self.network = make_network(recipe, self.labels, self.processes)
+        self.task = make_task(recipe, self.source, self.processes)
+        self.network = next(iter(self.task.modules.values()))
         self.means = {name: EMA(self.network, decay) for name, decay in _decays(recipe).items()}
-        self.model = DiffusionModel(
-            network=self.means["ema"].module,
-            schedule=self.schedule,
-            shape=(recipe.data.channels, *recipe.data.resolution),
-            predicts=recipe.objective.predicts,
-            labels=self.labels,
-            levels=self.source.levels,
-            codec=self.codec,
-            sampling=recipe.sampling.model_dump(include={"solver", "steps", "spacing", "guidance"}),
-        )
-        self.model.grid(recipe.sampling.steps, recipe.sampling.spacing)
-        make_objective(recipe, self.network, self.schedule, self.labels, self.source.levels)
         self.step, self.bad_steps, self.window = 0, 0, Window()
         self.notices: list[str] = list(self.source.warnings)
         self._stop = False
@@ -113,17 +88,18 @@ class Trainer:
     def _prepare(self) -> None:
         """What takes time or room: only once the folder is ours."""
         training = self.recipe.training
-        self.size = sum(p.numel() for p in self.network.parameters())
+        self.size = sum(p.numel() for module in self.task.modules.values() for p in module.parameters())
         distributed.first_tells(self._refuse_full_disk)
         found, complaints = distributed.first_tells(lambda: checkpoint.newest(self.run.checkpoints))
         self.notices += complaints
         weights, state = checkpoint.load(self.run.checkpoints, found) if found else ({}, {})
         self.flops_per_image = self._count_flops()
         self.micro_batch = self._micro_batch(state.get("setting", {}).get("micro_batch"))
-        player = self._over_processes()
+        players = self._over_processes()
         if training.compile:
-            player.compile()
-        self.objective = make_objective(self.recipe, player, self.schedule, self.labels, self.source.levels)
+            for player in players.values():
+                player.compile()
+        self.objective = self.task.objective(players)
         self.stepper = Stepper(
             self.objective, training, self.recipe.seed, self.processes, self.micro_batch, self.phases
         )
@@ -138,11 +114,7 @@ class Trainer:
     def _count_flops(self) -> int:
         """Of one image's forward and backward pass, twice its multiplications."""
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            image = torch.zeros(1, *self.codec.latent_shape(*self.model.shape), device=self.processes.device)
-            condition = self.labels.condition([0]) if self.labels else None
-            self.means["ema"].module(
-                image, torch.ones(1, device=image.device), condition and condition.to(image.device)
-            )
+            self.task.ask(self.means["ema"].module, self.task.blank())
         return int(counter.get_total_flops() * (1 + _BACKWARD))
 
     def _micro_batch(self, before: int | None) -> int:
@@ -164,19 +136,20 @@ class Trainer:
         self.network.train()
         with autocast(training, device):
             size, notices = largest_micro_batch(
-                self.network, examples.x0, examples.condition, min(before or share, share), self.processes
+                self.network, self.task.ask, examples, min(before or share, share), self.processes
             )
         self.notices += notices
         return size
 
-    def _over_processes(self) -> nn.Module:
-        """The network as the objective sees it."""
+    def _over_processes(self) -> dict[str, nn.Module]:
+        """The modules as the objective sees them."""
+        modules = self.task.modules
         if self.processes.world == 1:
-            return self.network
+            return modules
         if self.recipe.training.parallel == "ddp":
-            return distributed.replicated(self.network)
-        spread([self.network, *(mean.module for mean in self.means.values())], self.processes)
-        return self.network
+            return {name: distributed.replicated(module) for name, module in modules.items()}
+        spread([*modules.values(), *(mean.module for mean in self.means.values())], self.processes)
+        return modules
 
     # ---- the walk ----------------------------------------------------------------------------------------
 
@@ -185,8 +158,7 @@ class Trainer:
         training = self.recipe.training
         return {
             "data": f"{self.source.layout}: {len(self.source):,} images",
-            "image": "×".join(map(str, self.model.shape)),
-            "classes": len(self.labels.names) if self.labels else 0,
+            **self.task.summary,
             "parameters": self.size,
             "device": str(self.processes.device),
             "processes": self.processes.world,
@@ -250,7 +222,7 @@ class Trainer:
                 self._validate()
         if self.step % training.log_every == 0 and self.window.steps:
             self._write_log()
-        if self.step % training.sample_every == 0 or last:
+        if self.task.pictures and (self.step % training.sample_every == 0 or last):
             with self.phases("sampling"):
                 self._preview()
         with self.phases("saving"):
@@ -277,15 +249,14 @@ class Trainer:
 
     def examples(self, batch: Batch) -> Examples:
         """What the objective learns from a batch."""
-        draws = Stepper.draws(self.recipe.seed, batch.positions)
-        return examples_of(batch, self.codec, self.labels, draws, self.processes.device)
+        return self.task.examples(batch, Stepper.draws(self.recipe.seed, batch.positions))
 
     def one_step(self, batch: Batch) -> float:
         """One optimiser step of every player; returns the first player's loss."""
         outcomes = self.stepper.step(self.examples(batch), batch.positions, self.step)
         if all(outcome.finite for outcome in outcomes):
             self.bad_steps = 0
-            self.window.add(outcomes[0])
+            self.window.add(dict(zip(self.task.modules, outcomes, strict=True)))
             with self.phases("optimiser"):
                 for mean in self.means.values():
                     mean.update(self.network, self.step + 1)
@@ -360,33 +331,30 @@ class Trainer:
         """The network as one process can run it without the others, uncompiled. All must call this."""
         if not distributed.is_sharded(network) and not (self.recipe.training.compile and network is self.network):
             return network
-        plain = UNet(self.network.params).to(self.processes.device).eval()
+        params: Any = self.network.params
+        plain = type(self.network)(params).to(self.processes.device).eval()
         put_weights(plain, copied(network.state_dict()))
         return plain
 
     def _preview(self) -> None:
         """The same few pictures from the mean and from the raw weights, so that progress can be seen; every
         process makes its part of them."""
-        choice = self.recipe.sampling
-        share = -(-choice.count // self.processes.world)
+        share = -(-self.task.pictures // self.processes.world)
         rows = range(self.processes.rank * share, (self.processes.rank + 1) * share)
-        labels = [i % len(self.labels.names) for i in rows] if self.labels else None
-        for name, network in (("ema", self.model.network), ("raw", self.network)):
-            model = replace(self.model, network=self._whole(network))
-            samples = model.sample(labels, None if labels else share, seed=choice.seed, first=rows[0])
-            images = distributed.gather(samples.images.to(self.processes.device)).cpu()[: choice.count]
+        for name, network in (("ema", self.means["ema"].module), ("raw", self.network)):
+            own, protocol = self.task.preview(self._whole(network), rows)
+            images = distributed.gather(own.to(self.processes.device)).cpu()[: self.task.pictures]
             if self.log is not None:
                 sheet = pictures.grid(images)
                 scale = max(1, 64 // sheet.shape[-1])
-                pictures.save_png(sheet, self.run.samples / f"step-{self.step:08d}-{name}.png", samples.protocol, scale)
+                pictures.save_png(sheet, self.run.samples / f"step-{self.step:08d}-{name}.png", protocol, scale)
                 self.log.picture(f"samples/{name}", sheet, self.step)
 
     def _validate(self) -> None:
         assert self.held_out is not None
-        network = self._whole(self.model.network)
-        objective = make_objective(self.recipe, network, self.schedule, self.labels, self.source.levels)
-        images, device = self.recipe.training.validation_images, self.processes.device
-        figures = validate(objective, self.held_out, images, self.codec, self.labels, device)
+        first = next(iter(self.task.modules))
+        objective = self.task.objective({**self.task.modules, first: self._whole(self.means["ema"].module)})
+        figures = validate(objective, self.task.examples, self.held_out, self.recipe.training.validation_images)
         self.window.validation = {"step": self.step, **figures}
 
     # ---- on disk -----------------------------------------------------------------------------------------
@@ -401,7 +369,7 @@ class Trainer:
         folder = checkpoint.folder_of(self.run.checkpoints, step)
         if not self.processes.first and not distributed.is_sharded(self.network):
             return folder
-        weights = self._gathered({"network": self.network, **{n: mean.module for n, mean in self.means.items()}})
+        weights = self._gathered({**self.task.modules, **{n: mean.module for n, mean in self.means.items()}})
         state = {
             "carrara": carrara.__version__,
             "setting": self.setting(),
@@ -438,9 +406,8 @@ class Trainer:
             if isinstance(mean.decay, Exponential):
                 network = self._whole(mean.module)
                 folder = self.run.model if name == "ema" else self.run.folder / f"model-{name}"
-                model = replace(self.model, network=network, origin=f"EMA of step {self.step}")
                 if self.processes.first:
-                    model.save(folder)
+                    self.task.save(network, folder, f"EMA of step {self.step}")
 
     def setting(self) -> dict[str, Any]:
         """What changes the last bits of the sums though not the result, for the checkpoint."""
@@ -457,7 +424,8 @@ class Trainer:
     def _take_up(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         try:
-            put_weights(self.network, weights["network"])
+            for name, module in self.task.modules.items():
+                put_weights(module, weights[name])
             for name, mean in self.means.items():
                 put_weights(mean.module, weights[name])
             for name, optimiser in self.stepper.optimisers.items():
@@ -471,7 +439,7 @@ class Trainer:
         if self.stepper.scale is not None and state["scale"] is not None:
             self.stepper.scale = LossScale(**state["scale"])
         self.step, self.bad_steps = state["step"], state["bad_steps"]
-        self.window = Window(**state["window"])
+        self.window = Window.of(state["window"])
         self.notices.append(f"going on from the checkpoint of step {self.step}.")
         now = self.setting()
         for key, then in state.get("setting", {}).items():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from carrara import distributed
-from carrara.condition import Condition
 from carrara.distributed import Processes
 from carrara.errors import UserError
+from carrara.objectives import Examples
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _MOMENTS = 2
@@ -18,14 +19,18 @@ _MOMENTS = 2
 
 
 def largest_micro_batch(
-    network: nn.Module, images: Tensor, condition: Condition, largest: int, processes: Processes
+    network: nn.Module,
+    ask: Callable[[nn.Module, Examples], Tensor],
+    examples: Examples,
+    largest: int,
+    processes: Processes,
 ) -> tuple[int, list[str]]:
     """The share of the batch, halved until a forward and a backward pass fit into memory on every process.
 
     Args:
         network: plain, not over several processes: each process tries on its own.
-        images: some of the data, [B, C, H, W] on the device.
-        condition: what the network is told of them.
+        ask: the forward pass.
+        examples: some of the data, on the device.
         largest: where the search begins, this process's share.
 
     Returns:
@@ -35,7 +40,7 @@ def largest_micro_batch(
         UserError: not even one image fits.
     """
     size, notices = largest, []
-    while size and not _fits(network, images, condition, size):
+    while size and not _fits(network, ask, examples, size):
         notices.append(f"a micro-batch of {size} images does not fit into memory.")
         size //= 2
     size = int(distributed.gather(torch.tensor([size], device=processes.device)).min())
@@ -47,12 +52,12 @@ def largest_micro_batch(
     return size, notices
 
 
-def _fits(network: nn.Module, images: Tensor, condition: Condition, size: int) -> bool:
+def _fits(network: nn.Module, ask: Callable[[nn.Module, Examples], Tensor], examples: Examples, size: int) -> bool:
+    images = examples.x0
     rows = torch.arange(size, device=images.device) % len(images)
     try:
         ballast = [torch.empty_like(p) for p in network.parameters() for _ in range(_MOMENTS)]
-        time = torch.ones(size, device=images.device)
-        network(images[rows], time, condition.rows(rows)).square().mean().backward()
+        ask(network, Examples(images[rows], examples.condition.rows(rows))).square().mean().backward()
         del ballast
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)):

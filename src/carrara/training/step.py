@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.distributed import Processes, gather, gradients_joined, local, whole
-from carrara.objectives import Examples, Objective
+from carrara.objectives import Examples, Objective, Terms
 from carrara.process import Noise
 from carrara.recipe import Training
 from carrara.training.phases import Phases
@@ -57,6 +57,19 @@ class LossScale:
             self.value /= 2
         elif self.good_steps % self.PATIENCE == 0:
             self.value *= 2
+
+
+def rows_of(terms: Terms) -> dict[str, Tensor]:
+    """What is known of each sample, float64 [B] each: `loss`, `times` and `quarter` (NaN and -1 where there are none),
+    and `scalar NAME` for what the objective tells beside them."""
+    loss = terms.per_sample.detach()
+    row = {
+        "loss": loss,
+        "times": torch.full_like(loss, math.nan) if terms.times is None else terms.times,
+        "quarter": torch.full_like(loss, -1) if terms.quarter is None else terms.quarter,
+        **{f"scalar {key}": value.expand(len(loss)) for key, value in terms.scalars.items()},
+    }
+    return {key: value.to(loss.device, torch.float64) for key, value in row.items()}
 
 
 class Stepper:
@@ -130,15 +143,7 @@ class Stepper:
                 with autocast(self.training, self.processes.device):
                     terms = self.objective.terms(some, self.draws(self.seed, positions[part]), name)
                 (terms.per_sample.sum() * (scale / share)).backward()
-            size = len(some.x0)
-            blank = torch.full((size,), math.nan, dtype=torch.float64)
-            row = {
-                "loss": terms.per_sample.detach(),
-                "times": blank if terms.times is None else terms.times,
-                "quarter": torch.full((size,), -1) if terms.quarter is None else terms.quarter,
-                **{f"scalar {key}": value.expand(size) for key, value in terms.scalars.items()},
-            }
-            told.append({key: value.to(terms.per_sample.device, torch.float64) for key, value in row.items()})
+            told.append(rows_of(terms))
         return {key: torch.cat([row[key] for row in told]) for key in told[0]}
 
     def _take(self, name: str, player: nn.Module, rows: dict[str, Tensor], step: int) -> Outcome:
@@ -166,5 +171,5 @@ class Stepper:
             scale_fell = not math.isfinite(norm) and self.scale.value > 1
             self.scale.update(math.isfinite(norm))
         prefix = "scalar "
-        scalars = {k.removeprefix(prefix): float(v.mean()) for k, v in all_rows.items() if k.startswith(prefix)}
+        scalars = {k.removeprefix(prefix): v for k, v in all_rows.items() if k.startswith(prefix)}
         return Outcome(loss, all_rows["times"], all_rows["quarter"].long(), scalars, norm, scale_fell)

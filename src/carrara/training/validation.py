@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from carrara.codecs import Codec
-from carrara.conditioning import Labels
-from carrara.data import Batches
+from carrara.data import Batch, Batches
 from carrara.distributed import gather
-from carrara.objectives import DiffusionObjective
+from carrara.objectives import Examples, Objective
 from carrara.process import Noise
-from carrara.training.assembly import examples_of
-from carrara.training.progress import by_quarter, quarter_means
-from carrara.training.step import TRAINING_DRAWS
+from carrara.training.progress import Tally
+from carrara.training.step import TRAINING_DRAWS, rows_of
 
 VALIDATION_DRAWS = 2 * TRAINING_DRAWS
 """Draw numbers of validation start here."""
@@ -22,33 +20,38 @@ VALIDATION_DRAWS = 2 * TRAINING_DRAWS
 
 @torch.no_grad()
 def validate(
-    objective: DiffusionObjective,
-    held_out: Batches,
-    images: int,
-    codec: Codec,
-    labels: Labels | None,
-    device: torch.device,
+    objective: Objective, examples: Callable[[Batch, Noise], Examples], held_out: Batches, images: int
 ) -> dict[str, Any]:
-    """The mean loss over about `images` held-out images, whole batches of all processes.
+    """The first player's mean loss over about `images` held-out images, whole batches of all processes.
 
     Args:
-        objective: around the network that is judged, which this process holds whole.
+        objective: around modules that this process holds whole.
+        examples: what the objective takes of a batch.
         held_out: this process's part of the data.
         images: how many.
-        codec, labels: what the network works in and is told.
 
     Returns:
-        `loss`, `loss_by_quarter`, and of how many `images`.
+        Of the loss and of every figure that the objective tells for each sample: its mean by its name, and
+        `NAME_by_quarter` of the noise levels where there are any; and of how many `images`.
     """
-    rows = []
+    player, module = next(iter(objective.players.items()))
+    training = module.training
+    module.eval()
+    parts: list[dict[str, torch.Tensor]] = []
     for number in range(max(1, images // held_out.batch_size)):
         batch = held_out.at(number)
         draw = Noise(held_out.seed).rows(batch.positions).at(VALIDATION_DRAWS)
-        terms = objective.terms(examples_of(batch, codec, labels, draw, device), draw, "network")
-        assert terms.quarter is not None
-        pair = terms.per_sample.double(), terms.quarter.to(terms.per_sample.device, torch.float64)
-        rows.append(gather(torch.stack(pair, dim=1)).cpu())
-    loss, quarter = torch.cat(rows).unbind(1)
-    sums, counts = by_quarter(loss, quarter.long())
-    by_quarters = quarter_means(tuple(sums.tolist()), tuple(counts.tolist()))
-    return {"loss": float(loss.mean()), "loss_by_quarter": by_quarters, "images": len(loss)}
+        rows = rows_of(objective.terms(examples(batch, draw), draw, player))
+        table = gather(torch.stack(list(rows.values()), dim=1)).cpu()
+        parts.append(dict(zip(rows, table.unbind(1), strict=True)))
+    module.train(training)
+    told = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    quarter, _ = told.pop("quarter").long(), told.pop("times")
+    figures: dict[str, Any] = {}
+    for name, values in told.items():
+        tally = Tally()
+        tally.add(values, quarter)
+        name = name.removeprefix("scalar ")
+        figures[name] = tally.total
+        figures |= {f"{name}_by_quarter": tally.by_quarter} if any(tally.counts) else {}
+    return {**figures, "images": len(quarter)}

@@ -1,0 +1,138 @@
+"""A trained classifier with its schedule: what guides a diffusion model, or judges its samples."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carrara import weights
+from carrara.errors import UserError
+from carrara.networks import EncoderClassifier, EncoderClassifierParams
+from carrara.process import NoisyClassifier, Schedule, schedules
+
+
+@dataclass
+class Classifier:
+    """A classifier of images, saved with the schedule that it was trained for (Dhariwal & Nichol 2021, §4.1).
+
+    Attributes:
+        network: tells the logits of a noisy image at a time.
+        schedule: the noise levels that it was trained on.
+        names: the classes, in label order.
+        noisy: False for one that saw clean images only: it can judge samples, not guide.
+        origin: where the weights come from, for protocols.
+    """
+
+    network: EncoderClassifier
+    schedule: Schedule
+    names: tuple[str, ...]
+    noisy: bool = True
+    origin: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """An image's [C, H, W]."""
+        return (self.network.params.in_channels, *self.network.params.image_size)
+
+    @property
+    def clean_time(self) -> float:
+        """The time of an image without noise: 0, or where only noisy ones were seen the least noisy level."""
+        return self.schedule.first_time if self.noisy else 0.0
+
+    @property
+    def clean_network_time(self) -> float:
+        """`clean_time` as the network is told it."""
+        return float(self.schedule.network_time(self.clean_time))
+
+    def to(self, device: torch.device | str) -> Classifier:
+        """Move the weights; returns the classifier itself."""
+        self.network.to(device)
+        return self
+
+    def guide_of(self, schedule: Schedule, shape: tuple[int, ...], names: tuple[str, ...] | None) -> NoisyClassifier:
+        """The classifier as `classifier_guidance` takes it, for a diffusion model.
+
+        Args:
+            schedule: the diffusion model's.
+            shape: an image of it, [C, H, W].
+            names: its classes; None for a model that is told nothing.
+
+        Raises:
+            UserError: another schedule, size or set of classes than this classifier was trained for.
+        """
+        if not self.noisy:
+            raise UserError("this classifier saw clean images only: it can judge samples, but cannot guide.")
+        if self.schedule.spec != schedule.spec:
+            raise UserError(
+                f"the classifier was trained for the schedule {_words(self.schedule)}, the diffusion model for "
+                f"{_words(schedule)}: train a classifier with the model's schedule."
+            )
+        if self.shape != tuple(shape):
+            raise UserError(
+                f"the classifier reads images of {'×'.join(map(str, self.shape))}, the diffusion model makes "
+                f"{'×'.join(map(str, shape))}: train a classifier at that size."
+            )
+        if names is not None and len(names) != len(self.names):
+            raise UserError(
+                f"the classifier knows {len(self.names)} classes, the diffusion model {len(names)}: "
+                "train both on the same classes."
+            )
+        if names is not None and names != self.names and not _numbers(names) and not _numbers(self.names):
+            first = next(i for i, (own, other) in enumerate(zip(self.names, names, strict=True)) if own != other)
+            raise UserError(
+                f"class {first} is '{self.names[first]}' to the classifier and '{names[first]}' to the diffusion "
+                "model: train both on the same classes."
+            )
+        return NoisyClassifier(self.network, self.schedule)
+
+    @torch.no_grad()
+    def read(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """The likeliest class of clean images, float32 [N, C, H, W] in [-1, 1]; int64 [N]."""
+        ask, device = NoisyClassifier(self.network, self.schedule), next(self.network.parameters()).device
+        parts = [ask(part.to(device), self.clean_time).argmax(1).cpu() for part in images.split(batch_size)]
+        return torch.cat(parts)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `network.safetensors`, each whole or not at all."""
+        config: dict[str, Any] = {
+            "network": asdict(self.network.params),
+            "schedule": self.schedule.spec,
+            "names": list(self.names),
+            "noisy": self.noisy,
+            "origin": self.origin,
+        }
+        weights.save(folder, "classifier", config, {"network": self.network})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Classifier:
+        """A classifier from a run folder or its `model/` folder.
+
+        Raises:
+            UserError: a missing or cut file, something that is no classifier, weights that do not fit.
+        """
+        folder = weights.find(path)
+        config = weights.read_config(folder, "classifier")
+        try:
+            network = EncoderClassifier(EncoderClassifierParams(**config["network"]))
+            schedule = schedules.build(config["schedule"])
+            classifier = cls(network, schedule, tuple(config["names"]), config["noisy"], config["origin"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder / 'config.json'} does not describe a classifier: {error!r} is wrong or missing."
+            ) from None
+        weights.load_weights(network, folder / "network.safetensors")
+        network.eval()
+        return classifier.to(device)
+
+
+def _words(schedule: Schedule) -> str:
+    return ", ".join(f"{key} {value}" for key, value in schedule.spec.items())
+
+
+def _numbers(names: tuple[str, ...]) -> bool:
+    """Whether the classes have no names but their numbers."""
+    return all(name == str(index) for index, name in enumerate(names))

@@ -1,0 +1,80 @@
+"""Training a classifier of noisy images, for guidance, or of clean ones, as a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from carrara.classifier import Classifier
+from carrara.condition import Condition
+from carrara.data import Batch, Source
+from carrara.distributed import Processes
+from carrara.errors import UserError
+from carrara.networks import EncoderClassifier
+from carrara.objectives import ClassifierObjective, Examples
+from carrara.process import Noise, schedules
+from carrara.recipe import Recipe
+from carrara.training.assembly import make_times
+
+
+class ClassifierTask:
+    """A network that learns to tell the class of an image at every noise level of a schedule.
+
+    Raises:
+        UserError: data without classes, or a network that does not fit the images.
+    """
+
+    pictures = 0
+
+    def __init__(self, recipe: Recipe, source: Source, processes: Processes) -> None:
+        if source.class_names is None:
+            raise UserError(
+                f"a classifier learns from classes, but {source.name} has none: sort the images into one folder per "
+                "class."
+            )
+        self.recipe, self.device = recipe, processes.device
+        self.names = tuple(source.class_names)
+        self.schedule = schedules.build(recipe.schedule.spec())
+        torch.manual_seed(recipe.seed)
+        self.params = recipe.network_params(len(self.names))
+        self.modules: dict[str, nn.Module] = {"network": EncoderClassifier(self.params).to(self.device)}
+        self.summary: dict[str, Any] = {
+            "image": "×".join(map(str, (recipe.data.channels, *recipe.data.resolution))),
+            "classes": len(self.names),
+            "noise levels": recipe.objective.times.kind,
+        }
+
+    def objective(self, modules: Mapping[str, nn.Module]) -> ClassifierObjective:
+        """Cross-entropy at random noise levels."""
+        return ClassifierObjective(modules["network"], self.schedule, make_times(self.recipe, self.schedule))
+
+    def examples(self, batch: Batch, draw: Noise) -> Examples:
+        """The images and their classes."""
+        return Examples(batch.images.to(self.device), Condition(label=batch.label).to(self.device))
+
+    def blank(self) -> Examples:
+        """A gray image of the first class."""
+        image = torch.zeros(1, self.params.in_channels, *self.params.image_size, device=self.device)
+        return Examples(image, Condition(label=torch.zeros(1, dtype=torch.int64, device=self.device)))
+
+    def ask(self, module: nn.Module, examples: Examples) -> Tensor:
+        """The logits at time 1."""
+        logits: Tensor = module(examples.x0, torch.ones(len(examples.x0), device=self.device))
+        return logits
+
+    def preview(self, module: nn.Module, rows: range) -> tuple[Tensor, dict[str, Any]]:
+        """A classifier makes no pictures.
+
+        Raises:
+            UserError: always; `pictures` is 0.
+        """
+        raise UserError("a classifier makes no pictures.")
+
+    def save(self, module: nn.Module, folder: Path, origin: str) -> None:
+        """The classifier with its schedule and classes."""
+        noisy = self.recipe.objective.times.kind != "clean"
+        Classifier(cast(EncoderClassifier, module), self.schedule, self.names, noisy, origin).save(folder)

@@ -1,0 +1,105 @@
+"""Training a diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from carrara.codecs import Codec, Identity
+from carrara.condition import Condition
+from carrara.data import Batch, Source
+from carrara.distributed import Processes
+from carrara.model import DiffusionModel
+from carrara.networks import UNet
+from carrara.objectives import DiffusionObjective, Examples, Weight
+from carrara.process import Noise, grids, schedules
+from carrara.process.bound import Chain
+from carrara.recipe import Recipe
+from carrara.training.assembly import labels_of, make_times
+
+
+class DiffusionTask:
+    """A network that learns to denoise, and the model around it.
+
+    Raises:
+        UserError: choices of the recipe that do not go together, or with the data.
+    """
+
+    def __init__(self, recipe: Recipe, source: Source, processes: Processes) -> None:
+        self.recipe, self.device = recipe, processes.device
+        self.labels = labels_of(recipe, source)
+        self.codec: Codec = Identity()
+        torch.manual_seed(recipe.seed)
+        network = UNet(recipe.network_params(len(self.labels.names) if self.labels else None)).to(self.device)
+        self.modules: dict[str, nn.Module] = {"network": network}
+        self.model = DiffusionModel(
+            network=network,
+            schedule=schedules.build(recipe.schedule.spec()),
+            shape=(recipe.data.channels, *recipe.data.resolution),
+            predicts=recipe.objective.predicts,
+            labels=self.labels,
+            levels=source.levels,
+            codec=self.codec,
+            sampling=recipe.sampling.model_dump(include={"solver", "steps", "spacing", "guidance"}),
+        )
+        self.model.grid(recipe.sampling.steps, recipe.sampling.spacing)
+        self.objective(self.modules)
+        self.pictures = recipe.sampling.count
+        self.summary: dict[str, Any] = {
+            "image": "×".join(map(str, self.model.shape)),
+            "classes": len(self.labels.names) if self.labels else 0,
+        }
+
+    def objective(self, modules: Mapping[str, nn.Module]) -> DiffusionObjective:
+        """The recipe's loss."""
+        choice, schedule, labels = self.recipe.objective, self.model.schedule, self.labels
+        chain = None
+        if choice.loss != "simple" and schedule.discrete:
+            grid = grids.trailing(schedule, int(schedule.final_time))
+            chain = Chain(schedule, grid, levels=self.model.levels)
+        return DiffusionObjective(
+            modules["network"],
+            schedule,
+            choice.predicts,
+            times=make_times(self.recipe, schedule),
+            null=labels.null() if labels and labels.dropout else None,
+            dropout=labels.dropout if labels else 0.0,
+            loss=choice.loss,
+            weight=Weight(**choice.weight.model_dump()),
+            learned_variance=bool(self.recipe.network.get("learned_variance", False)),
+            chain=chain,
+            vlb_weight=choice.vlb_weight,
+        )
+
+    def examples(self, batch: Batch, draw: Noise) -> Examples:
+        """The latents of a batch, and what the network is told of them."""
+        with torch.no_grad():
+            latents = self.codec.encode(batch.images.to(self.device)).sample(draw.at(draw.draw + 1))
+        return Examples(latents, (Condition(label=batch.label) if self.labels else Condition()).to(self.device))
+
+    def blank(self) -> Examples:
+        """The latent of nothing, of the first class."""
+        latent = torch.zeros(1, *self.codec.latent_shape(*self.model.shape), device=self.device)
+        return Examples(latent, (self.labels.condition([0]) if self.labels else Condition()).to(self.device))
+
+    def ask(self, module: nn.Module, examples: Examples) -> Tensor:
+        """What the network makes of latents at time 1."""
+        time = torch.ones(len(examples.x0), device=self.device)
+        answer: Tensor = module(examples.x0, time, examples.condition)
+        return answer
+
+    def preview(self, module: nn.Module, rows: range) -> tuple[Tensor, dict[str, Any]]:
+        """Samples, the classes in turn."""
+        labels = [row % len(self.labels.names) for row in rows] if self.labels else None
+        model, seed = replace(self.model, network=module), self.recipe.sampling.seed
+        samples = model.sample(labels, None if labels else len(rows), seed=seed, first=rows[0])
+        return samples.images, samples.protocol
+
+    def save(self, module: nn.Module, folder: Path, origin: str) -> None:
+        """The model around the network."""
+        replace(self.model, network=module, origin=origin).save(folder)

@@ -1,0 +1,3 @@
+"""The version, for whatever is saved or measured."""
+
+__version__ = "0.1.0"
