@@ -14,7 +14,8 @@ from carrara.errors import UserError
 Attend = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 """The attention seam: `attend(site, q, k, v) -> out`, asked by every attention layer instead of its own
 fused attention. `site` names the layer ("down.1.0.cross"); q is [B, heads, L, d], k and v [B, heads, M, d],
-the result [B, heads, L, d]."""
+the result [B, heads, L, d]. Where a `context_mask` is told, q and k come with one channel more, which carries it
+through any softmax(QKᵀ/√d), d being the width of q."""
 
 
 @dataclass(frozen=True)

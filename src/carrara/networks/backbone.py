@@ -1,4 +1,7 @@
-"""The encoder half of ADM's U-Net, shared by U-Net and noisy classifier (Dhariwal & Nichol 2021)."""
+"""The encoder half of ADM's and latent diffusion's U-Net, shared by U-Net and noisy classifier.
+
+Dhariwal & Nichol 2021; Rombach et al. 2022.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from carrara.condition import Attend, Condition
+from carrara.condition import Condition
 from carrara.errors import UserError, nearest
 from carrara.networks.layers import (
     Downsample,
@@ -20,6 +23,7 @@ from carrara.networks.layers import (
     count_heads,
     sinusoidal_embedding,
 )
+from carrara.networks.transformer import SpatialTransformer, TokenAttention
 
 
 def check_slots(condition: Condition, takes: Mapping[str, int]) -> None:
@@ -33,14 +37,26 @@ def check_slots(condition: Condition, takes: Mapping[str, int]) -> None:
         UserError: a slot is missing, or filled for nothing, or of another width.
     """
     filled = condition.tensors()
+    mask = filled.pop("context_mask", None)
     for slot in filled:
         if not takes.get(slot):
             raise UserError(f"this network takes no {slot}: leave that slot of the condition empty.")
     for slot, width in takes.items():
         if width and slot not in filled:
             raise UserError(f"this network needs the condition's {slot}.")
-        if slot != "label" and width and filled[slot].shape[1] != width:
-            raise UserError(f"the condition's {slot} has {filled[slot].shape[1]} channels: the network takes {width}.")
+        if slot == "label" or not width:
+            continue
+        if slot == "context" and filled[slot].ndim != 3:
+            raise UserError(f"the condition's context is of shape {tuple(filled[slot].shape)}: it must be [B, L, D].")
+        found = filled[slot].shape[-1 if slot == "context" else 1]
+        if found != width:
+            raise UserError(f"the condition's {slot} has {found} channels: the network takes {width}.")
+    if mask is not None and ("context" not in filled or mask.shape != filled["context"].shape[:2]):
+        raise UserError(
+            f"the condition's context_mask of shape {tuple(mask.shape)} fits no context: it must be [B, L]."
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        raise UserError(f"the condition's context_mask holds {mask.dtype}: True and False are expected.")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -62,7 +78,8 @@ class BackboneParams:
         in_channels: channels of x.
         channels: width of the first level, before `channel_mult`.
         channel_mult: width of each level, in units of `channels`; all levels but the last end with a halving.
-        blocks_per_level: residual blocks on each level (the decoder of a U-Net has one more).
+        blocks_per_level: residual blocks on each level, one number for all or one for each (the decoder of a U-Net
+            has one more).
         attention: downsampling factors of the levels whose every block is followed by self-attention: (2, 4)
             are the 16×16 and 8×8 maps of a 32×32 image. The middle always attends.
         heads: attention heads; None leaves it to `head_channels`.
@@ -73,6 +90,14 @@ class BackboneParams:
         resampling: what changes the size: "residual" blocks (ADM), a "convolution" (Improved DDPM), or plain
             "pooling", that is averages on the way down and copies on the way up.
         dropout: probability, in each residual block.
+        transformer_depth: what attends: 0 is plain self-attention (ADM), n a spatial transformer of n blocks
+            (latent diffusion); one number for all levels or one for each, of which the last is the middle's too.
+        context_channels: width of `Condition.context`, which the transformers look at.
+        context_only: downsampling factors of the levels whose transformers never look at the map itself
+            (Stable Diffusion's up-sampler).
+        context_only_middle: the same of the middle.
+        projection: how the transformers' projections are laid out, "linear" or as 1×1-"convolution"; matters only
+            to checkpoints.
         norm_groups: groups of every group norm, or the largest divisor of the channels below that.
         checkpointing: compute each block again in the backward pass instead of storing it.
     """
@@ -81,7 +106,7 @@ class BackboneParams:
     in_channels: int = 3
     channels: int = 64
     channel_mult: tuple[float, ...] = (1, 2, 2)
-    blocks_per_level: int = 2
+    blocks_per_level: int | tuple[int, ...] = 2
     attention: tuple[int, ...] = (2, 4)
     heads: int | None = None
     head_channels: int | None = None
@@ -89,6 +114,11 @@ class BackboneParams:
     adaptive_norm: bool = True
     resampling: Literal["residual", "convolution", "pooling"] = "residual"
     dropout: float = 0.0
+    transformer_depth: int | tuple[int, ...] = 0
+    context_channels: int = 0
+    context_only: tuple[int, ...] = ()
+    context_only_middle: bool = False
+    projection: Literal["linear", "convolution"] = "linear"
     norm_groups: int = 32
     checkpointing: bool = False
 
@@ -99,7 +129,7 @@ class BackboneParams:
         self._check()
 
     def _check(self) -> None:
-        for name in ("in_channels", "channels", "blocks_per_level", "norm_groups", "heads", "head_channels"):
+        for name in ("in_channels", "channels", "norm_groups", "heads", "head_channels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"network.{name} is {value}: it must be at least 1.")
@@ -111,17 +141,36 @@ class BackboneParams:
             raise UserError(f"network.dropout is {self.dropout}: it must be at least 0 and below 1.")
         if self.heads is not None and self.head_channels is not None:
             raise UserError("network.heads and network.head_channels exclude each other: set one of them to null.")
+        for name, least in (("blocks_per_level", 1), ("transformer_depth", 0)):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(self.channel_mult):
+                raise UserError(
+                    f"network.{name} {value} must have one entry for each of {len(self.channel_mult)} levels."
+                )
+            if min(value if isinstance(value, tuple) else (value,)) < least:
+                raise UserError(f"network.{name} is {value}: it must be at least {least}.")
         check_choice("qkv_order", self.qkv_order, ("new", "legacy"))
+        check_choice("projection", self.projection, ("linear", "convolution"))
+        self._check_context()
         check_choice("resampling", self.resampling, ("residual", "convolution", "pooling"))
-        unknown = sorted(set(self.attention) - set(self.factors))
-        if unknown:
-            raise UserError(
-                f"network.attention holds {unknown}, but the levels of this network have the downsampling "
-                f"factors {list(self.factors)}."
-            )
+        for name in ("attention", "context_only"):
+            unknown = sorted(set(getattr(self, name)) - set(self.factors))
+            if unknown:
+                raise UserError(
+                    f"network.{name} holds {unknown}, but the levels of this network have the downsampling "
+                    f"factors {list(self.factors)}."
+                )
         self.check_size(*self.image_size)
         for width in self.attended_widths:
             count_heads(width, self.heads, self.head_channels)
+
+    def _check_context(self) -> None:
+        if self.context_channels < 0:
+            raise UserError(f"network.context_channels is {self.context_channels}: it must not be negative.")
+        if self.context_channels and not any(self.depths):
+            raise UserError("network.context_channels needs transformers: set network.transformer_depth to 1 or more.")
+        if (self.context_only or self.context_only_middle) and not self.context_channels:
+            raise UserError("network.context_only needs network.context_channels.")
 
     @property
     def dims(self) -> int:
@@ -137,6 +186,18 @@ class BackboneParams:
     def factors(self) -> tuple[int, ...]:
         """Downsampling factor of each level."""
         return tuple(2**level for level in range(len(self.channel_mult)))
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Residual blocks of each level."""
+        each = self.blocks_per_level
+        return each if isinstance(each, tuple) else (each,) * len(self.channel_mult)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Transformer blocks of each level's attention, 0 for plain self-attention; the last is the middle's too."""
+        each = self.transformer_depth
+        return each if isinstance(each, tuple) else (each,) * len(self.channel_mult)
 
     @property
     def attended_widths(self) -> tuple[int, ...]:
@@ -171,16 +232,16 @@ class BackboneParams:
 
 
 class Stage(nn.Module):
-    """A residual block, followed by self-attention at the levels that attend."""
+    """A residual block, followed by attention at the levels that attend."""
 
-    def __init__(self, block: ResidualBlock, attention: SelfAttention | None) -> None:
+    def __init__(self, block: ResidualBlock, attention: SelfAttention | SpatialTransformer | None) -> None:
         super().__init__()
         self.block = block
         self.attention = attention
 
-    def forward(self, x: Tensor, embedding: Tensor, attend: Attend | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
         h: Tensor = self.block(x, embedding)
-        return h if self.attention is None else self.attention(h, attend)
+        return h if self.attention is None else self.attention(h, condition)
 
 
 class Level(nn.Module):
@@ -193,16 +254,18 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, self-attention, residual block at the lowest resolution."""
+    """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, block_in: ResidualBlock, attention: SelfAttention, block_out: ResidualBlock) -> None:
+    def __init__(
+        self, block_in: ResidualBlock, attention: SelfAttention | SpatialTransformer, block_out: ResidualBlock
+    ) -> None:
         super().__init__()
         self.block_in = block_in
         self.attention = attention
         self.block_out = block_out
 
-    def forward(self, x: Tensor, embedding: Tensor, attend: Attend | None) -> Tensor:
-        h = self.attention(self.block_in(x, embedding), attend)
+    def forward(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
+        h = self.attention(self.block_in(x, embedding), condition)
         return self.block_out(h, embedding)  # type: ignore[no-any-return]
 
 
@@ -241,18 +304,45 @@ class Parts:
             checkpointing=p.checkpointing,
         )
 
-    def attention(self, site: str, channels: int, heads: int | None = None) -> SelfAttention:
-        """Self-attention; `heads` overrides the params' number."""
+    def attention(
+        self, site: str, channels: int, depth: int, heads: int | None = None, *, context_only: bool = False
+    ) -> SelfAttention | SpatialTransformer:
+        """Self-attention, or a transformer of `depth` blocks; `heads` overrides the params' number."""
         p = self.params
         count = count_heads(channels, heads if heads is not None else p.heads, p.head_channels)
-        return SelfAttention(
-            site, p.dims, channels, count, order=p.qkv_order, groups=p.norm_groups, checkpointing=p.checkpointing
+        if not depth:
+            return SelfAttention(
+                f"{site}.self",
+                p.dims,
+                channels,
+                count,
+                order=p.qkv_order,
+                groups=p.norm_groups,
+                checkpointing=p.checkpointing,
+            )
+        return SpatialTransformer(
+            site,
+            channels,
+            p.context_channels,
+            count,
+            depth=depth,
+            groups=p.norm_groups,
+            context_only=context_only,
+            checkpointing=p.checkpointing,
         )
 
     def stage(self, site: str, level: int, channels: int, out_channels: int, heads: int | None = None) -> Stage:
-        attends = self.params.factors[level] in self.params.attention
+        p, factor = self.params, self.params.factors[level]
         block = self.block(channels, out_channels)
-        return Stage(block, self.attention(f"{site}.self", out_channels, heads) if attends else None)
+        if factor not in p.attention:
+            return Stage(block, None)
+        only = factor in p.context_only
+        return Stage(block, self.attention(site, out_channels, p.depths[level], heads, context_only=only))
+
+    def middle(self, channels: int) -> Middle:
+        p = self.params
+        attention = self.attention("middle", channels, p.depths[-1], context_only=p.context_only_middle)
+        return Middle(self.block(channels, channels), attention, self.block(channels, channels))
 
     def resample(self, kind: type[Upsample | Downsample], channels: int) -> Upsample | Downsample | ResidualBlock:
         p = self.params
@@ -273,33 +363,31 @@ class Encoder(nn.Module):
         levels = []
         for level, out in enumerate(params.widths):
             stages = []
-            for index in range(params.blocks_per_level):
+            for index in range(params.blocks[level]):
                 stages.append(parts.stage(f"down.{level}.{index}", level, width, out))
                 width = out
             last = level == len(params.widths) - 1
             levels.append(Level(stages, None if last else parts.resample(Downsample, width)))
             self.skips += [width] * (len(stages) + (not last))
         self.levels = nn.ModuleList(levels)
-        self.middle = Middle(
-            parts.block(width, width), parts.attention("middle.self", width), parts.block(width, width)
-        )
+        self.middle = parts.middle(width)
 
-    def forward(self, x: Tensor, embedding: Tensor, attend: Attend | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, embedding: Tensor, condition: Condition) -> tuple[Tensor, list[Tensor]]:
         """x [B, C, *S] and the activated embedding [B, E]: the middle's output, and each map before."""
         h = self.stem(x.to(self.stem.weight.dtype))
         maps = [h]
         for level in self.levels:
             for stage in level.stages:  # type: ignore[union-attr]
-                h = stage(h, embedding, attend)
+                h = stage(h, embedding, condition)
                 maps.append(h)
             if level.resample is not None:
                 h = level.resample(h, embedding)  # type: ignore[operator]
                 maps.append(h)
-        return self.middle(h, embedding, attend), maps
+        return self.middle(h, embedding, condition), maps
 
 
 def cast_torso(network: nn.Module, dtype: torch.dtype) -> None:
-    """Turn the convolutions of encoder and decoder into `dtype`, in place.
+    """Turn the convolutions of encoder and decoder, and the linear maps of their transformers, into `dtype`, in place.
 
     Norms, embeddings and the output stay in float32: what guided-diffusion's `use_fp16` does.
     """
@@ -308,8 +396,12 @@ def cast_torso(network: nn.Module, dtype: torch.dtype) -> None:
         for module in [] if torso is None else torso.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 module.to(dtype)
+            if isinstance(module, SpatialTransformer):
+                for part in module.modules():
+                    if isinstance(part, nn.Linear):
+                        part.to(dtype)
 
 
 def attention_sites(network: nn.Module) -> tuple[str, ...]:
     """The names under which a network's attention layers ask the attention seam, in their order."""
-    return tuple(module.site for module in network.modules() if isinstance(module, SelfAttention))
+    return tuple(module.site for module in network.modules() if isinstance(module, SelfAttention | TokenAttention))

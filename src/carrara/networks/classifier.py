@@ -36,6 +36,8 @@ class EncoderClassifierParams(BackboneParams):
             raise UserError(f"a classifier takes images, but network.image_size is {self.image_size}.")
         if self.num_classes < 1:
             raise UserError(f"network.num_classes is {self.num_classes}: it must be at least 1.")
+        if self.context_channels:
+            raise UserError("a classifier is told no context: leave network.context_channels out.")
         check_choice("pool", self.pool, ("attention", "adaptive", "spatial", "spatial_v2"))
 
     def check_size(self, *size: int) -> None:
@@ -131,6 +133,6 @@ class EncoderClassifier(nn.Module):
         condition = condition or Condition()
         check_slots(condition, {})
         embedding = F.silu(self.time(network_time.reshape(-1).expand(len(x))))
-        h, maps = self.encoder(channels_last(x), embedding, condition.attend)
+        h, maps = self.encoder(channels_last(x), embedding, condition)
         logits: Tensor = self.pool([m.to(embedding.dtype) for m in (*maps, h)], condition.attend)
         return logits.to(x.dtype)

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from carrara.condition import Attend
+from carrara.condition import Attend, Condition
 from carrara.errors import UserError
 from carrara.networks.fused import NormSiLU, norm_silu
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _CONVOLUTION: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
@@ -87,7 +87,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(largest_divisor(channels, groups), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype in _HALF:
+        if x.dtype in HALF:
             return super().forward(x.float()).to(x.dtype)
         return super().forward(x)
 
@@ -100,7 +100,7 @@ def activated(norm: GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Te
         x: [B, C, *S].
         scale, shift: [B, C], what adaptive group norm is told.
     """
-    stored = torch.is_grad_enabled() and (x.device.type != "cpu" or x.dtype in _HALF)
+    stored = torch.is_grad_enabled() and (x.device.type != "cpu" or x.dtype in HALF)
     if stored or torch.compiler.is_compiling():
         # The layers as they are, for an accelerator's own kernels, for half types (which keep little), and for
         # the compiler, which fuses them itself.
@@ -114,7 +114,7 @@ def activated(norm: GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Te
         gain, offset = gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
     if torch.is_grad_enabled():
         return NormSiLU.apply(x, gain, offset, norm.num_groups, norm.eps)  # type: ignore[no-any-return]
-    precise = x.float() if x.dtype in _HALF else x
+    precise = x.float() if x.dtype in HALF else x
     return norm_silu(precise, gain.to(precise), offset.to(precise), norm.num_groups, norm.eps)[0].to(x.dtype)
 
 
@@ -231,7 +231,7 @@ def remembered(function: Callable[..., Tensor], *inputs: Any, forget: bool) -> T
     return function(*inputs)
 
 
-def attention(site: str, q: Tensor, k: Tensor, v: Tensor, attend: Attend | None) -> Tensor:
+def attention(site: str, q: Tensor, k: Tensor, v: Tensor, attend: Attend | None, mask: Tensor | None = None) -> Tensor:
     """softmax(QKᵀ/√d)·V, or what the attention seam makes of it: the one place where attention happens.
 
     Args:
@@ -240,13 +240,26 @@ def attention(site: str, q: Tensor, k: Tensor, v: Tensor, attend: Attend | None)
         k: [B, heads, M, d].
         v: [B, heads, M, d].
         attend: see `carrara.condition.Attend`.
+        mask: bool [B, M], True where k and v may be seen; None is everywhere.
 
     Returns:
         [B, heads, L, d].
     """
-    if attend is not None:
-        return attend(site, q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+    if attend is None:
+        hidden = None if mask is None else _hiding(mask, q, torch.finfo(q.dtype).min / 2)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, hidden)
+    if mask is not None:
+        # One channel more carries the mask to any listener that takes softmax(QKᵀ/√d).
+        width = q.shape[-1]
+        q = torch.cat([q * math.sqrt((width + 1) / width), torch.ones_like(q[..., :1])], dim=-1)
+        hidden = _hiding(mask, k, -1e4)[:, None, :, None].expand(*k.shape[:-1], 1)
+        k = torch.cat([k, hidden], dim=-1)
+    return attend(site, q, k, v)
+
+
+def _hiding(mask: Tensor, like: Tensor, low: float) -> Tensor:
+    """0 where the mask is True, a low and finite number elsewhere: a row that may see nothing gives no NaN."""
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask.to(like.device), low)
 
 
 def split_heads(qkv: Tensor, heads: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,8 +316,9 @@ class SelfAttention(nn.Module):
         self.qkv = convolution(dims, channels, 3 * channels, 1)
         self.out = zeroed(convolution(dims, channels, channels, 1))
 
-    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
-        """[B, C, *S] to [B, C, *S]."""
+    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        """[B, C, *S] to [B, C, *S], with the condition's attention seam."""
+        attend = None if condition is None else condition.attend
         return remembered(self._forward, x, attend, forget=self.checkpointing)
 
     def _forward(self, x: Tensor, attend: Attend | None) -> Tensor:

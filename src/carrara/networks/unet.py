@@ -1,6 +1,7 @@
-"""ADM's U-Net and its forerunners: DDPM, Improved DDPM, ADM, ADM's up-samplers.
+"""The U-Net of DDPM, Improved DDPM, ADM, ADM's up-samplers, latent diffusion and Stable Diffusion.
 
-Papers: Ho 2020 (DDPM), Nichol & Dhariwal 2021 (Improved DDPM), Dhariwal & Nichol 2021 (ADM).
+Papers: Ho 2020 (DDPM), Nichol & Dhariwal 2021 (Improved DDPM), Dhariwal & Nichol 2021 (ADM), Rombach et al. 2022
+(latent diffusion: with `transformer_depth` and `context_channels`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class UNetParams(BackboneParams):
         learned_variance: the output holds `out_channels` twice: prediction, then raw variance fraction.
         num_classes: the network is told a class, by an embedding of that many rows.
         null_label: one row more, for "no class": the label `num_classes` (classifier-free guidance).
-        vector_channels: width of `Condition.vector`, mapped linearly onto the embedding.
+        vector_channels: width of `Condition.vector`, mapped onto the embedding.
+        vector_layers: 1 is a linear map; 2 has a hidden layer with SiLU (Stable Diffusion's image embeddings).
         concat_channels: channels of `Condition.concat`, laid after those of x.
         upsample_concat: `Condition.concat` is smaller than x and is up-sampled bilinearly (super-resolution).
         up_heads: attention heads of the decoder, where they differ from `heads` (Improved DDPM).
@@ -45,6 +47,7 @@ class UNetParams(BackboneParams):
     num_classes: int | None = None
     null_label: bool = False
     vector_channels: int = 0
+    vector_layers: int = 1
     concat_channels: int = 0
     upsample_concat: bool = False
     up_heads: int | None = None
@@ -58,6 +61,8 @@ class UNetParams(BackboneParams):
         for name in ("vector_channels", "concat_channels"):
             if getattr(self, name) < 0:
                 raise UserError(f"network.{name} is {getattr(self, name)}: it must not be negative.")
+        if self.vector_layers not in (1, 2):
+            raise UserError(f"network.vector_layers is {self.vector_layers}: 1 and 2 are possible.")
         if self.null_label and self.num_classes is None:
             raise UserError("network.null_label needs network.num_classes.")
         if self.upsample_concat and not (self.concat_channels and self.dims == 2):
@@ -84,7 +89,7 @@ class UNetParams(BackboneParams):
 
 
 class UNet(nn.Module):
-    """ADM's U-Net: `raw = network(x, network_time, condition)`.
+    """`raw = network(x, network_time, condition)`.
 
     The last convolution of every residual branch, and of the network, starts at zero.
     """
@@ -95,14 +100,14 @@ class UNet(nn.Module):
         parts = Parts(params)
         self.time = TimeEmbedding(params.channels, params.embedding)
         self.label = nn.Embedding(params.labels, params.embedding) if params.labels else None
-        self.vector = nn.Linear(params.vector_channels, params.embedding) if params.vector_channels else None
+        self.vector = _vector_map(params) if params.vector_channels else None
         self.encoder = Encoder(params, params.in_channels + params.concat_channels)
         skips = list(self.encoder.skips)
         width = params.widths[-1]
         levels = []
         for level, out in reversed(list(enumerate(params.widths))):
             stages = []
-            for index in range(params.blocks_per_level + 1):
+            for index in range(params.blocks[level] + 1):
                 stages.append(parts.stage(f"up.{level}.{index}", level, width + skips.pop(), out, params.up_heads))
                 width = out
             levels.append(Level(stages, parts.resample(Upsample, width) if level else None))
@@ -130,7 +135,7 @@ class UNet(nn.Module):
         """Args:
             x: float [B, C, H, W], the noisy images or latents.
             network_time: float [B] (or one for all), the time as the network was trained to be told it.
-            condition: `label`, `vector`, `concat` as the params say, and `attend`.
+            condition: `label`, `vector`, `concat`, `context` (and `context_mask`) as the params say, and `attend`.
 
         Returns:
             The raw output, [B, raw_channels, H, W] in x's type.
@@ -142,10 +147,10 @@ class UNet(nn.Module):
         condition = (condition or Condition()).batch(len(x))
         self._check(condition)
         embedding = F.silu(self._embedding(network_time.reshape(-1).expand(len(x)), condition))
-        h, maps = self.encoder(self._input(x, condition), embedding, condition.attend)
+        h, maps = self.encoder(self._input(x, condition), embedding, condition)
         for level in self.decoder:
             for stage in level.stages:  # type: ignore[union-attr]
-                h = stage(torch.cat([h, maps.pop()], dim=1), embedding, condition.attend)
+                h = stage(torch.cat([h, maps.pop()], dim=1), embedding, condition)
             if level.resample is not None:
                 h = level.resample(h, embedding)  # type: ignore[operator]
         raw: Tensor = self.out(activated(self.norm, h.to(self.out.weight.dtype)))
@@ -172,9 +177,16 @@ class UNet(nn.Module):
     def _check(self, condition: Condition) -> None:
         p = self.params
         takes = {"label": p.labels, "vector": p.vector_channels, "concat": p.concat_channels}
-        check_slots(condition, takes)
+        check_slots(condition, takes | {"context": p.context_channels})
         if p.num_classes is not None and condition.label is not None:
             check_labels(condition.label, p.num_classes, p.null_label)
+
+
+def _vector_map(params: UNetParams) -> nn.Linear | nn.Sequential:
+    first = nn.Linear(params.vector_channels, params.embedding)
+    if params.vector_layers == 1:
+        return first
+    return nn.Sequential(first, nn.SiLU(), nn.Linear(params.embedding, params.embedding))
 
 
 def check_labels(label: Tensor, num_classes: int, null_label: bool) -> None:
