@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import carrara
 from carrara import images as pictures
 from carrara import weights
+from carrara.classifier import Classifier
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import Labels
 from carrara.errors import UserError, nearest
-from carrara.guidance import classifier_free, static_threshold
+from carrara.guidance import classifier_free, classifier_guidance, static_threshold
 from carrara.networks import UNet, UNetParams
 from carrara.process import Denoiser, Grid, NetworkDenoiser, Noise, Predicts, Schedule, grids, schedules
 from carrara.solvers import DDIM, Solver, Step, integrate, named
+from carrara.version import __version__
+
+_DEFAULTS: dict[str, Any] = {"solver": "dpm++2m", "steps": 20, "spacing": "trailing", "guidance": 1.0}
 
 CODECS: dict[str, Callable[[], Codec]] = {"identity": Identity}
 
@@ -121,6 +124,10 @@ class DiffusionModel:
         steps: int | None = None,
         solver: str | Solver | None = None,
         guidance: float | None = None,
+        rescale: float = 0.0,
+        classifier: Classifier | None = None,
+        classifier_scale: float = 1.0,
+        small: Tensor | None = None,
         seed: int = 0,
         eta: float | None = None,
         spacing: str | None = None,
@@ -132,11 +139,17 @@ class DiffusionModel:
         """Make pictures. Picture k has seed `seed`, row `first + k`, whatever the batch size.
 
         Args:
-            labels: the class of every picture, as numbers or names; needed by a class-conditional model.
+            labels: the class of every picture, as numbers or names; needed by a class-conditional model, and by a
+                classifier.
             count: how many pictures, where there are no labels (1 by default).
             steps: pairs of the grid, 1..T.
             solver: a word of `carrara.solvers.SOLVERS`, or a solver.
-            guidance: classifier-free scale; 1 is the plain conditional model and costs one pass.
+            guidance: classifier-free scale; 1 is the plain conditional model and costs one pass, 0 the model that is
+                told nothing.
+            rescale: φ in 0..1, how much of the plain prediction's spread the guided one is given back.
+            classifier: of noisy images, trained for this model's schedule and size, that leads to the labels.
+            classifier_scale: its w; 0 asks it nothing.
+            small: what an up-sampler enlarges, float32 [N, C, h, w] in [-1, 1].
             seed: of all noise.
             eta: DDIM's η, 0..1.
             spacing: "trailing", "leading", "linspace", "quadratic", "karras" or "log_snr".
@@ -149,34 +162,37 @@ class DiffusionModel:
             Samples, whose images are float32 [N, C, H, W] in [-1, 1].
 
         Raises:
-            UserError: a label out of range, guidance of a model that knows no null condition, steps outside 1..T.
+            UserError: a label out of range, guidance of a model that knows no null condition, a classifier of another
+                schedule, size or classes, steps outside 1..T.
         """
-        choices: dict[str, Any] = {
-            "solver": "dpm++2m",
-            "steps": 20,
-            "spacing": "trailing",
-            "guidance": 1.0,
-        } | self.sampling
         given = {"solver": solver, "steps": steps, "spacing": spacing, "guidance": guidance}
-        choices |= {key: value for key, value in given.items() if value is not None}
-        method = _solver(choices["solver"], eta)
-        scale = float(choices["guidance"])
-        denoiser = self._guided(scale)
+        choices = _DEFAULTS | self.sampling | {key: value for key, value in given.items() if value is not None}
+        method, scale = _solver(choices["solver"], eta), float(choices["guidance"])
         grid = self.grid(int(choices["steps"]), choices["spacing"])
-        condition, indices, total = self._told(labels, count, start)
-        noise = Noise(seed)
-        parts = []
+        denoiser = self._guided(scale, rescale)
+        judge = None
+        if classifier is not None:
+            names = self.labels.names if self.labels else None
+            judge = classifier.to(self.device).guide_of(self.schedule, self.shape, names)
+        condition, asked, total = self._told(labels, count, classifier, small if small is not None else start)
+        condition = self._enlarging(condition, small)
+        noise, parts = Noise(seed), []
         was_training = self.network.training
         self.network.eval()
         try:
             with torch.no_grad():
                 for low in range(0, total, batch_size):
-                    rows = range(first + low, first + min(low + batch_size, total))
-                    own = noise.rows(rows)
-                    x = self._begin(grid, own, len(rows)) if start is None else start[low : low + len(rows)]
-                    part = condition.rows(slice(low, low + len(rows))).to(self.device)
+                    part = slice(low, min(low + batch_size, total))
+                    own = noise.rows(range(first + part.start, first + part.stop))
+                    x = self._begin(grid, own, part.stop - low) if start is None else start[part]
                     x = x.to(device=self.device, dtype=torch.float32)
-                    for step in integrate(denoiser, self.schedule, method, grid, x, part, own):
+                    guided = denoiser
+                    if judge is not None and asked is not None:
+                        guided = classifier_guidance(judge, classifier_scale, asked[part].to(x.device), "mean")(
+                            denoiser
+                        )
+                    told = condition.rows(part).to(self.device)
+                    for step in integrate(guided, self.schedule, method, grid, x, told, own):
                         if on_step is not None:
                             on_step(step, low)
                     parts.append(step.x)
@@ -185,7 +201,7 @@ class DiffusionModel:
         finally:
             self.network.train(was_training)
         protocol = {
-            "carrara": carrara.__version__,
+            "carrara": __version__,
             "weights": self.origin,
             "solver": repr(method),
             "steps": len(grid),
@@ -194,44 +210,78 @@ class DiffusionModel:
             "seed": seed,
             "first": first,
         }
+        if rescale:
+            protocol["rescale"] = rescale
+        if classifier is not None:
+            protocol |= {"classifier": classifier.origin, "classifier_scale": classifier_scale}
+        indices = None if asked is None else asked.tolist()
         return Samples(decoded.float().clamp(-1, 1).cpu(), latents.cpu(), indices, protocol)
 
-    def _guided(self, scale: float) -> Denoiser:
-        """network → classifier-free → threshold: the documented order (MATH §6)."""
+    def _guided(self, scale: float, rescale: float) -> Denoiser:
+        """network → classifier-free → threshold: the documented order (MATH §6); a classifier comes last."""
         denoiser = self.denoiser()
         if scale != 1:
             if self.labels is None:
                 raise UserError(
                     f"guidance {scale:g} needs a conditional model, this one is told nothing: use guidance 1."
                 )
-            denoiser = classifier_free(scale=scale, null=self.labels.null())(denoiser)
+            denoiser = classifier_free(scale=scale, null=self.labels.null(), rescale=rescale)(denoiser)
+        elif rescale:
+            raise UserError(f"a guidance rescale of {rescale:g} changes what guidance did: give a guidance beside 1.")
         return static_threshold()(denoiser) if self.codec.pixels else denoiser
 
     def _told(
-        self, labels: Sequence[int | str] | Tensor | None, count: int | None, start: Tensor | None
-    ) -> tuple[Condition, list[int] | None, int]:
-        """The condition, the labels as numbers, and how many pictures were asked for."""
-        if self.labels is None:
+        self,
+        labels: Sequence[int | str] | Tensor | None,
+        count: int | None,
+        classifier: Classifier | None,
+        rows: Tensor | None,
+    ) -> tuple[Condition, Tensor | None, int]:
+        """What the network is told, the labels as numbers (for it, or for the classifier alone), and how many pictures
+        were asked for.
+
+        Args:
+            rows: something given for each picture, from which their number follows where nothing else says it.
+        """
+        known = self.labels or (Labels(classifier.names) if classifier else None)
+        condition, asked = Condition(), None
+        if known is None:
             if labels is not None:
                 raise UserError("this model was trained without labels: leave them out and give count.")
-            total = count if count is not None else (1 if start is None else len(start))
-            condition, indices = Condition(), None
+            total = count if count is not None else (1 if rows is None else len(rows))
         else:
             if labels is None:
-                raise UserError(
-                    f"this model is told a class: give labels, 0..{len(self.labels.names) - 1} or their names."
-                )
-            condition = self.labels.condition(labels)
-            assert condition.label is not None
-            indices = [int(i) for i in condition.label]
-            total = len(indices)
+                who = "this model is told a class" if self.labels else "a classifier leads to a class"
+                raise UserError(f"{who}: give labels, 0..{len(known.names) - 1} or their names.")
+            told = known.condition(labels)
+            asked = told.label
+            assert asked is not None
+            condition = told if self.labels else condition
+            total = len(asked)
             if count is not None and count != total:
                 raise UserError(f"{total} labels were given for a count of {count}: give one label for each picture.")
         if total < 1:
             raise UserError("at least one picture must be asked for.")
-        if start is not None and len(start) != total:
-            raise UserError(f"{len(start)} starting noises were given for {total} pictures.")
-        return condition, indices, total
+        if rows is not None and len(rows) != total:
+            raise UserError(f"{len(rows)} starting noises or small images were given for {total} pictures.")
+        return condition, asked, total
+
+    def _enlarging(self, condition: Condition, small: Tensor | None) -> Condition:
+        """The condition with the small images of an up-sampler."""
+        params = getattr(self.network, "params", None)
+        channels = getattr(params, "concat_channels", 0) if getattr(params, "upsample_concat", False) else 0
+        if not channels and small is None:
+            return condition
+        if small is None:
+            raise UserError("this model is an up-sampler: give it the small images, or use it after a base model.")
+        if not channels:
+            raise UserError("this model is no up-sampler: it takes no small images.")
+        if small.ndim != 4 or small.shape[1] != channels or any(self.shape[1 + i] % small.shape[2 + i] for i in (0, 1)):
+            raise UserError(
+                f"this up-sampler makes images of {'×'.join(map(str, self.shape))} from smaller ones of {channels} "
+                f"channels whose sides divide its own, not from {'×'.join(map(str, small.shape[1:]))}."
+            )
+        return replace(condition, concat=small.to(torch.float32))
 
     def _begin(self, grid: Grid, noise: Noise, count: int) -> Tensor:
         """Pure noise at the grid's first time, s(t)·ε, float32 [count, C', H', W']."""

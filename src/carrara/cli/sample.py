@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from carrara.solvers import Step
 
 
@@ -41,6 +43,21 @@ def sample(
         float | None,
         typer.Option("--guidance", "--guidance_scale", help="Classifier-free scale; 1 is the plain model."),
     ] = None,
+    rescale: Annotated[
+        float, typer.Option("--rescale", "--guidance_rescale", help="φ, 0..1: the plain model's contrast given back.")
+    ] = 0.0,
+    classifier: Annotated[
+        Path | None, typer.Option("--classifier", help="A noisy classifier's run or folder, to lead to the labels.")
+    ] = None,
+    classifier_scale: Annotated[
+        float | None, typer.Option("--classifier-scale", "--classifier_scale", help="Its scale; 1 unless said.")
+    ] = None,
+    upsampler: Annotated[
+        Path | None, typer.Option("--upsampler", help="An up-sampler that enlarges what MODEL makes.")
+    ] = None,
+    upsampler_steps: Annotated[
+        int | None, typer.Option("--upsampler-steps", help="Solver steps of the up-sampler.")
+    ] = None,
     eta: Annotated[float | None, typer.Option("--eta", help="DDIM's η, 0..1.")] = None,
     spacing: Annotated[
         str | None,
@@ -53,27 +70,41 @@ def sample(
     """Make pictures: PNG files with their recipe inside, a grid, and samples.npz."""
     import json
 
+    from carrara.classifier import Classifier
     from carrara.cli.console import console, progress_bar
     from carrara.errors import UserError
     from carrara.model import DiffusionModel
 
+    for scale, source, name in (
+        (classifier_scale, classifier, "--classifier-scale"),
+        (upsampler_steps, upsampler, "--upsampler-steps"),
+    ):
+        if scale is not None and source is None:
+            raise UserError(f"{name} is given, but {name.rsplit('-', 1)[0]} is not: add it, or leave this out.")
     diffusion = DiffusionModel.load(model)
+    enlarging = DiffusionModel.load(upsampler) if upsampler else None
+    leading = Classifier.load(classifier) if classifier else None
+    known = diffusion.labels.names if diffusion.labels else leading.names if leading else None
     labels: list[str | int] | None = list(label) if label else None
-    if diffusion.labels is not None:
-        labels = labels or list(range(len(diffusion.labels.names)))
+    if known is not None:
+        labels = labels or list(range(len(known)))
         wanted = count if count is not None else (len(labels) if label else max(16, len(labels)))
         labels = [labels[i % len(labels)] for i in range(wanted)]
-    total = len(labels) if labels is not None and diffusion.labels is not None else (16 if count is None else count)
+    total = len(labels) if labels is not None and known is not None else (16 if count is None else count)
     if total < 1:
         raise UserError("--count must be at least 1.")
     folder = out or model / f"samples-seed{seed}"
     with progress_bar() as bar:
-        task = bar.add_task("sampling", total=total, note="")
         bar.disable = json_output
 
-        def on_step(step: Step, low: int) -> None:
-            done = low + min(batch_size, total - low) * (step.index + 1) / step.total
-            bar.update(task, completed=round(done), note=f"t = {step.time:g}")
+        def reports(name: str) -> Callable[[Step, int], None]:
+            task = bar.add_task(name, total=total, note="")
+
+            def on_step(step: Step, low: int) -> None:
+                done = low + min(batch_size, total - low) * (step.index + 1) / step.total
+                bar.update(task, completed=round(done), note=f"t = {step.time:g}")
+
+            return on_step
 
         samples = diffusion.sample(
             labels,
@@ -81,12 +112,26 @@ def sample(
             steps=steps,
             solver=solver,
             guidance=guidance,
+            rescale=rescale,
+            classifier=leading,
+            classifier_scale=1.0 if classifier_scale is None else classifier_scale,
             seed=seed,
             eta=eta,
             spacing=spacing,
             batch_size=batch_size,
-            on_step=on_step,
+            on_step=reports("sampling"),
         )
+        if enlarging is not None:
+            samples.save(folder / "base")
+            samples = enlarging.sample(
+                labels if enlarging.labels else None,
+                total,
+                small=samples.images,
+                steps=upsampler_steps,
+                seed=seed,
+                batch_size=batch_size,
+                on_step=reports("enlarging"),
+            )
     samples.save(folder)
     if json_output:
         print(json.dumps({"folder": str(folder), "count": total, "labels": samples.labels, **samples.protocol}))

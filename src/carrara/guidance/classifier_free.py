@@ -63,8 +63,10 @@ def check_scale(scale: float) -> None:
 
 
 def null_at(null: Null, t: Time, condition: Condition) -> Condition:
-    """The null condition at time t, on the condition's device and with its attention seam."""
+    """The null condition at time t, on the condition's device and with its attention seam; what lies beside x (the
+    small image of an up-sampler) is there either way."""
     nothing = null(t) if callable(null) else null
     for tensor in condition.tensors().values():
         nothing = nothing.to(tensor.device)
-    return replace(nothing, attend=condition.attend)
+    concat = condition.concat if nothing.concat is None else nothing.concat
+    return replace(nothing, attend=condition.attend, concat=concat)
