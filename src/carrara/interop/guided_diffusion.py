@@ -9,21 +9,19 @@ then name the smallest size that the network can take).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from carrara.errors import UserError, nearest
+from carrara.interop.unet_keys import Network, keys, shaped
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
-from carrara.networks.backbone import BackboneParams, Level, Stage, cast_torso
-from carrara.networks.classifier import AdaptivePool, AttentionPool, SpatialPool
-from carrara.networks.layers import Downsample, ResidualBlock, SelfAttention, Upsample
+from carrara.networks.backbone import BackboneParams, cast_torso
 
 StateDict = Mapping[str, Tensor]
-Network = UNet | EncoderClassifier
 Shapes = dict[str, tuple[int, ...]]
 AnyNetwork = TypeVar("AnyNetwork", UNet, EncoderClassifier)
 
@@ -83,7 +81,7 @@ def state_dict(network: Network) -> dict[str, Tensor]:
     """
     _check_exportable(network.params)
     ours = network.state_dict()
-    return {theirs: _to_theirs(ours[mine], axes) for theirs, mine, axes in _keys(network)}
+    return {theirs: shaped(ours[mine], axes) for theirs, mine, axes in keys(network)}
 
 
 def load(
@@ -116,22 +114,22 @@ def to_ours(checkpoint: StateDict, network: Network) -> dict[str, Tensor]:
         UserError: a key is missing, unexpected or of another shape; the first one is named.
     """
     theirs = strip_prefixes(checkpoint)
-    keys = list(_keys(network))
+    known = list(keys(network))
     expected = network.state_dict()
-    for key, mine, axes in keys:
+    for key, mine, axes in known:
         if key not in theirs:
             raise UserError(f"the checkpoint lacks '{key}', which a network of these arguments has.")
-        shape = tuple(_to_theirs(expected[mine], axes).shape)
+        shape = tuple(shaped(expected[mine], axes).shape)
         if tuple(theirs[key].shape) != shape:
             raise UserError(
                 f"the checkpoint's '{key}' has the shape {tuple(theirs[key].shape)}, "
                 f"a network of these arguments {shape}."
             )
-    known = {key for key, _, _ in keys}
+    names = {key for key, _, _ in known}
     for key in theirs:
-        if key not in known:
+        if key not in names:
             raise UserError(f"the checkpoint holds '{key}', which a network of these arguments does not have.")
-    return {mine: theirs[key].reshape(expected[mine].shape) for key, mine, _ in keys}
+    return {mine: theirs[key].reshape(expected[mine].shape) for key, mine, _ in known}
 
 
 def strip_prefixes(checkpoint: StateDict) -> dict[str, Tensor]:
@@ -316,7 +314,7 @@ def difference(found: Shapes, expected: Shapes) -> str:
 def shapes(network: Network) -> Shapes:
     """The shapes of the network's weights under the original's keys (the network may be on the meta device)."""
     ours = network.state_dict()
-    return {theirs: tuple(_to_theirs(ours[mine], axes).shape) for theirs, mine, axes in _keys(network)}
+    return {theirs: tuple(shaped(ours[mine], axes).shape) for theirs, mine, axes in keys(network)}
 
 
 def constructor_arguments(params: UNetParams | EncoderClassifierParams) -> dict[str, Any]:
@@ -363,6 +361,8 @@ def _check_exportable(params: BackboneParams) -> None:
         unknown = "group norms of other than 32 groups"
     elif params.heads is None and params.head_channels is None:
         unknown = "heads of varying width"
+    elif any(params.depths):
+        unknown = "transformer"
     elif isinstance(params, UNetParams):
         if params.vector_channels:
             unknown = "a condition vector"
@@ -370,89 +370,3 @@ def _check_exportable(params: BackboneParams) -> None:
             unknown = "a concatenated condition of the image's size"
     if unknown:
         raise UserError(f"guided-diffusion knows no {unknown}, so this network cannot be written in its layout.")
-
-
-# Keys
-
-
-def _keys(network: Network) -> Iterator[tuple[str, str, int]]:
-    """Every parameter as (their key, our key, axes): `axes` counts the axes of their weight where it has another
-    number of axes of size 1 at its end, as the linear maps of tokens do; 0 elsewhere."""
-    for theirs, mine, axes in _leaves(network):
-        for name, _ in network.get_submodule(mine).named_parameters(recurse=False):
-            yield f"{theirs}.{name}", f"{mine}.{name}", axes if name == "weight" else 0
-    if isinstance(network, EncoderClassifier) and isinstance(network.pool, AttentionPool):
-        yield "out.2.positional_embedding", "pool.positions", 0
-
-
-def _leaves(network: Network) -> Iterator[tuple[str, str, int]]:
-    """(their module, our module, axes) for every innermost module that holds weights."""
-    for theirs, mine in _places(network):
-        for part, name, axes in _parts(network.get_submodule(mine)):
-            yield ".".join(filter(None, (theirs, name))), ".".join(filter(None, (mine, part))), axes
-
-
-def _places(network: Network) -> Iterator[tuple[str, str]]:
-    """(their module, our module) for every layer."""
-    yield "time_embed.0", "time.hidden"
-    yield "time_embed.2", "time.out"
-    yield "input_blocks.0.0", "encoder.stem"
-    yield from _levels("input_blocks", 1, "encoder.levels", network.encoder.levels)
-    for index, part in enumerate(("block_in", "attention", "block_out")):
-        yield f"middle_block.{index}", f"encoder.middle.{part}"
-    if isinstance(network, EncoderClassifier):
-        yield "out", "pool"
-        return
-    if network.label is not None:
-        yield "label_emb", "label"
-    yield from _levels("output_blocks", 0, "decoder", network.decoder)
-    yield "out.0", "norm"
-    yield "out.2", "out"
-
-
-def _levels(theirs: str, start: int, mine: str, levels: nn.ModuleList) -> Iterator[tuple[str, str]]:
-    """Their blocks are numbered through all levels. On the way down a change of size is a block of its own, on the
-    way up it is the last layer of the level's last block."""
-    block = start
-    for number, level in enumerate(cast("Iterable[Level]", levels)):
-        layers = 0
-        for index, stage in enumerate(cast("Iterable[Stage]", level.stages)):
-            layers = 1 if stage.attention is None else 2
-            for layer, part in enumerate(("block", "attention")[:layers]):
-                yield f"{theirs}.{block}.{layer}", f"{mine}.{number}.stages.{index}.{part}"
-            block += 1
-        if level.resample is not None:
-            down = theirs == "input_blocks"
-            yield f"{theirs}.{block}.0" if down else f"{theirs}.{block - 1}.{layers}", f"{mine}.{number}.resample"
-            block += down
-
-
-def _parts(module: nn.Module) -> tuple[tuple[str, str, int], ...]:
-    """(our name, their name, axes) for what is inside a layer; names are empty for the layer itself."""
-    if isinstance(module, ResidualBlock):
-        return (
-            ("norm_in", "in_layers.0", 0),
-            ("conv_in", "in_layers.2", 0),
-            ("embed", "emb_layers.1", 0),
-            ("norm_out", "out_layers.0", 0),
-            ("conv_out", "out_layers.3", 0),
-            ("skip", "skip_connection", 0),
-        )
-    if isinstance(module, SelfAttention):
-        return ("norm", "norm", 0), ("qkv", "qkv", 3), ("out", "proj_out", 3)
-    if isinstance(module, Downsample):
-        return () if module.conv is None else (("conv", "op", 0),)
-    if isinstance(module, Upsample):
-        return () if module.conv is None else (("conv", "conv", 0),)
-    if isinstance(module, AttentionPool):
-        return ("norm", "0", 0), ("qkv", "2.qkv_proj", 3), ("out", "2.c_proj", 3)
-    if isinstance(module, AdaptivePool):
-        return ("norm", "0", 0), ("out", "3", 4)
-    if isinstance(module, SpatialPool):
-        hidden = ("hidden", "0", 0)
-        return (hidden, ("out", "2", 0)) if module.norm is None else (hidden, ("norm", "1", 0), ("out", "3", 0))
-    return (("", "", 0),)
-
-
-def _to_theirs(tensor: Tensor, axes: int) -> Tensor:
-    return tensor.reshape(*tensor.shape[:2], *[1] * (axes - 2)) if axes else tensor
