@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch import Tensor
 import carrara
 from carrara.evaluation import class_spread, class_spread_interval, frechet_distance, frechet_interval, memorisation
 from carrara.evaluation.bootstrap import mean_interval
+from carrara.evaluation.judge import SVC, svc
 from carrara.evaluation.plots import LineChart, Series, moving_average
 from carrara.evaluation.report import (
     Block,
@@ -75,17 +77,9 @@ class Findings:
         return {"carrara": carrara.__version__, "figures": rows, "solvers": curves, "nearest_of_16": nearest}
 
 
-def judge(data: Digits) -> Any:
-    """An independent judge that never saw a sample: scikit-learn's SVC(C=10) on the training digits' pixels."""
-    from sklearn.svm import SVC
-
-    return SVC(C=10).fit(data.train.flatten(1).numpy(), data.train_labels.numpy())
-
-
-def _read_as_asked(reader: Any, images: Tensor, labels: list[int]) -> Tensor:
+def _read_as_asked(judge: Callable[[Tensor], Tensor], images: Tensor, labels: list[int]) -> Tensor:
     """1.0 where the judge reads the digit that was asked for, float64 [N]."""
-    read = torch.from_numpy(reader.predict(images.flatten(1).numpy()))
-    return (read == torch.tensor(labels)).double()
+    return (judge(images) == torch.tensor(labels)).double()
 
 
 def measure(
@@ -114,10 +108,10 @@ def _protocol(samples: Any, seeds: int) -> str:
 
 
 def _accuracy(data: Digits, drawn: Drawn) -> list[Figure]:
-    reader = judge(data)
+    judge = svc(data.train, data.train_labels)
     figures = []
     for name, target, sets in (("guided", 99.0, drawn.guided), ("unguided", 96.0, drawn.unguided)):
-        hits = torch.cat([_read_as_asked(reader, s.images, s.labels or []) for s in sets])
+        hits = torch.cat([_read_as_asked(judge, s.images, s.labels or []) for s in sets])
         interval = mean_interval(hits)
         figures.append(
             Figure(
@@ -127,10 +121,10 @@ def _accuracy(data: Digits, drawn: Drawn) -> list[Figure]:
                 1,
                 (100 * interval.low, 100 * interval.high),
                 at_least=target,
-                protocol=f"judge SVC(C=10) on raw pixels of the training split; {_protocol(sets[0], len(sets))}",
+                protocol=f"judge {SVC} on raw pixels of the training split; {_protocol(sets[0], len(sets))}",
             )
         )
-    real = _read_as_asked(reader, data.held_out, data.held_out_labels.tolist())
+    real = _read_as_asked(judge, data.held_out, data.held_out_labels.tolist())
     figures.append(
         Figure(
             "Digits read rightly, held-out images",

@@ -2,261 +2,362 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-    from torch import Tensor
+    from collections.abc import Callable
 
-    from carrara.evaluation import Interval, Measurements
+    from rich.progress import Progress
+
+    from carrara.evaluation import Evaluation, Measurements, Pictures, Reference
     from carrara.evaluation.features import Features
-    from carrara.evaluation.protocol import Pictures, Reference, Size
+    from carrara.evaluation.pictures import Size
+    from carrara.evaluation.tables import Cell
     from carrara.model import DiffusionModel
 
-SAMPLING = {"steps", "solver", "guidance", "seed", "eta", "spacing", "batch_size"}
-COMPARING = {"comparison", "varied", "json_output"}
+Words = str | None
+Number = int | None
+Real = float | None
+
+Subject = Annotated[
+    Words, typer.Argument(metavar="MODEL|SAMPLES", help="A run folder, or images: a folder, npz, data set.")
+]
+Data = Annotated[Words, Option("--reference", help="Real images: a data set, folder, npz; or a statistics npz.")]
+DataSplit = Annotated[str, Option(help="Which part of the reference.")]
+Network = Annotated[str, Option(help="pixels, inception=FILE (FID with the 2015 weights), clip=FOLDER, dinov2=FOLDER.")]
+Checksum = Annotated[Words, Option(help="The SHA-256 of an Inception file that is not one of 2015's.")]
+Count = Annotated[
+    Number,
+    Option("--n", "-n", help="How many samples; by default all, of a model as many as real images, 10,000 at most."),
+]
+Split = Annotated[str, Option(help="Which part of SAMPLES.")]
+Resolution = Annotated[Words, Option(help="Bring images that are read to N or HxW.")]
+Channels = Annotated[Number, Option(help="Bring images that are read to 1, 3 or 4 channels.")]
+Resize = Annotated[str, Option(help="adm, bicubic, lanczos, box, nearest.")]
+Train = Annotated[Words, Option(help="Training images, for memorisation.")]
+TrainSplit = Annotated[str, Option(help="Which part of them.")]
+HeldOut = Annotated[Words, Option("--held-out", help="Images a model never saw: their bits per dimension.")]
+HeldOutSplit = Annotated[str, Option(help="Which part of them.")]
+HeldOutCount = Annotated[Number, Option("--held-out-n", help="How many of them; by default all.")]
+Variance = Annotated[Words, Option(help="Of the bound's reverse steps: small, large, learned.")]
+Originals = Annotated[
+    Words, Option(help="What SAMPLES should be, one by one; of a latent model, what its codec takes apart.")
+]
+OriginalsSplit = Annotated[str, Option(help="Which part of them.")]
+Captions = Annotated[
+    Path | None, Option(help="Lines that say what each of SAMPLES shows, for clip features; a data set has its own.")
+]
+Judge = Annotated[Words, Option(help="svc: learns the reference's classes, reads the samples'.")]
+PerClass = Annotated[bool, Option("--per-class", help="The figures of each class, too.")]
+Steps = Annotated[Number, Option("--steps", "--num_inference_steps", help="Solver steps.")]
+SolverWord = Annotated[Words, Option("--solver", help="ddpm, ddim, dpm++2m, …")]
+Guidance = Annotated[Real, Option("--guidance", "--guidance_scale", help="1: none.")]
+Eta = Annotated[Real, Option(help="DDIM's η, 0..1.")]
+Spacing = Annotated[Words, Option(help="trailing, leading, linspace, …")]
+Seed = Annotated[int, Option(help="Of the samples.")]
+BatchSize = Annotated[int, Option("--batch-size", help="Samples made at once.", min=1)]
+Device = Annotated[str, Option(help="cpu, cuda, …")]
+Compare = Annotated[
+    tuple[Path, Path] | None, Option("--compare", metavar="A.json B.json", help="Two --out files, nothing else.")
+]
+Varied = Annotated[list[str] | None, Option(help="What --compare may find different, e.g. sampling.steps. Repeatable.")]
+TableWord = Annotated[Words, Option(help="ddim, guidance or solvers: the model in many ways, into the folder --out.")]
+ReportFile = Annotated[
+    Path | None, Option("--report", help="Write one HTML page: samples, neighbours, classes, curves, tables.")
+]
+Tables = Annotated[list[Path] | None, Option(help="A folder that --table filled, for --report. Repeatable.")]
+Out = Annotated[Path | None, Option("--out", help="Write figures and protocols as JSON; of --table, the folder.")]
+Json = Annotated[bool, Option("--json", help="Print them as JSON.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user typed, by the names of `evaluate`."""
+
+    subject: str | None
+    reference: str | None
+    reference_split: str
+    features: str
+    checksum: str | None
+    n: int | None
+    split: str
+    resolution: str | None
+    channels: int | None
+    resize: str
+    train: str | None
+    train_split: str
+    held_out: str | None
+    held_out_split: str
+    held_out_n: int | None
+    variance: str | None
+    originals: str | None
+    originals_split: str
+    captions: Path | None
+    judge: str | None
+    per_class: bool
+    steps: int | None
+    solver: str | None
+    guidance: float | None
+    eta: float | None
+    spacing: str | None
+    seed: int
+    batch_size: int
+    device: str
+    comparison: tuple[Path, Path] | None
+    varied: list[str] | None
+    table: str | None
+    report: Path | None
+    tables: list[Path] | None
+    out: Path | None
+    json_output: bool
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What `DiffusionModel.sample` is told."""
+        names = ("steps", "solver", "guidance", "eta", "spacing", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def size(self) -> Size:
+        """To what images that are read are brought."""
+        from carrara.cli.data import parse_resolution
+        from carrara.evaluation.pictures import Size
+
+        resolution = None if self.resolution is None else parse_resolution(self.resolution)
+        return Size(resolution, self.channels, self.resize)
 
 
 def evaluate(
     context: typer.Context,
-    subject: Annotated[
-        str | None, typer.Argument(metavar="MODEL|SAMPLES", help="A run folder, or images: a folder, npz, data set.")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option("--reference", help="Real images: a data set, folder, npz; or a statistics npz.")
-    ] = None,
-    reference_split: Annotated[str, typer.Option(help="Which part of the reference.")] = "train",
-    features: Annotated[
-        str, typer.Option(help="pixels, inception=FILE (FID with the 2015 weights), clip=FOLDER, dinov2=FOLDER.")
-    ] = "pixels",
-    n: Annotated[
-        int | None,
-        typer.Option(
-            "--n", "-n", help="How many samples; by default all, of a model as many as real images, 10,000 at most."
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Which part of SAMPLES.")] = "train",
-    resolution: Annotated[str | None, typer.Option(help="Bring images that are read to N or HxW.")] = None,
-    channels: Annotated[int | None, typer.Option(help="Bring images that are read to 1, 3 or 4 channels.")] = None,
-    resize: Annotated[str, typer.Option(help="adm, bicubic, lanczos, box, nearest.")] = "adm",
-    train: Annotated[str | None, typer.Option(help="Training images, for memorisation.")] = None,
-    train_split: Annotated[str, typer.Option(help="Which part of them.")] = "train",
-    judge: Annotated[str | None, typer.Option(help="svc: learns the reference's classes, reads the samples'.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", "--num_inference_steps", help="Solver steps.")] = None,
-    solver: Annotated[str | None, typer.Option(help="ddpm, ddim, dpm++2m, …")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", "--guidance_scale", help="1: none.")] = None,
-    eta: Annotated[float | None, typer.Option(help="DDIM's η, 0..1.")] = None,
-    spacing: Annotated[str | None, typer.Option(help="trailing, leading, linspace, …")] = None,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples made at once.", min=1)] = 64,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
-    comparison: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", metavar="A.json B.json", help="Two --out files.")
-    ] = None,
-    varied: Annotated[
-        list[str] | None, typer.Option(help="What --compare may find different, e.g. sampling.steps. Repeatable.")
-    ] = None,
-    table: Annotated[
-        str | None, typer.Option(help="ddim, guidance or solvers: the model in many ways, into the folder --out.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write figures and protocols as JSON.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+    subject: Subject = None,
+    reference: Data = None,
+    reference_split: DataSplit = "train",
+    features: Network = "pixels",
+    checksum: Checksum = None,
+    n: Count = None,
+    split: Split = "train",
+    resolution: Resolution = None,
+    channels: Channels = None,
+    resize: Resize = "adm",
+    train: Train = None,
+    train_split: TrainSplit = "train",
+    held_out: HeldOut = None,
+    held_out_split: HeldOutSplit = "test",
+    held_out_n: HeldOutCount = None,
+    variance: Variance = None,
+    originals: Originals = None,
+    originals_split: OriginalsSplit = "train",
+    captions: Captions = None,
+    judge: Judge = None,
+    per_class: PerClass = False,
+    steps: Steps = None,
+    solver: SolverWord = None,
+    guidance: Guidance = None,
+    eta: Eta = None,
+    spacing: Spacing = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    device: Device = "cpu",
+    comparison: Compare = None,
+    varied: Varied = None,
+    table: TableWord = None,
+    report: ReportFile = None,
+    tables: Tables = None,
+    out: Out = None,
+    json_output: Json = False,
 ) -> None:
-    """Measure a model or finished samples against real images; or compare two results if their protocols agree."""
-    from carrara.cli.data import parse_resolution
-    from carrara.errors import UserError
-    from carrara.evaluation.features import open_features
-    from carrara.evaluation.protocol import Size
-    from carrara.model import DiffusionModel
+    """Measure a model or finished samples; or compare two results if their protocols agree.
 
-    given = _given(context)
-    if comparison is not None:
-        if given - COMPARING:
-            raise UserError(f"--compare reads two finished results: leave {_spelt(given - COMPARING)} out.")
-        show_comparison(comparison, varied or [], json_output)
+    `torchrun` shares the work among several processes; the figures stay the same.
+    """
+    from carrara import distributed
+    from carrara.cli import evaluate_show
+    from carrara.cli.evaluate_refusals import refuse
+
+    given = {name for name in context.params if _typed(context, name)}
+    options = Options(**context.params)
+    refuse(options, given)
+    if options.comparison is not None:
+        evaluate_show.comparison(options.comparison, options.varied or [], options.json_output)
         return
-    if subject is None or reference is None:
-        raise UserError("give MODEL or SAMPLES and --reference DATA, or --compare A.json B.json.")
-    _refuse_ignored(given, subject, reference, judge)
-    _refuse_table(given, subject, table)
-    _refuse_device(device)
-    network = open_features(features, device)
-    size = Size(None if resolution is None else parse_resolution(resolution), channels, resize)
-    choices = {"steps": steps, "solver": solver, "guidance": guidance, "eta": eta, "spacing": spacing, "seed": seed}
-    with _bar(json_output) as bar:
-        real = open_reference(bar, reference, reference_split, network, size)
-        known = None if train is None else open_training(bar, train, train_split, network, size)
-        bench = Bench(bar, real, known, network, judge is not None)
-        if table is None or out is None:
-            figures = bench.measure(open_samples(subject, split, n, real, size, device, batch_size, choices))
-        else:
-            model, count = DiffusionModel.load(subject, device), samples_wanted(n, real)
-            fill_table(bench, table, model, out, count, batch_size, choices)
+    first = distributed.start().first
+    with evaluate_show.bar(quiet=options.json_output or not first) as shown:
+        work = Work(options, shown)
+        if options.table is not None:
+            work.table()
+            distributed.finish()
             return
-    tell(figures, out, json_output)
+        figures = work.figures()
+    if first:
+        evaluate_show.figures(figures, options.out, options.json_output)
+    distributed.finish()
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all samples are measured against, and with."""
+def _typed(context: typer.Context, name: str) -> bool:
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
 
-    bar: Progress
-    reference: Reference
-    train: Reference | None
-    features: Features
-    judge: bool
 
-    def measure(self, samples: Pictures) -> Measurements:
-        """Every figure of these samples; the bar shows how far they are."""
-        from carrara.evaluation import protocol
+class Work:
+    """What the options ask for, opened and measured; the bar shows how far it is."""
 
-        return protocol.evaluate(
-            shown(self.bar, "samples", samples), self.reference, self.features, self.train, self.judge
-        )
+    def __init__(self, options: Options, bar: Progress) -> None:
+        from carrara.cli.evaluate_refusals import is_model
+        from carrara.evaluation.features import open_features
+        from carrara.model import DiffusionModel
 
-    def protocol(self) -> dict[str, str | bool | None]:
+        self.options, self.bar = options, bar
+        assert options.subject is not None  # refused before
+        self.subject: str = options.subject
+        self.model: DiffusionModel | None = None
+        if is_model(self.subject):
+            self.model = DiffusionModel.load(self.subject, options.device)
+        self.features: Features = open_features(options.features, options.device, checksum=options.checksum)
+        self.real: Reference | None = None
+        self.known: Reference | None = None
+        if options.reference is not None:
+            self.real = self._reference(options.reference)
+            self.known = None if options.train is None else self._training(options.train)
+
+    # ---- what is done ----------------------------------------------------------------------------------------
+
+    def figures(self) -> Measurements:
+        """Every figure that was asked for; the report, too, where it was."""
+        from carrara.cli.evaluate_show import write_report
+
+        options = self.options
+        figures: Measurements = {}
+        found: Evaluation | None = None
+        if self.real is not None:
+            found = self._measured(self._samples(self.real))
+            figures |= found.figures
+        if options.held_out is not None:
+            figures |= self._held_out(options.held_out)
+        if options.originals is not None:
+            figures |= self._reconstruction(options.originals)
+        if options.report is not None and found is not None and self.real is not None:
+            everything = replace(found, figures=figures)
+            write_report(options.report, self.subject, everything, self.real, self.known, options.tables or [])
+        return figures
+
+    def table(self) -> None:
+        """The model measured in every way of the table, each cell kept in `--out` as soon as it is known."""
+        from carrara.cli.evaluate_show import write_table
+        from carrara.evaluation import tables
+        from carrara.evaluation.features.checksum import tensors_checksum
+        from carrara.evaluation.pictures import model_pictures
+
+        options, model, real = self.options, self.model, self.real
+        assert model is not None  # all three refused before
+        assert real is not None
+        assert options.table is not None
+        assert options.out is not None
+        count = samples_wanted(options.n, real)
+        own = {name: value for name, value in options.sampling.items() if name not in tables.TABLES[options.table]}
+        about = {"model": tensors_checksum(model.network.state_dict()), "n": count, **own, **self._protocol(real)}
+
+        def measure(cell: Cell) -> Evaluation:
+            told = {**own, **cell.choices}
+            return self._measured(model_pictures(model, cell.stem, count, options.batch_size, **told))
+
+        filled = tables.fill(options.out, options.table, tables.cells(options.table, model.schedule), about, measure)
+        write_table(filled, self.bar.console)
+
+    def _protocol(self, real: Reference) -> dict[str, str | bool | None]:
         """What decides the figures besides the samples."""
         from carrara.evaluation.protocol import features_of
 
-        train = None if self.train is None else self.train.content
-        return features_of(self.features) | {"reference": self.reference.content, "train": train, "judge": self.judge}
+        known = None if self.known is None else self.known.content
+        judge = self.options.judge
+        return features_of(self.features) | {"reference": real.content, "train": known, "judge": judge}
 
+    def _measured(self, samples: Pictures) -> Evaluation:
+        from carrara.evaluation.protocol import evaluate as measure
 
-def fill_table(
-    bench: Bench,
-    table: str,
-    model: DiffusionModel,
-    out: Path,
-    count: int,
-    batch_size: int,
-    choices: dict[str, Any],
-) -> None:
-    """Measure the model in every way of the table, each kept in `out` as soon as it is known."""
-    from carrara.cli import evaluate_table
-    from carrara.evaluation import protocol
-    from carrara.evaluation.features.checksum import tensors_checksum
+        assert self.real is not None
+        options = self.options
+        progress = self._progress("samples", samples.count)
+        return measure(
+            samples, self.real, self.features, self.known, options.judge is not None, options.per_class, progress
+        )
 
-    plan = evaluate_table.cells(table, model.schedule)
-    weights = tensors_checksum(model.network.state_dict())
-    own = {key: value for key, value in choices.items() if key not in evaluate_table.TABLES[table]}
-    about = {"table": table, "model": weights, "n": count, **own, **bench.protocol()}
+    def _held_out(self, path: str) -> Measurements:
+        from carrara.evaluation.held_out import measure_held_out
+        from carrara.evaluation.pictures import data_pictures
 
-    def measure(cell: evaluate_table.Cell) -> Measurements:
-        return bench.measure(protocol.model_pictures(model, cell.line, count, batch_size, **{**own, **cell.choices}))
+        options, model = self.options, self.model
+        assert model is not None  # refused before
+        pictures = data_pictures(
+            path, options.held_out_split, options.held_out_n, options.size, options.batch_size, rounded=False
+        )
+        progress = self._progress("held-out images", pictures.count)
+        variance: Any = options.variance
+        return measure_held_out(model, pictures, variance=variance, seed=options.seed, progress=progress)
 
-    evaluate_table.fill(out, plan, about, measure)
-    bench.bar.console.print((out / "table.md").read_text(encoding="utf-8"), highlight=False, markup=False)
+    def _reconstruction(self, path: str) -> Measurements:
+        from carrara.evaluation.pictures import data_pictures, decoded_pictures
+        from carrara.evaluation.protocol import reconstruction
 
+        options = self.options
+        originals = data_pictures(path, options.originals_split, options.n, options.size)
+        if self.model is None:
+            pictures = data_pictures(self.subject, options.split, options.n, options.size)
+        else:
+            pictures = decoded_pictures(self.model.codec, originals, self.subject, options.device)
+        return reconstruction(pictures, originals, self._progress("pairs", originals.count))
 
-def _given(context: typer.Context) -> set[str]:
-    """The options that the user typed."""
-    return {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    # ---- what is opened --------------------------------------------------------------------------------------
 
+    def _reference(self, path: str) -> Reference:
+        """What the samples are measured against, read."""
+        from carrara.evaluation import protocol
+        from carrara.evaluation.pictures import data_pictures
 
-def _spelt(names: set[str]) -> str:
-    words = {"subject": "MODEL|SAMPLES", "json_output": "--json", "comparison": "--compare"}
-    return ", ".join(sorted(words.get(name, f"--{name.replace('_', '-')}") for name in names))
+        statistics = protocol.holds_statistics(path)
+        if statistics and not protocol.holds_images(path):
+            found = protocol.statistics_reference(path, self.features)
+        else:
+            pictures = data_pictures(path, self.options.reference_split, size=self.options.size)
+            progress = self._progress("reference", pictures.count)
+            if statistics:
+                found = protocol.statistics_reference(path, self.features, pictures, progress)
+            else:
+                found = protocol.collected_reference(pictures, self.features, progress=progress)
+        for notice in found.notices:
+            self.bar.console.print(notice, highlight=False, markup=False)
+        return found
 
+    def _training(self, path: str) -> Reference:
+        """The training images, every one of them kept: a copy may be of any."""
+        from carrara.evaluation.pictures import data_pictures
+        from carrara.evaluation.protocol import collected_reference
 
-def _refuse_ignored(given: set[str], subject: str, reference: str, judge: str | None) -> None:
-    """Raises UserError for an option that would change nothing."""
-    from carrara.errors import UserError
-    from carrara.evaluation.protocol import holds_statistics
+        pictures = data_pictures(path, self.options.train_split, size=self.options.size)
+        progress = self._progress("training images", pictures.count)
+        return collected_reference(pictures, self.features, pictures.count, progress)
 
-    if judge not in (None, "svc"):
-        raise UserError(f"there is no judge '{judge}': the known one is svc.")
-    if "varied" in given:
-        raise UserError("--varied belongs to --compare: leave it out.")
-    if not _is_model(subject) and given & SAMPLING:
-        raise UserError(f"{_spelt(given & SAMPLING)}: only for models, and {subject} is no run or model folder.")
-    if _is_model(subject) and "split" in given:
-        raise UserError(f"--split: only for finished samples, and {subject} is a model.")
-    if "train_split" in given and "train" not in given:
-        raise UserError("--train-split belongs to --train: give both.")
-    if "resize" in given and "resolution" not in given:
-        raise UserError("--resize says how images come to --resolution: give both.")
-    if holds_statistics(reference):
-        nothing_read = _is_model(subject) and "train" not in given
-        unused = given & ({"reference_split", "resolution", "channels"} if nothing_read else {"reference_split"})
-        if unused:
-            raise UserError(f"{_spelt(unused)}: only for images, and {reference} holds their statistics.")
+    def _samples(self, real: Reference) -> Pictures:
+        """A model's samples, by default as many as there are real images (10,000 at most), or finished ones."""
+        from carrara.cli.evaluate_refusals import lines_for
+        from carrara.evaluation.pictures import data_pictures, model_pictures
 
+        options = self.options
+        if self.model is None:
+            found = data_pictures(self.subject, options.split, options.n, options.size)
+        else:
+            count = samples_wanted(options.n, real)
+            found = model_pictures(self.model, self.subject, count, options.batch_size, **options.sampling)
+        if options.captions is not None:
+            found = replace(found, captions=lines_for(found, options.captions))
+        return found
 
-def _refuse_table(given: set[str], subject: str, table: str | None) -> None:
-    """Raises UserError for a table that cannot be made, or an option that it sets itself."""
-    from carrara.cli.evaluate_table import TABLES
-    from carrara.errors import UserError, nearest
-
-    if table is None:
-        return
-    if table not in TABLES:
-        raise UserError(f"there is no table '{table}': {nearest(table, TABLES)}")
-    if not _is_model(subject):
-        raise UserError(f"a table samples a model in many ways, and {subject} is no run or model folder.")
-    if given & (TABLES[table] | {"json_output"}):
-        raise UserError(f"--table {table} takes no {_spelt(given & (TABLES[table] | {'json_output'}))}: leave it out.")
-    if "out" not in given:
-        raise UserError("--table keeps each row as it goes: give the folder with --out.")
-
-
-def _refuse_device(device: str) -> None:
-    """Raises UserError where nothing can be computed there."""
-    import torch
-
-    from carrara.errors import UserError
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):  # torch built without CUDA asserts
-        raise UserError(f"there is no device '{device}' here: use cpu.") from None
-
-
-def _is_model(subject: str) -> bool:
-    folder = Path(subject)
-    return (folder / "config.json").is_file() or (folder / "model").is_dir()
-
-
-def open_reference(bar: Progress, path: str, split: str, features: Features, size: Size) -> Reference:
-    """What the samples are measured against, read."""
-    from carrara.evaluation import protocol
-
-    if protocol.holds_statistics(path):
-        return protocol.statistics_reference(path, features)
-    pictures = protocol.data_pictures(path, split, size=size)
-    return protocol.collected_reference(shown(bar, "reference", pictures), features)
-
-
-def open_training(bar: Progress, path: str, split: str, features: Features, size: Size) -> Reference:
-    """The training images, every one of them kept: a copy may be of any."""
-    from carrara.evaluation import protocol
-
-    pictures = protocol.data_pictures(path, split, size=size)
-    return protocol.collected_reference(shown(bar, "training images", pictures), features, rows=pictures.count)
-
-
-def open_samples(
-    subject: str,
-    split: str,
-    n: int | None,
-    reference: Reference,
-    size: Size,
-    device: str,
-    batch_size: int,
-    choices: dict[str, Any],
-) -> Pictures:
-    """A model's samples, by default as many as there are real images (10,000 at most), or finished ones."""
-    from carrara.evaluation import protocol
-    from carrara.model import DiffusionModel
-
-    if not _is_model(subject):
-        return protocol.data_pictures(subject, split, n, size)
-    model, count = DiffusionModel.load(subject, device), samples_wanted(n, reference)
-    return protocol.model_pictures(model, subject, count, batch_size, **choices)
+    def _progress(self, what: str, total: int) -> Callable[[int], None]:
+        task = self.bar.add_task(what, total=total, note="")
+        return lambda count: self.bar.advance(task, count)
 
 
 def samples_wanted(n: int | None, reference: Reference) -> int:
@@ -264,88 +365,3 @@ def samples_wanted(n: int | None, reference: Reference) -> int:
     from carrara.evaluation.collect import ROWS
 
     return min(reference.count or ROWS, ROWS) if n is None else n
-
-
-def _bar(quiet: bool) -> Progress:
-    from carrara.cli.console import progress_bar
-
-    bar = progress_bar()
-    bar.disable = quiet
-    return bar
-
-
-def shown(bar: Progress, what: str, pictures: Pictures) -> Pictures:
-    """The same pictures; the bar moves as they are made or read."""
-    task = bar.add_task(what, total=pictures.count, note="")
-
-    def batches() -> Iterator[Tensor]:
-        for images in pictures.batches():
-            yield images
-            bar.advance(task, len(images))
-
-    return replace(pictures, batches=batches)
-
-
-def tell(figures: Measurements, out: Path | None, json_output: bool) -> None:
-    """Print the figures, each with its interval, then what they share of their protocol; write them if asked."""
-    from rich.table import Table
-
-    from carrara.cli.console import console, table
-    from carrara.evaluation import stamp
-    from carrara.files import write_whole
-
-    text = stamp.to_json(figures)
-    if out is not None:
-        write_whole(out, (text + "\n").encode())
-    if json_output:
-        print(text)
-        return
-    rows = Table("figure", "value", "95 % interval", "settings", "note", box=None, pad_edge=False)
-    for name, figure in figures.items():
-        settings = ", ".join(f"{key} {value}" for key, value in figure.stamp.settings.items())
-        rows.add_row(name, f"{figure.value:.5g}", _range(figure.interval), settings, figure.note)
-    console.print(rows, highlight=False)
-    shared = next(iter(figures.values())).stamp.entries()
-    console.print()
-    console.print(table({key: value for key, value in shared.items() if not key.startswith("settings.")}))
-    if out is not None:
-        console.print(f"figures and protocols: {out}", highlight=False)
-
-
-def _range(interval: Interval | None) -> str:
-    return "" if interval is None else f"{interval.low:.5g} … {interval.high:.5g}"
-
-
-def show_comparison(files: tuple[Path, Path], varied: list[str], json_output: bool) -> None:
-    """Print two results side by side.
-
-    Raises:
-        UserError: their protocols differ, and where; or a file that does not hold figures.
-    """
-    import json
-
-    from rich.table import Table
-
-    from carrara.cli.console import console
-    from carrara.evaluation import compare, stamp
-
-    pairs = compare(stamp.load(files[0]), stamp.load(files[1]), varied)
-    if json_output:
-        told = {
-            pair.name: {
-                "first": pair.first.value,
-                "second": pair.second.value,
-                "difference": pair.difference,
-                "beyond_chance": pair.beyond_chance,
-            }
-            for pair in pairs
-        }
-        print(json.dumps(told, indent=2))
-        return
-    first, second = map(str, files)
-    rows = Table("figure", first, "", second, "", "difference", "intervals", box=None, pad_edge=False)
-    verdicts = {True: "apart", False: "overlap", None: ""}
-    for pair in pairs:
-        sides = [text for m in (pair.first, pair.second) for text in (f"{m.value:.5g}", _range(m.interval))]
-        rows.add_row(pair.name, *sides, f"{pair.difference:+.3g}", verdicts[pair.beyond_chance])
-    console.print(rows, highlight=False)

@@ -5,6 +5,7 @@ from carrara.evaluation.bound import Bound, bits_per_dimension
 from carrara.evaluation.clip_score import clip_score, retrieval
 from carrara.evaluation.collect import Collected, collect
 from carrara.evaluation.frechet import frechet_distance, frechet_interval
+from carrara.evaluation.held_out import measure_held_out
 from carrara.evaluation.inception_score import inception_score
 from carrara.evaluation.infinity import frechet_infinity
 from carrara.evaluation.judge import class_accuracy
@@ -13,18 +14,23 @@ from carrara.evaluation.likelihood import Likelihood, flow_likelihood
 from carrara.evaluation.manifold import density_coverage, precision_recall
 from carrara.evaluation.memorisation import class_spread, class_spread_interval, memorisation
 from carrara.evaluation.moments import Moments, Statistics
-from carrara.evaluation.reconstruction import psnr, ssim
+from carrara.evaluation.pictures import Pictures, data_pictures, decoded_pictures, model_pictures
+from carrara.evaluation.protocol import Evaluation, Reference, evaluate, reconstruction
+from carrara.evaluation.reconstruction import likeness, psnr, ssim
 from carrara.evaluation.reference import cached_statistics, read_images, read_statistics, write_statistics
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp, compare
 
 __all__ = [
     "Bound",
     "Collected",
+    "Evaluation",
     "Interval",
     "Likelihood",
     "Measurement",
     "Measurements",
     "Moments",
+    "Pictures",
+    "Reference",
     "Stamp",
     "Statistics",
     "bits_per_dimension",
@@ -35,18 +41,25 @@ __all__ = [
     "clip_score",
     "collect",
     "compare",
+    "data_pictures",
+    "decoded_pictures",
     "density_coverage",
+    "evaluate",
     "flow_likelihood",
     "frechet_distance",
     "frechet_infinity",
     "frechet_interval",
     "inception_score",
     "kernel_distance",
+    "likeness",
+    "measure_held_out",
     "memorisation",
+    "model_pictures",
     "precision_recall",
     "psnr",
     "read_images",
     "read_statistics",
+    "reconstruction",
     "retrieval",
     "ssim",
     "write_statistics",

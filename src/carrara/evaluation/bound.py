@@ -126,25 +126,51 @@ def bits_per_dimension(
     levels = known if levels == "model" else levels
     if levels is not None:
         check_levels(images, levels)
-    if grid is None:
-        if not schedule.discrete:
-            raise UserError("a continuous schedule has no levels of its own: give the grid whose bound is meant.")
-        grid = grids.trailing(schedule, int(schedule.final_time))
-    chain = Chain(schedule, grid, variance, levels, cdf)
+    chain = Chain(schedule, grid or every_level(schedule), variance, levels, cdf)
     clip = levels is not None if clip is None else clip
-    noise = noise or Noise()
-    ids = tuple(range(len(images))) if noise.ids is None else noise.ids
-    condition = (condition or Condition()).batch(len(images)).to(images.device)
-    batches = [slice(low, low + batch_size) for low in range(0, len(images), batch_size)]
-    parts = []
+    batches = list(Told.of(images, condition, noise).batches(batch_size))
+    parts, steps = [], len(chain.grid)
     with evaluating(model):
-        for done, rows in enumerate(batches):
-            tell = None if on_step is None else _counter(on_step, done * len(grid), len(batches) * len(grid))
-            own = noise.rows(ids[rows])
-            parts.append(_terms(chain, denoiser, images[rows], condition.rows(rows), own, clip, tell))
+        for done, batch in enumerate(batches):
+            tell = None if on_step is None else _counter(on_step, done * steps, len(batches) * steps)
+            parts.append(_terms(chain, denoiser, batch, clip, tell))
     prior, terms, x0_errors, eps_errors = (torch.cat(column) for column in zip(*parts, strict=True))
     scale, unit = (1.0, "nats/dim") if levels is None else (1 / LN2, "bits/dim")
-    return Bound(grid.times[:-1], prior * scale, terms * scale, x0_errors, eps_errors, unit)
+    return Bound(chain.grid.times[:-1], prior * scale, terms * scale, x0_errors, eps_errors, unit)
+
+
+def every_level(schedule: Schedule) -> Grid:
+    """The whole chain of a discrete schedule.
+
+    Raises:
+        UserError: a continuous one, which has no levels of its own.
+    """
+    if not schedule.discrete:
+        raise UserError("a continuous schedule has no levels of its own: give the grid whose bound is meant.")
+    return grids.trailing(schedule, int(schedule.final_time))
+
+
+@dataclass(frozen=True)
+class Told:
+    """Images [B, …], each with what the model is told of it and with noise of its own."""
+
+    images: Tensor
+    condition: Condition
+    noise: Noise
+
+    @classmethod
+    def of(cls, images: Tensor, condition: Condition | None, noise: Noise | None) -> Told:
+        """The condition spread over the images where it is one for all; by default none, and the rows of seed 0."""
+        noise = noise or Noise()
+        told = (condition or Condition()).batch(len(images)).to(images.device)
+        return cls(images, told, noise.rows(range(len(images))) if noise.ids is None else noise)
+
+    def batches(self, size: int) -> Iterator[Told]:
+        """The same in batches; every image keeps its noise."""
+        assert self.noise.ids is not None
+        for low in range(0, len(self.images), size):
+            rows = slice(low, low + size)
+            yield Told(self.images[rows], self.condition.rows(rows), self.noise.rows(self.noise.ids[rows]))
 
 
 def unpack(model: DiffusionModel | Denoiser, schedule: Schedule | None) -> tuple[Denoiser, Schedule, int]:
@@ -184,18 +210,16 @@ def _counter(on_step: Callable[[int, int], None], done: int, total: int) -> Call
 def _terms(
     chain: Chain,
     denoiser: Denoiser,
-    x0: Tensor,
-    condition: Condition,
-    noise: Noise,
+    batch: Told,
     clip: bool,
     progress: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prior [B], terms, x_0 errors and ε errors [B, n] of one batch, in nats per dimension, on the CPU."""
-    columns = []
+    x0, columns = batch.images, []
     with torch.no_grad():
         for index, (t, _) in enumerate(chain.grid.pairs()):
-            eps = noise.at(index + 1).like(x0)
-            prediction = denoiser(diffuse(chain.schedule, x0, t, eps), t, condition)
+            eps = batch.noise.at(index + 1).like(x0)
+            prediction = denoiser(diffuse(chain.schedule, x0, t, eps), t, batch.condition)
             if clip:
                 prediction = prediction.with_x0(prediction.x0.clamp(-1, 1))
             errors = [(prediction.x0 - x0).square(), (prediction.eps - eps).square()]

@@ -1,7 +1,8 @@
-"""Does the picture show the class that was asked for? Read by a judge that the user gives."""
+"""Does the picture show the class that was asked for? Read by a judge that never saw a sample."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,25 @@ class ClassAccuracy:
     interval: Interval
     per_class: dict[int, float]
     confusion: Tensor
+
+
+SVC = "SVC(C=10)"
+
+
+def svc(rows: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """A judge: scikit-learn's support vector classifier with C = 10, fitted to real pictures.
+
+    Args:
+        rows: [N, D] features of real pictures, or the pictures themselves, [N, C, H, W].
+        labels: int64 [N], of two classes at least.
+
+    Returns:
+        What reads the classes, int64 [M], of rows [M, D].
+    """
+    from sklearn import svm
+
+    fitted = svm.SVC(C=10).fit(rows.flatten(1).numpy(), labels.numpy())
+    return lambda seen: torch.from_numpy(fitted.predict(seen.flatten(1).numpy()))
 
 
 def class_accuracy(read: Tensor, asked: Tensor, seed: int = 0) -> ClassAccuracy:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.errors import UserError, nearest
-from carrara.evaluation.bound import LN2, check_levels, evaluating, unpack
+from carrara.evaluation.bound import LN2, Told, check_levels, evaluating, unpack
 from carrara.model import DiffusionModel
 from carrara.process.noise import Noise
 from carrara.process.prediction import Denoiser
@@ -124,28 +124,26 @@ def flow_likelihood(
         raise UserError("the flow needs at least one step and one probe.")
     denoiser, schedule, known = unpack(model, schedule)
     levels = known if levels == "model" else levels
-    noise = noise or Noise()
-    ids = tuple(range(len(images))) if noise.ids is None else noise.ids
-    condition = (condition or Condition()).batch(len(images)).to(images.device)
-    dimensions = math.prod(images.shape[1:])
     if levels is not None:
         check_levels(images, levels)
-    flow = _Flow(denoiser, schedule, steps, prior)
-    parts = []
+    flow, parts = _Flow(denoiser, schedule, steps, prior), []
     with evaluating(model):
-        for low in range(0, len(images), batch_size):
-            rows = slice(low, low + batch_size)
-            own, x = noise.rows(ids[rows]), images[rows]
-            if levels is not None:
-                shift = own.at(0).uniform(x.shape, dtype=x.dtype, device=x.device) - 0.5
-                x = x + shift * (2 / (levels - 1))
-            directions = None if trace == "exact" else _signs(own.at(1), x, probes)
-            parts.append(flow.log_prob(x, condition.rows(rows), directions))
-    nats = -torch.cat(parts) / dimensions
+        for batch in Told.of(images, condition, noise).batches(batch_size):
+            x = batch.images if levels is None else _dequantised(batch, levels)
+            directions = None if trace == "exact" else _signs(batch.noise.at(1), x, probes)
+            parts.append(flow.log_prob(x, batch.condition, directions))
+    nats = -torch.cat(parts) / math.prod(images.shape[1:])
     if levels is None:
         return Likelihood(nats, "nats/dim", trace)
     # The probability of a bin of width 2/(levels - 1) is its mean density times its width.
     return Likelihood((nats - math.log(2 / (levels - 1))) / LN2, "bits/dim", trace)
+
+
+def _dequantised(batch: Told, levels: int) -> Tensor:
+    """The images spread uniformly over the bins of their levels."""
+    x = batch.images
+    shift = batch.noise.at(0).uniform(x.shape, dtype=x.dtype, device=x.device) - 0.5
+    return x + shift * (2 / (levels - 1))
 
 
 def _signs(noise: Noise, x: Tensor, probes: int) -> Tensor:

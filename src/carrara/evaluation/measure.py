@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from carrara.errors import UserError
@@ -16,7 +20,6 @@ from carrara.evaluation.kernel import kernel_distance
 from carrara.evaluation.manifold import fidelity_diversity
 from carrara.evaluation.memorisation import class_spread, class_spread_interval, memorisation
 from carrara.evaluation.moments import Rows, Statistics
-from carrara.evaluation.reconstruction import psnr, ssim
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp
 
 FID_FEATURES = "inception-2015"
@@ -60,20 +63,19 @@ def measure_frechet(samples: Collected, reference: Collected | Statistics, stamp
     value = frechet_distance(samples.rows if whole and few else samples.moments, known)
     interval = frechet_interval(samples.rows, known, seed=seed) if whole else None
     name = frechet_name(stamp.features)
-    figures = {name: Measurement(value, interval, stamp, _few(samples, few))}
+    note = _few(samples.moments.count, samples.moments.dimension)
+    figures = {name: Measurement(value, interval, stamp, note)}
     if whole and samples.moments.count > 1.2 * samples.moments.dimension:
         beyond = frechet_infinity(samples.rows, known, seed=seed)
         figures[f"{name}_infinity"] = Measurement(beyond.value, beyond.interval, stamp.with_settings(groups=10))
     return figures
 
 
-def _few(samples: Collected, few: bool) -> str:
-    if not few:
+def _few(count: int, dimension: int) -> str:
+    """What must be said of a Fréchet distance of no more samples than dimensions."""
+    if count > dimension:
         return ""
-    return (
-        f"{samples.moments.count:,} samples for {samples.moments.dimension:,} dimensions: "
-        "far too large a value, comparable at equal n only"
-    )
+    return f"{count:,} samples for {dimension:,} dimensions: far too large a value, comparable at equal n only"
 
 
 def measure_pairs(samples: Collected, reference: Collected, stamp: Stamp, seed: int = 0) -> Measurements:
@@ -128,7 +130,48 @@ def measure_classes(images: Tensor, labels: Tensor, read: Tensor | None, stamp: 
     }
     if read is not None:
         accuracy = class_accuracy(read, labels, seed)
-        figures["class_accuracy"] = Measurement(accuracy.share, accuracy.interval, stamp)
+        figures["class_accuracy"] = Measurement(
+            accuracy.share, accuracy.interval, stamp, details={"confusion": accuracy.confusion.tolist()}
+        )
+    return figures
+
+
+def measure_each_class(
+    rows: Tensor,
+    labels: Tensor,
+    read: Tensor | None,
+    real: Tensor,
+    real_labels: Tensor,
+    names: Sequence[str],
+    stamp: Stamp,
+    seed: int = 0,
+) -> Measurements:
+    """The figures of every class alone, named "figure[class]": Fréchet distance to the real ones of the class,
+    spread, and how many show what was asked.
+
+    Args:
+        rows, real: features of samples [N, D] and of the reference [M, D].
+        labels, real_labels: int64, their classes, into `names`.
+        read: int64 [N], what a judge read, or None.
+    """
+    figures: Measurements = {}
+    for label in labels.unique().tolist():
+        own, others = rows[labels == label], real[real_labels == label]
+        about = replace(stamp, n=len(own), reference_n=len(others)).with_settings(of_class=names[label])
+        note = _few(len(own), rows.shape[1])
+        if min(len(own), len(others)) > 1:
+            figures[f"{frechet_name(stamp.features)}[{names[label]}]"] = Measurement(
+                frechet_distance(own, others), frechet_interval(own, others, seed=seed), about, note
+            )
+        same = torch.zeros(len(own), dtype=torch.int64)
+        told = None if read is None else (read[labels == label] == label).long()
+        figures[f"class_spread[{names[label]}]"] = Measurement(
+            class_spread(own, same), class_spread_interval(own, same, seed=seed), about
+        )
+        if told is not None:
+            figures[f"class_accuracy[{names[label]}]"] = Measurement(
+                float(told.double().mean()), mean_interval(told, seed=seed), about
+            )
     return figures
 
 
@@ -141,9 +184,12 @@ def measure_captions(images: Tensor, texts: Tensor, stamp: Stamp, seed: int = 0)
     return figures
 
 
-def measure_reconstruction(images: Tensor, targets: Tensor, stamp: Stamp, seed: int = 0) -> Measurements:
-    """Mean PSNR (dB) and SSIM of images [N, C, H, W] in [-1, 1] against what they should be."""
-    return {
-        name: Measurement(float(values.mean()), mean_interval(values, seed=seed), stamp)
-        for name, values in (("psnr", psnr(images, targets)), ("ssim", ssim(images, targets)))
-    }
+def measure_reconstruction(values: Mapping[str, Tensor], stamp: Stamp, seed: int = 0) -> Measurements:
+    """The means of what `likeness` tells of each picture, PSNR (dB) and SSIM among them."""
+    figures: Measurements = {}
+    for name, each in values.items():
+        equal = int(each.isinf().sum())
+        note = f"{equal:,} of {len(each):,} pictures are equal to their originals" if equal else ""
+        interval = None if equal else mean_interval(each, seed=seed)
+        figures[name] = Measurement(float(each.mean()), interval, stamp, note)
+    return figures

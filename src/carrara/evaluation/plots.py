@@ -202,6 +202,34 @@ def svg(chart: LineChart, width: int, height: int) -> str:
     return f"{opening}{body}</svg>"
 
 
+LIGHT = ("#1d5f68", "#b8602a", "#6a5aa6", "#8a7414", "#a23b63", "#4d7fb8")
+"""The page's colours of lines on white."""
+
+_STYLE = """
+text { font: 13px system-ui, sans-serif; fill: #5c6269 } .name { fill: #22262a }
+.grid { stroke: #dedad3 } .base { stroke: #5c6269; fill: none } .faint { --colour: #b9b5ae }
+.reference { fill: none; stroke: #22262a; stroke-dasharray: 1 4 }
+.line { fill: none; stroke: var(--colour); stroke-width: 2 } .band { fill: var(--colour); opacity: .16 }
+.mark { fill: var(--colour); stroke: #fff }
+"""
+
+
+def standalone(chart: LineChart, width: int, height: int) -> str:
+    """The chart as an SVG file of its own, on white, its legend under the axis."""
+    names = legend(chart)
+    style = _STYLE + " ".join(f".s{k} {{ --colour: {colour} }}" for k, colour in enumerate(LIGHT))
+    across = width / max(1, len(names))
+    drawn = svg(chart, width, height).replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
+    told = ""
+    for k, (mark, name) in enumerate(names):
+        placed = mark.replace("<svg ", f'<svg x="{k * across + 8:.0f}" y="{height + 6}" width="26" height="12" ', 1)
+        told += f'{placed}<text x="{k * across + 40:.0f}" y="{height + 17}">{escape(name)}</text>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + 30}" width="{width}">'
+        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{drawn}{told}</svg>\n'
+    )
+
+
 def colours(chart: LineChart) -> list[str]:
     """The style class of each series: `faint`, or `s0`, `s1`, … in order."""
     count = 0

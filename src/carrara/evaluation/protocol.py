@@ -1,14 +1,14 @@
-"""What is measured against what: pictures made or read, a reference, and every figure of the one against the other.
+"""What is measured against what: a set of pictures, a reference, and every figure of the one against the other.
 
-All pictures, real ones too, are rounded to 8 bits before any feature network sees them: what is measured is
-what files hold.
+Features are taken by all processes together; the figures are then computed by the first and told to the others.
 """
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +16,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carrara.data import Example, Preprocess, Source, open_source
-from carrara.data.batches import in_threads
+from carrara.distributed import first_tells, in_turn
 from carrara.errors import UserError
-from carrara.evaluation.collect import ROWS, Collected, collect
+from carrara.evaluation import judge as judges
+from carrara.evaluation.collect import ROWS, Collected, collect_together
 from carrara.evaluation.features import Features, Inception
+from carrara.evaluation.features.checksum import file_checksum
 from carrara.evaluation.measure import (
+    measure_captions,
     measure_classes,
+    measure_each_class,
     measure_frechet,
     measure_inception_score,
     measure_memory,
     measure_pairs,
+    measure_reconstruction,
 )
 from carrara.evaluation.moments import Statistics
+from carrara.evaluation.pictures import Pictures
+from carrara.evaluation.reconstruction import likeness
 from carrara.evaluation.reference import read_statistics
 from carrara.evaluation.stamp import Measurements, Stamp
-from carrara.images import from_uint8, to_uint8
-from carrara.model import DiffusionModel
-from carrara.solvers import Solver
+from carrara.images import to_uint8
 
-OWN_SIZE = "own size"
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """A set of pictures that are made or read while they are measured.
-
-    Attributes:
-        name: what messages and stamps call it.
-        count: how many.
-        batches: makes them anew: [B, C, H, W] in [-1, 1], of 8-bit values.
-        labels: the name of each one's class, or None.
-        split: which part of a data set.
-        resize: how they came to their size.
-        sampling: how a model made them; filled once the first batch is made.
-    """
-
-    name: str
-    count: int
-    batches: Callable[[], Iterator[Tensor]]
-    labels: list[str] | None = None
-    split: str = ""
-    resize: str = ""
-    sampling: dict[str, Any] = field(default_factory=dict)
+Progress = Callable[[int], None]
+"""Is told after each batch how many pictures it held."""
 
 
 @dataclass(frozen=True)
@@ -66,165 +48,128 @@ class Reference:
     """The real pictures, or what a file of statistics tells of them.
 
     Attributes:
-        known: their features where they are at hand, else mean and covariance alone.
+        statistics: mean and covariance of their features.
+        images: their features, where pictures are at hand.
         name, split, resize: as of `Pictures`.
-        content: hash of the pictures, or of the statistics.
-        labels: the name of the class of each row kept, or None.
+        content: hash of the pictures, or of the file of statistics.
+        labels: the name of the class of each row of `images`, or None.
+        pictures: the pictures themselves, to show one; None where only statistics are known.
+        notices: what a user should know of the file.
     """
 
-    known: Collected | Statistics
+    statistics: Statistics
+    images: Collected | None
     name: str
     content: str
     split: str = ""
     resize: str = ""
     labels: list[str] | None = None
+    pictures: Pictures | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def count(self) -> int | None:
         """How many pictures; None where a statistics file does not say."""
-        return self.known.count if isinstance(self.known, Statistics) else self.known.moments.count
+        return self.statistics.count
 
 
 @dataclass(frozen=True)
-class Size:
-    """To what size and colours pictures are brought; None leaves them as they are, all alike."""
+class Evaluation:
+    """What was found of a set of samples.
 
-    resolution: tuple[int, int] | None = None
-    channels: int | None = None
-    resize: str = "adm"
-
-
-def model_pictures(
-    model: DiffusionModel, name: str, count: int, batch_size: int = 64, **choices: int | float | str | Solver | None
-) -> Pictures:
-    """Samples of a model, made batch by batch and written nowhere; the classes in turn where it knows classes.
-
-    Args:
-        choices: `steps`, `solver`, `guidance`, `seed`, `eta` and `spacing` of `DiffusionModel.sample`.
+    Attributes:
+        figures: every figure, with its interval and protocol.
+        samples: their features, and the first of them as pictures.
+        labels: the names of their classes, or None.
     """
-    refuse_fewer_than_one(count)
-    names = None if model.labels is None else model.labels.names
-    labels = None if names is None else [names[i % len(names)] for i in range(count)]
-    sampling: dict[str, Any] = {}
 
-    def batches() -> Iterator[Tensor]:
-        for low in range(0, count, batch_size):
-            rows = range(low, min(low + batch_size, count))
-            told = None if names is None else [i % len(names) for i in rows]
-            made = model.sample(told, len(rows), first=low, batch_size=batch_size, **choices)  # type: ignore[arg-type]
-            sampling.update({key: made.protocol[key] for key in made.protocol if key not in ("carrara", "first")})
-            if names is not None:
-                sampling["classes"] = "in turn"
-            yield _rounded(made.images)
-
-    return Pictures(name, count, batches, labels, sampling=sampling)
+    figures: Measurements
+    samples: Collected
+    labels: list[str] | None = None
 
 
-def data_pictures(
-    path: str, split: str = "train", count: int | None = None, size: Size | None = None, batch_size: int = 256
-) -> Pictures:
-    """The pictures of a folder, an npz or any other data set.
-
-    Fewer than all, and more than the rows that are kept, are taken in an order drawn once for all: the first of
-    a data set are often of one class.
-
-    Raises:
-        UserError: no pictures, fewer than `count`, one that cannot be read, or of another size or colour mode
-            than the first where `size` does not say to which they are brought.
-    """
-    size = size or Size()
-    source = open_source(_images_of(path), split)
-    if len(source) == 0:
-        raise UserError(f"{source.name} holds no images: give a folder, archive or data set that has some.")
-    count = len(source) if count is None else count
-    refuse_fewer_than_one(count)
-    if count > len(source):
-        raise UserError(f"{source.name} holds {len(source):,} images, fewer than the {count:,} asked for with --n.")
-    order = list(range(count))
-    if count < len(source) or count > ROWS:
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    first = source[order[0]].image
-    height, width = size.resolution or (first.height, first.width)
-    prepare = Preprocess(height, width, size.channels or len(first.getbands()), resize=size.resize)  # type: ignore[arg-type]
-
-    def pixels(index: int) -> Tensor:
-        example = source[index]
-        _refuse_unlike(example, prepare, size)
-        return prepare(example.image)
-
-    def batches() -> Iterator[Tensor]:
-        for low in range(0, count, batch_size):
-            part = torch.stack(list(in_threads(source, pixels, order[low : low + batch_size])))
-            yield _rounded(part.clamp(max=source.levels - 1).float().mul(2 / (source.levels - 1)).sub(1))
-
-    described = OWN_SIZE if size.resolution is None else prepare.describe()
-    return Pictures(source.name, count, batches, _class_names(source, order), split, described)
+# ---- references ---------------------------------------------------------------------------------------------
 
 
-def _images_of(path: str) -> str:
-    """The archive in a folder that `carrara sample` wrote, where a grid lies beside the single pictures."""
-    archive = Path(path) / "samples.npz"
-    return str(archive) if archive.is_file() else path
-
-
-def refuse_fewer_than_one(count: int) -> None:
-    """Raises UserError where no picture at all is asked for."""
-    if count < 1:
-        raise UserError(f"--n must be at least 1, not {count}.")
-
-
-def _rounded(images: Tensor) -> Tensor:
-    return from_uint8(to_uint8(images))
-
-
-def _refuse_unlike(example: Example, prepare: Preprocess, size: Size) -> None:
-    image = example.image
-    if size.resolution is None and (image.height, image.width) != (prepare.height, prepare.width):
-        raise UserError(
-            f"{example.name} has {image.height}×{image.width} pixels, others {prepare.height}×{prepare.width}: "
-            "say with --resolution to which size they are brought."
-        )
-    if size.channels is None and len(image.getbands()) != prepare.channels:
-        raise UserError(
-            f"{example.name} has {len(image.getbands())} channels, others {prepare.channels}: "
-            "say with --channels to how many they are brought."
-        )
-
-
-def _class_names(source: Source, order: list[int]) -> list[str] | None:
-    if source.labels is None or source.class_names is None:
-        return None
-    return [source.class_names[source.labels[i]] for i in order]
-
-
-def holds_statistics(path: str) -> bool:
-    """Whether a file is an `.npz` with `mu` and `sigma`, as ADM, pytorch-fid and clean-fid keep references."""
+def holds(path: str, *names: str) -> bool:
+    """Whether a file is an `.npz` with arrays of these names."""
     if not (path.endswith(".npz") and Path(path).is_file()):
         return False
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {"mu", "sigma"} <= set(archive.files)
+            return set(names) <= set(archive.files)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError):
         return False  # whoever reads its images says what is wrong
 
 
-def statistics_reference(path: str, features: Features) -> Reference:
-    """A reference of which only mean and covariance are known.
+def holds_statistics(path: str) -> bool:
+    """Whether a file has `mu` and `sigma`, as ADM, pytorch-fid and clean-fid keep references."""
+    return holds(path, "mu", "sigma")
+
+
+def holds_images(path: str) -> bool:
+    """Whether a file has images, as ADM's references have beside their statistics."""
+    return holds(path, "arr_0")
+
+
+def statistics_reference(
+    path: str, features: Features, pictures: Pictures | None = None, progress: Progress | None = None
+) -> Reference:
+    """A reference of which mean and covariance are known and, in ADM's files, some of the pictures.
+
+    The Fréchet distance takes the statistics, which are of the whole set, the figures of pairs the pictures.
+    Where the statistics are of other features than the ones in use, pictures serve for everything.
+
+    Args:
+        pictures: those in the same file.
 
     Raises:
         UserError: the file is damaged, or was taken of other features.
     """
-    from carrara.evaluation.features.checksum import file_checksum
-
     statistics = read_statistics(path, features_of(features))
-    return Reference(statistics, path, file_checksum(path))
-
-
-def collected_reference(pictures: Pictures, features: Features, rows: int = ROWS) -> Reference:
-    """The features of real pictures."""
-    found = collect(pictures.batches(), features, rows)
+    notices = []
+    if holds(path, "mu_s", "sigma_s"):
+        notices.append(
+            f"{path} holds the statistics of sFID too (mu_s, sigma_s): they are of other features and are not used."
+        )
+    if pictures is None:
+        return Reference(statistics, None, path, file_checksum(path), notices=tuple(notices))
+    found = collect_together(pictures, features, progress=progress)
+    if len(statistics.mean) != found.moments.dimension:
+        notices.append(
+            f"{path} holds statistics of {len(statistics.mean)} dimensions, the features '{features.name}' have "
+            f"{found.moments.dimension}: its {found.moments.count:,} images are the reference instead."
+        )
+        statistics = found.moments.statistics()
     labels = None if pictures.labels is None else pictures.labels[: len(found.rows)]
-    return Reference(found, pictures.name, found.content, pictures.split, pictures.resize, labels)
+    return Reference(
+        statistics,
+        found,
+        path,
+        file_checksum(path),
+        resize=pictures.resize,
+        labels=labels,
+        pictures=pictures,
+        notices=tuple(notices),
+    )
+
+
+def collected_reference(
+    pictures: Pictures, features: Features, rows: int = ROWS, progress: Progress | None = None
+) -> Reference:
+    """The features of real pictures, of the first `rows` of them one by one."""
+    found = collect_together(pictures, features, rows, progress=progress)
+    labels = None if pictures.labels is None else pictures.labels[: len(found.rows)]
+    return Reference(
+        found.moments.statistics(),
+        found,
+        pictures.name,
+        found.content,
+        pictures.split,
+        pictures.resize,
+        labels,
+        pictures,
+    )
 
 
 def features_of(features: Features) -> dict[str, Any]:
@@ -236,30 +181,62 @@ def features_of(features: Features) -> dict[str, Any]:
     }
 
 
+# ---- figures ------------------------------------------------------------------------------------------------
+
+
 def evaluate(
     samples: Pictures,
     reference: Reference,
     features: Features,
     train: Reference | None = None,
     judge: bool = False,
-) -> Measurements:
+    each_class: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
     """Every figure that these inputs allow, each with its interval and its protocol.
+
+    CLIP features of samples that have captions give the CLIP score and caption retrieval as well.
 
     Args:
         train: the training images, for memorisation; the reference is then what "not memorised" looks like.
         judge: whether an SVC, fitted to the reference's features and classes, reads the samples' classes.
+        each_class: whether the figures of single classes are wanted too.
 
     Raises:
         UserError: sets of other sizes, colour modes or features, too few pictures, no images where only
             statistics are known, training images that are the reference, classes that the two do not share.
     """
-    known = reference.known
     if train is not None:
         _refuse_training(train, reference)
     if judge:
         _refuse_judge(samples, reference)
-    found = collect(_like(samples.batches(), reference, features), features)
-    stamp = Stamp(
+    if each_class and (samples.labels is None or reference.labels is None):
+        raise UserError("the figures of each class need samples and a reference with classes: leave --per-class out.")
+    found = collect_together(
+        samples, features, check=lambda images: _refuse_unlike(images, reference, features), progress=progress
+    )
+    stamp = stamp_of(samples, reference, features, found)
+
+    def figures() -> Measurements:
+        measured = measure_frechet(found, reference.statistics, stamp)
+        if reference.images is not None:
+            measured |= measure_pairs(found, reference.images, stamp)
+        if isinstance(features, Inception):
+            measured |= measure_inception_score(features.logits(found.rows), stamp)
+        if train is not None:
+            measured |= _memory(found, train, reference, stamp)
+        if samples.labels is not None:
+            measured |= _classes(found, samples.labels[: len(found.rows)], reference, stamp, judge, each_class)
+        if samples.captions is not None:
+            measured |= _captions(found, samples.captions, features, stamp)
+        return measured
+
+    return Evaluation(first_tells(figures), found, samples.labels)
+
+
+def stamp_of(samples: Pictures, reference: Reference, features: Features, found: Collected) -> Stamp:
+    """The protocol that all figures of the samples share."""
+    return Stamp(
         n=found.moments.count,
         shape=found.shape,
         resize=reference.resize,
@@ -270,33 +247,19 @@ def evaluate(
         sampling=dict(samples.sampling),
         **features_of(features),
     )
-    figures = measure_frechet(found, known, stamp)
-    if isinstance(known, Collected):
-        figures |= measure_pairs(found, known, stamp)
-    if isinstance(features, Inception):
-        figures |= measure_inception_score(features.logits(found.rows), stamp)
-    if train is not None and isinstance(train.known, Collected) and isinstance(known, Collected):
-        about = stamp.with_settings(train=Path(train.name).name, train_split=train.split, train_hash=train.content)
-        figures |= _memory(found, train.known, known, about)
-    if samples.labels is not None:
-        figures |= _classes(found, samples.labels[: len(found.rows)], reference, stamp, judge)
-    return figures
 
 
-def _like(batches: Iterator[Tensor], reference: Reference, features: Features) -> Iterator[Tensor]:
-    """The same batches; the first is held against the reference, before hours go into the others."""
-    for number, images in enumerate(batches):
-        known = reference.known
-        if number == 0 and isinstance(known, Collected):
-            _refuse_other_shape("the samples", tuple(images.shape[1:]), reference.name, known.shape)
-        if number == 0 and isinstance(known, Statistics):
-            dimension = features(images[:1]).shape[1]
-            if len(known.mean) != dimension:
-                raise UserError(
-                    f"{reference.name} holds statistics of {len(known.mean)} dimensions, the features "
-                    f"'{features.name}' have {dimension}: take the reference in the features in use."
-                )
-        yield images
+def _refuse_unlike(images: Tensor, reference: Reference, features: Features) -> None:
+    """Raises UserError where samples, seen in a first batch, cannot be held against the reference."""
+    if reference.images is not None:
+        _refuse_other_shape("the samples", tuple(images.shape[1:]), reference.name, reference.images.shape)
+        return
+    dimension = features(images[:1]).shape[1]
+    if len(reference.statistics.mean) != dimension:
+        raise UserError(
+            f"{reference.name} holds statistics of {len(reference.statistics.mean)} dimensions, the features "
+            f"'{features.name}' have {dimension}: take the reference in the features in use."
+        )
 
 
 def _refuse_other_shape(what: str, shape: tuple[int, ...], name: str, other: tuple[int, ...]) -> None:
@@ -309,19 +272,19 @@ def _refuse_other_shape(what: str, shape: tuple[int, ...], name: str, other: tup
 
 
 def _refuse_training(train: Reference, reference: Reference) -> None:
-    if isinstance(reference.known, Statistics) or isinstance(train.known, Statistics):
+    if reference.images is None or train.images is None:
         raise UserError("memorisation needs images: give the held-out ones as --reference, not their statistics.")
     if train.content == reference.content:
         raise UserError(
             f"the training images {train.name} are the reference itself: give held-out images as --reference."
         )
-    _refuse_other_shape(f"the training images {train.name}", train.known.shape, reference.name, reference.known.shape)
+    _refuse_other_shape(f"the training images {train.name}", train.images.shape, reference.name, reference.images.shape)
 
 
 def _refuse_judge(samples: Pictures, reference: Reference) -> None:
     if samples.labels is None:
         raise UserError(f"a judge compares what it reads with the classes asked for, and {samples.name} tells none.")
-    if isinstance(reference.known, Statistics) or reference.labels is None:
+    if reference.images is None or reference.labels is None:
         raise UserError(f"the judge learns from images with classes, and {reference.name} tells no classes.")
     unknown = sorted(set(samples.labels) - set(reference.labels))
     if unknown:
@@ -330,21 +293,81 @@ def _refuse_judge(samples: Pictures, reference: Reference) -> None:
         raise UserError(f"the judge learns to tell classes apart, and {reference.name} has only one.")
 
 
-def _memory(samples: Collected, train: Collected, held_out: Collected, about: Stamp) -> Measurements:
-    return measure_memory(samples.rows, train.rows, held_out.rows, about.with_settings(rows=len(samples.rows)))
+def _memory(samples: Collected, train: Reference, held_out: Reference, stamp: Stamp) -> Measurements:
+    assert train.images is not None  # refused before
+    assert held_out.images is not None
+    about = stamp.with_settings(
+        train=Path(train.name).name, train_split=train.split, train_hash=train.content, rows=len(samples.rows)
+    )
+    return measure_memory(samples.rows, train.images.rows, held_out.images.rows, about)
 
 
-def _classes(samples: Collected, labels: list[str], reference: Reference, stamp: Stamp, judge: bool) -> Measurements:
+def _classes(
+    samples: Collected, labels: list[str], reference: Reference, stamp: Stamp, judge: bool, each_class: bool
+) -> Measurements:
     names = sorted({*labels, *(reference.labels or ())})
     asked = torch.tensor([names.index(name) for name in labels])
     stamp = stamp.with_settings(rows=len(labels))
-    if not judge or reference.labels is None or isinstance(reference.known, Statistics):
+    if reference.labels is None or reference.images is None:
         return measure_classes(samples.rows, asked, None, stamp)
-    from sklearn.svm import SVC
+    real, rows = torch.tensor([names.index(name) for name in reference.labels]), reference.images.rows
+    read = judges.svc(rows, real)(samples.rows) if judge else None
+    figures = measure_classes(samples.rows, asked, read, stamp)
+    if each_class:
+        figures |= measure_each_class(samples.rows, asked, read, rows, real, names, stamp)
+    about = {"judge": f"{judges.SVC} on the reference's features", "judge_rows": len(real)}
+    return {
+        name: replace(figure, stamp=figure.stamp.with_settings(**about)) if "accuracy" in name else figure
+        for name, figure in figures.items()
+    }
 
-    real = torch.tensor([names.index(name) for name in reference.labels])
-    reader = SVC(C=10).fit(reference.known.rows.numpy(), real.numpy())
-    figures = measure_classes(samples.rows, asked, torch.from_numpy(reader.predict(samples.rows.numpy())), stamp)
-    about = stamp.with_settings(judge="SVC(C=10) on the reference's features", judge_rows=len(real))
-    figures["class_accuracy"] = replace(figures["class_accuracy"], stamp=about)
-    return figures
+
+def _captions(samples: Collected, captions: list[str], features: Features, stamp: Stamp) -> Measurements:
+    """CLIP score and caption retrieval where the features are CLIP's; nothing with any other."""
+    from carrara.evaluation.features.pretrained import Clip
+
+    if not isinstance(features, Clip):
+        return {}
+    told = captions[: len(samples.rows)]
+    texts = torch.cat([features.texts(told[low : low + 256]).cpu() for low in range(0, len(told), 256)])
+    return measure_captions(samples.rows, texts, stamp.with_settings(rows=len(told)))
+
+
+# ---- pairs of pictures ----------------------------------------------------------------------------------------
+
+
+def reconstruction(pictures: Pictures, originals: Pictures, progress: Progress | None = None) -> Measurements:
+    """PSNR and SSIM of pictures against what they should be, one by one.
+
+    Raises:
+        UserError: other numbers or sizes of pictures.
+    """
+    if pictures.count != originals.count:
+        raise UserError(
+            f"{pictures.name} holds {pictures.count:,} pictures and {originals.name} {originals.count:,}: "
+            "give one original for each picture, in the same order."
+        )
+
+    def work(rows: range) -> tuple[dict[str, Tensor], tuple[int, ...], bytes]:
+        images, targets = pictures.make(rows).cpu(), originals.make(rows)
+        _refuse_other_shape(pictures.name, tuple(images.shape[1:]), originals.name, tuple(targets.shape[1:]))
+        content = hashlib.blake2b(to_uint8(targets).numpy().tobytes(), digest_size=16).digest()
+        return likeness(images, targets), tuple(images.shape[1:]), content
+
+    found = []
+    for part in in_turn(originals.parts, work):
+        found.append(part)
+        if progress is not None:
+            progress(len(part[0]["psnr"]))
+    values, shapes, digests = zip(*found, strict=True)
+    joined = {name: torch.cat([part[name] for part in values]) for name in values[0]}
+    stamp = Stamp(
+        n=pictures.count,
+        shape=shapes[0],
+        resize=originals.resize,
+        reference=Path(originals.name).name,
+        reference_split=originals.split,
+        reference_hash=hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
+        sampling={"pictures": Path(pictures.name).name},
+    )
+    return first_tells(lambda: measure_reconstruction(joined, stamp))

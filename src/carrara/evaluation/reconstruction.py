@@ -58,6 +58,11 @@ def ssim(images: Tensor, targets: Tensor, window: int = 11, deviation: float = 1
     return (luminance * structure).flatten(1).mean(1)
 
 
+def likeness(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Every measure of how close images [N, C, H, W] in [-1, 1] are to their targets, float64 [N] each."""
+    return {"psnr": psnr(images, targets), "ssim": ssim(images, targets)}
+
+
 def _check(images: Tensor, targets: Tensor) -> None:
     if images.shape != targets.shape or images.ndim != 4 or len(images) == 0:
         raise UserError(

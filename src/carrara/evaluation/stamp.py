@@ -92,12 +92,14 @@ class Measurement:
 
     Attributes:
         note: what a reader must know before using it ("1,000 samples for 2,048 dimensions").
+        details: what it is made of, as plain data (the terms of a bound at each time, a table of confusions).
     """
 
     value: float
     interval: Interval | None
     stamp: Stamp
     note: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 Measurements = dict[str, Measurement]
@@ -189,6 +191,10 @@ def _measurements(raw: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
         yield (
             name,
             Measurement(
-                entry["value"], None if interval is None else Interval(**interval), Stamp(**stamp), entry["note"]
+                entry["value"],
+                None if interval is None else Interval(**interval),
+                Stamp(**stamp),
+                entry["note"],
+                entry.get("details", {}),
             ),
         )

@@ -36,12 +36,15 @@ class Features(Protocol):
 KINDS = ("pixels", "inception", "clip", "dinov2")
 
 
-def open_features(word: str, device: torch.device | str = "cpu", preparation: str = "tensorflow") -> Features:
+def open_features(
+    word: str, device: torch.device | str = "cpu", preparation: str = "tensorflow", checksum: str | None = None
+) -> Features:
     """The feature network that a word names: "pixels", "inception=WEIGHTS", "clip=FOLDER" or "dinov2=FOLDER".
 
     Args:
         word: the kind and, after "=", the local file or folder of its weights.
         preparation: Inception's resize, one of `preparation.INCEPTION`.
+        checksum: the SHA-256 that Inception's file must have; by default that of one of the published files.
 
     Raises:
         UserError: an unknown kind, or weights that are not given, missing or of another checksum.
@@ -49,12 +52,14 @@ def open_features(word: str, device: torch.device | str = "cpu", preparation: st
     kind, _, path = word.partition("=")
     if kind not in KINDS:
         raise UserError(f"there are no features '{kind}': {nearest(kind, KINDS)}")
+    if checksum is not None and kind != "inception":
+        raise UserError(f"a checksum is asked of Inception's weights only, the features are '{kind}': leave it out.")
     if kind == "pixels":
         return Pixels()
     if not path:
         raise UserError(f"the features '{kind}' need their weights from a local path: write {kind}=PATH.")
     if kind == "inception":
-        return Inception.load(Path(path), preparation=preparation, device=device)
+        return Inception.load(Path(path), checksum, preparation, device)
     from carrara.evaluation.features.pretrained import Clip, Dino
 
     return Clip(path, device) if kind == "clip" else Dino(path, device)

@@ -41,7 +41,7 @@ def read_weights(path: str | Path, checksum: str | None = None) -> tuple[dict[st
         wanted = " or ".join(digest[:16] + "…" for digest in expected)
         raise UserError(
             f"'{path}' has SHA-256 {found[:16]}…, not {wanted}: "
-            "it is cut short or another file; download it again, or pass its own checksum to use it on purpose."
+            "it is cut short or another file; download it again, or give its own --checksum to use it on purpose."
         )
     raw = _torchscript(path) if _is_torchscript(path) else _pickle(path)
     weights = from_torchscript(raw) if "layers.conv.weight" in raw else raw

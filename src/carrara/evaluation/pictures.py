@@ -1,0 +1,201 @@
+"""Sets of pictures that are made or read part by part while they are measured, and written nowhere.
+
+All pictures, real ones too, are rounded to 8 bits before any feature network sees them: what is measured is
+what files hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carrara.codecs import Codec
+from carrara.data import Example, Preprocess, Source, open_source
+from carrara.data.batches import in_threads
+from carrara.errors import UserError
+from carrara.images import from_uint8, to_uint8
+from carrara.model import DiffusionModel
+from carrara.solvers import Solver
+
+OWN_SIZE = "own size"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A set of pictures, any part of which can be made or read.
+
+    Attributes:
+        name: what messages and stamps call it.
+        count: how many.
+        make: the pictures of these rows, [B, C, H, W] in [-1, 1].
+        batch_size: how many are made at once.
+        labels: the name of each one's class, or None.
+        captions: what each one shows, in words, or None.
+        split: which part of a data set.
+        resize: how they came to their size.
+        levels: how many values a pixel has.
+        sampling: how a model made them; filled once the first part is made.
+    """
+
+    name: str
+    count: int
+    make: Callable[[range], Tensor]
+    batch_size: int = 256
+    labels: list[str] | None = None
+    captions: list[str] | None = None
+    split: str = ""
+    resize: str = ""
+    levels: int = 256
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[range]:
+        """The rows, batch by batch: the same on every number of processes, so that each is made of the same numbers."""
+        return [range(low, min(low + self.batch_size, self.count)) for low in range(0, self.count, self.batch_size)]
+
+    def batches(self) -> Iterator[Tensor]:
+        """All of them, in their order."""
+        return map(self.make, self.parts)
+
+
+@dataclass(frozen=True)
+class Size:
+    """To what size and colours pictures are brought; None leaves them as they are, all alike."""
+
+    resolution: tuple[int, int] | None = None
+    channels: int | None = None
+    resize: str = "adm"
+
+
+def model_pictures(
+    model: DiffusionModel, name: str, count: int, batch_size: int = 64, **choices: int | float | str | Solver | None
+) -> Pictures:
+    """Samples of a model; the classes in turn where it knows classes, so that each has as many as any other.
+
+    Args:
+        choices: `steps`, `solver`, `guidance`, `seed`, `eta` and `spacing` of `DiffusionModel.sample`.
+    """
+    refuse_fewer_than_one(count)
+    names = None if model.labels is None else model.labels.names
+    labels = None if names is None else [names[i % len(names)] for i in range(count)]
+    sampling: dict[str, Any] = {}
+
+    def make(rows: range) -> Tensor:
+        told = None if names is None else [i % len(names) for i in rows]
+        made = model.sample(told, len(rows), first=rows.start, batch_size=len(rows), **choices)  # type: ignore[arg-type]
+        sampling.update({key: made.protocol[key] for key in made.protocol if key not in ("carrara", "first")})
+        if names is not None:
+            sampling["classes"] = "in turn"
+        return _rounded(made.images)
+
+    return Pictures(name, count, make, batch_size, labels, levels=model.levels, sampling=sampling)
+
+
+def decoded_pictures(codec: Codec, originals: Pictures, name: str, device: torch.device | str = "cpu") -> Pictures:
+    """What is left of the originals after encoding (to the posterior's mode) and decoding."""
+
+    def make(rows: range) -> Tensor:
+        with torch.no_grad():
+            return _rounded(codec.decode(codec.encode(originals.make(rows).to(device)).mode()))
+
+    return Pictures(name, originals.count, make, originals.batch_size, originals.labels, originals.captions)
+
+
+def data_pictures(
+    path: str,
+    split: str = "train",
+    count: int | None = None,
+    size: Size | None = None,
+    batch_size: int = 256,
+    rounded: bool = True,
+    most: int = 10_000,
+) -> Pictures:
+    """The pictures of a folder, an npz or any other data set.
+
+    Fewer than all, and more than `most`, of which the first are kept for figures of pairs, are taken in an order
+    drawn once for all: the first of a data set are often of one class.
+
+    Args:
+        rounded: to 8 bits. Without it, data of fewer levels (the scanned digits have 17) keep exactly those.
+
+    Raises:
+        UserError: no pictures, fewer than `count`, one that cannot be read, or of another size or colour mode
+            than the first where `size` does not say to which they are brought.
+    """
+    size = size or Size()
+    source = open_source(_images_of(path), split)
+    if len(source) == 0:
+        raise UserError(f"{source.name} holds no images: give a folder, archive or data set that has some.")
+    count = len(source) if count is None else count
+    refuse_fewer_than_one(count)
+    if count > len(source):
+        raise UserError(f"{source.name} holds {len(source):,} images, fewer than the {count:,} asked for with --n.")
+    order = list(range(count))
+    if count < len(source) or count > most:
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    first = source[order[0]].image
+    height, width = size.resolution or (first.height, first.width)
+    prepare = Preprocess(height, width, size.channels or len(first.getbands()), resize=size.resize)  # type: ignore[arg-type]
+
+    def pixels(index: int) -> Tensor:
+        example = source[index]
+        _refuse_unlike(example, prepare, size)
+        return prepare(example.image)
+
+    def make(rows: range) -> Tensor:
+        values = torch.stack(list(in_threads(source, pixels, [order[row] for row in rows])))
+        images = values.clamp(max=source.levels - 1).float().mul(2 / (source.levels - 1)).sub(1)
+        return _rounded(images) if rounded else images
+
+    return Pictures(
+        source.name,
+        count,
+        make,
+        batch_size,
+        _class_names(source, order),
+        None if source.captions is None else [source.captions[i] for i in order],
+        split,
+        OWN_SIZE if size.resolution is None else prepare.describe(),
+        256 if rounded else source.levels,
+    )
+
+
+def _images_of(path: str) -> str:
+    """The archive in a folder that `carrara sample` wrote, where a grid lies beside the single pictures."""
+    archive = Path(path) / "samples.npz"
+    return str(archive) if archive.is_file() else path
+
+
+def refuse_fewer_than_one(count: int) -> None:
+    """Raises UserError where no picture at all is asked for."""
+    if count < 1:
+        raise UserError(f"--n must be at least 1, not {count}.")
+
+
+def _rounded(images: Tensor) -> Tensor:
+    return from_uint8(to_uint8(images))
+
+
+def _refuse_unlike(example: Example, prepare: Preprocess, size: Size) -> None:
+    image = example.image
+    if size.resolution is None and (image.height, image.width) != (prepare.height, prepare.width):
+        raise UserError(
+            f"{example.name} has {image.height}×{image.width} pixels, others {prepare.height}×{prepare.width}: "
+            "say with --resolution to which size they are brought."
+        )
+    if size.channels is None and len(image.getbands()) != prepare.channels:
+        raise UserError(
+            f"{example.name} has {len(image.getbands())} channels, others {prepare.channels}: "
+            "say with --channels to how many they are brought."
+        )
+
+
+def _class_names(source: Source, order: list[int]) -> list[str] | None:
+    if source.labels is None or source.class_names is None:
+        return None
+    return [source.class_names[source.labels[i]] for i in order]
