@@ -1,0 +1,164 @@
+"""What the learned codecs share: an encoder and a decoder, the latent scale, and decoding that is never black."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from dataclasses import asdict
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from carrara.codecs.base import Posterior
+from carrara.errors import UserError
+from carrara.networks.autoencoder import AutoencoderParams, Decoder, Encoder
+from carrara.process.noise import Noise
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Reconstruction(NamedTuple):
+    """What a codec in training makes of a batch. (A named tuple, since wrappers that spread a module over
+    processes look for tensors in its answer.)
+
+    Attributes:
+        image: x̂, [B, C, H, W].
+        features: what the decoder's last convolution saw, [B, F, H, W], for the adaptive weight; empty where
+            there is no such layer.
+        latent: the latent before the latent scale, [B, C', H', W'], detached.
+        penalty: what the latent costs, [B]: nats per image dimension, or a mean squared distance to the codes.
+        log_scale: ln b of a learned p(x|z), a number, or None.
+        scalars: what to log beside, [B] each or a single number.
+    """
+
+    image: Tensor
+    features: Tensor
+    latent: Tensor
+    penalty: Tensor
+    log_scale: Tensor | None
+    scalars: dict[str, Tensor]
+
+
+class LearnedCodec(nn.Module):
+    """A codec with weights. `forward` is its training; `encode` and `decode` are its use.
+
+    Args:
+        params: the shape of encoder and decoder.
+        moments: 1, or 2 where the encoder tells mean and log-variance.
+    """
+
+    kind: ClassVar[str]
+    pixels = False
+
+    def __init__(self, params: AutoencoderParams, moments: int = 1) -> None:
+        super().__init__()
+        self.params = params
+        self.encoder = Encoder(params, moments)
+        self.decoder = Decoder(params)
+        self.register_buffer("latent_shift", torch.zeros(params.latent_channels))
+        self.register_buffer("latent_scale", torch.ones(params.latent_channels))
+
+    latent_shift: Tensor
+    latent_scale: Tensor
+
+    @property
+    def reduction(self) -> int:
+        """How many pixels one side of a latent position covers."""
+        return self.params.reduction
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the weights, as plain data: `kind` and the arguments that make the codec again."""
+        return {"kind": self.kind, "params": asdict(self.params)}
+
+    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        """The latent's [C', H', W'] for an image's [C, H, W].
+
+        Raises:
+            UserError: another number of channels, or a side that the reduction does not divide.
+        """
+        if channels != self.params.in_channels:
+            raise UserError(f"this codec encodes images of {self.params.in_channels} channels, not of {channels}.")
+        self.params.check_size(height, width)
+        return self.params.latent_channels, height // self.reduction, width // self.reduction
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Posterior:
+        """Images [B, C, H, W] in [-1, 1] to their latent posterior or codes, scaled."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
+        """The training pass.
+
+        Args:
+            x: images [B, C, H, W] in [-1, 1].
+            noise: the samples' randomness; its row numbers are the images' global positions in the run.
+        """
+
+    # ---- the latent scale: multiplied after encoding, divided before decoding (Rombach et al. 2022, §G) ------
+
+    def scaled(self, latent: Tensor) -> Tensor:
+        """(latent - shift)·scale, [B, C', H', W']: about unit variance, what a diffusion model sees."""
+        return (latent - channelwise(self.latent_shift)) * channelwise(self.latent_scale)
+
+    def unscaled(self, z: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        return z / channelwise(self.latent_scale) + channelwise(self.latent_shift)
+
+    def set_latent_scale(self, scale: float | Tensor, shift: float | Tensor = 0.0) -> None:
+        """Store a latent scale: one number, or one for each of the latent's channels.
+
+        Raises:
+            UserError: a scale that is not positive and finite, or of another number of channels.
+        """
+        for name, value in (("scale", scale), ("shift", shift)):
+            numbers = torch.as_tensor(value, dtype=torch.float64).flatten()
+            if len(numbers) not in (1, self.params.latent_channels):
+                raise UserError(
+                    f"a latent {name} of {len(numbers)} channels does not fit latents of {self.params.latent_channels}."
+                )
+            if not bool(numbers.isfinite().all()) or (name == "scale" and not bool((numbers > 0).all())):
+                raise UserError(
+                    f"the latent {name} {numbers.tolist()} is not usable: the codec's latents are constant."
+                )
+            buffer: Tensor = getattr(self, f"latent_{name}")
+            buffer.copy_(numbers.expand(self.params.latent_channels))
+
+    # ---- decoding -------------------------------------------------------------------------------------------
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents [B, C', H', W'] to images [B, C, H, W], about [-1, 1].
+
+        Raises:
+            UserError: latents of another number of channels.
+        """
+        return self._decoded(self.unscaled(z))
+
+    def _decoded(self, latent: Tensor) -> Tensor:
+        """Decode; what is not finite in half precision is decoded again in float32, and that is said."""
+        image: Tensor = self.decoder(latent)
+        device = latent.device.type
+        weight = self.decoder.stem.weight
+        half = weight.dtype in _HALF or torch.is_autocast_enabled(device)
+        if not half or bool(image.isfinite().all()) or not bool(latent.isfinite().all()):
+            return image
+        warnings.warn(
+            f"decoding in {image.dtype} was not finite: it is done again in float32 (load the codec in float32 or "
+            "bfloat16 to spare that).",
+            stacklevel=3,
+        )
+        wide = {name: value.float() for name, value in self.decoder.state_dict(keep_vars=True).items()}
+        with torch.autocast(device, enabled=False):
+            again: Tensor = functional_call(self.decoder, wide, (latent.float(),))
+        return again
+
+    def _trained(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """The image of an unscaled latent, and the features that the last convolution saw."""
+        features = self.decoder.features(latent)
+        return self.decoder.finish(features), features.detach()
+
+
+def channelwise(value: Tensor) -> Tensor:
+    """[C'] as [1, C', 1, 1], to broadcast against latents."""
+    return value.reshape(1, -1, 1, 1)

@@ -1,0 +1,270 @@
+"""Vector quantisation: every position of a map becomes the nearest entry of a codebook (van den Oord et al. 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carrara.distributed import gather, is_sharded
+from carrara.errors import UserError
+from carrara.process.noise import Noise
+
+_DISTANCES = 2**24
+"""How many distances are held at a time."""
+_USED = 0.1
+"""A code chosen less than this share of what an even use would give it does not count as used."""
+POSITIONS = 1
+"""The sub-draw of which positions offer themselves to dead codes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiserParams:
+    """How a codebook is learned.
+
+    Attributes:
+        codes: entries of the codebook, K.
+        beta: weight β of the commitment term.
+        legacy: VQGAN's first published loss, whose β stands at the codebook term instead: for old weights only.
+        decay: of the moving means that an EMA codebook follows; None learns the codebook by gradient.
+        usage_decay: of the moving mean of how often each code is chosen, over batches.
+        restart: a code chosen less often than this share of 1/K starts anew at what the encoder says at some
+            position; 0 never. Above 0, the first batch of all fills the codebook.
+        restart_until: images seen after which no code starts anew; None for no end.
+    """
+
+    codes: int = 512
+    beta: float = 0.25
+    legacy: bool = False
+    decay: float | None = 0.99
+    usage_decay: float = 0.99
+    restart: float = 0.1
+    restart_until: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.codes < 2:
+            raise UserError(f"codec.codes is {self.codes}: a codebook has at least 2 entries.")
+        for name in ("decay", "usage_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"codec.{name} is {value}: it must be at least 0 and below 1.")
+        if self.beta < 0 or not 0 <= self.restart < 1:
+            raise UserError("codec.beta must be at least 0, and codec.restart at least 0 and below 1.")
+        if self.legacy and self.decay is not None:
+            raise UserError("codec.legacy is a loss of gradient codebooks: set codec.decay to null.")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What an image is encoded to by a codebook.
+
+    Attributes:
+        indices: int64 [B, h, w], in 0..K-1.
+        vectors: the entries, float32 [B, C', h, w], before the latent scale.
+        latent: what the encoder said before it was quantised, scaled, [B, C', h, w]: what latent diffusion over a
+            VQ codec works in, and `decode` quantises. Where only indices are known, the scaled entries.
+    """
+
+    indices: Tensor
+    vectors: Tensor
+    latent: Tensor
+
+    def mode(self) -> Tensor:
+        """`latent`: there is but one."""
+        return self.latent
+
+    def sample(self, noise: Noise) -> Tensor:
+        """`latent`: there is but one."""
+        return self.latent
+
+
+def check_indices(indices: Tensor, codes: int) -> None:
+    """Whether all indices are of the codebook.
+
+    Raises:
+        UserError: one is not, or they are no whole numbers [B, h, w].
+    """
+    if indices.is_floating_point() or indices.ndim != 3:
+        raise UserError(f"indices are whole numbers [B, h, w], not {indices.dtype} {list(indices.shape)}.")
+    low, high = (int(indices.min()), int(indices.max())) if indices.numel() else (0, 0)
+    if low < 0 or high >= codes:
+        raise UserError(f"the codebook has the entries 0..{codes - 1}: there is no index {low if low < 0 else high}.")
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The index of the codebook entry [K, D] nearest to every vector [N, D] (of several, the first), int64 [N]."""
+    norms = codebook.square().sum(1)
+    rows = max(1, _DISTANCES // len(codebook))
+    parts = [torch.addmm(norms, part, codebook.T, alpha=-2).argmin(1) for part in vectors.split(rows)]
+    return torch.cat(parts) if parts else vectors.new_zeros(0, dtype=torch.long)
+
+
+def perplexity(usage: Tensor) -> Tensor:
+    """e^entropy of how often each code is chosen, [K] to a number: K for an even use, 1 where all choose one code."""
+    share = usage / usage.sum().clamp(min=1e-12)
+    number: Tensor = torch.special.entr(share).sum().exp()
+    return number
+
+
+def used(usage: Tensor) -> Tensor:
+    """The share of the codes that are chosen at least a tenth as often as in an even use, [K] to a number."""
+    return (usage >= _USED / len(usage) * usage.sum()).float().mean()
+
+
+class Usage(nn.Module):
+    """How often each code was chosen lately: a moving mean over the batches of training."""
+
+    def __init__(self, codes: int, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("share", torch.zeros(codes))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    share: Tensor
+    batches: Tensor
+
+    def observe(self, counts: Tensor) -> None:
+        """Take in a batch's counts of every code, float [K], added up over the processes."""
+        self.batches += 1
+        self.share.lerp_(counts / counts.sum(), 1 - self.decay)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """What to log."""
+        return {"codebook use": used(self.share), "perplexity": perplexity(self.share)}
+
+
+class Quantiser(nn.Module):
+    """A codebook, its lookup, its loss and its learning.
+
+    Args:
+        params: how it learns.
+        channels: of the vectors.
+    """
+
+    def __init__(self, params: QuantiserParams, channels: int) -> None:
+        super().__init__()
+        self.params = params
+        self.usage = Usage(params.codes, params.usage_decay)
+        entries = torch.empty(params.codes, channels).uniform_(-1 / params.codes, 1 / params.codes)
+        if params.decay is None:
+            self.codebook = nn.Parameter(entries)
+        else:
+            self.register_buffer("codebook", entries)
+            self.register_buffer("counts", torch.ones(params.codes))
+            self.register_buffer("sums", entries.clone())
+
+    codebook: Tensor
+    counts: Tensor
+    sums: Tensor
+
+    def indices(self, latent: Tensor) -> Tensor:
+        """The nearest entry at every position: [B, C', h, w] to int64 [B, h, w]."""
+        flat = latent.detach().float().permute(0, 2, 3, 1)
+        with torch.autocast(latent.device.type, enabled=False):
+            return nearest(flat.reshape(-1, flat.shape[-1]), self.codebook.detach().float()).reshape(flat.shape[:3])
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """The entries of some indices: int64 [B, h, w] to [B, C', h, w].
+
+        Raises:
+            UserError: an index that is not of the codebook.
+        """
+        check_indices(indices, self.params.codes)
+        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
+
+    def loss(self, latent: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """‖sg[e] - z‖²·β + ‖e - sg[z]‖² as means over the dimensions; the second term moves a gradient codebook only.
+
+        Args:
+            latent: z, [B, C', h, w].
+            vectors: e, the entries chosen.
+
+        Returns:
+            The loss, its commitment term and its codebook term without β, [B] each.
+        """
+        commitment = (latent - vectors.detach()).square().flatten(1).mean(1)
+        codebook = (vectors - latent.detach()).square().flatten(1).mean(1)
+        if self.params.legacy:
+            return commitment + self.params.beta * codebook, commitment, codebook
+        own = codebook if self.params.decay is None else 0.0
+        return self.params.beta * commitment + own, commitment, codebook
+
+    # ---- learning ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prepare(self, latent: Tensor, noise: Noise) -> None:
+        """Let dead codes start anew, before a training batch is quantised.
+
+        Code j takes what the batch's sample j mod B says at a position drawn from that sample's own randomness,
+        so that the number of processes does not matter.
+        """
+        params = self.params
+        seen = max(noise.ids or (0,))
+        if params.restart == 0 or (params.restart_until is not None and seen >= params.restart_until):
+            return
+        if params.decay is None and is_sharded(self):
+            raise UserError("a gradient codebook spread over processes cannot restart codes: set codec.decay to 0.99.")
+        dead = self.usage.share < params.restart / params.codes
+        if not bool(dead.any()):
+            return
+        offered = self._offered(latent, noise)
+        self.codebook.data.copy_(torch.where(dead[:, None], offered, self.codebook.data))
+        self.usage.share.masked_fill_(dead, 1 / params.codes)
+        if params.decay is not None:
+            self.counts.masked_fill_(dead, 1.0)
+            self.sums.copy_(torch.where(dead[:, None], offered, self.sums))
+
+    def _offered(self, latent: Tensor, noise: Noise) -> Tensor:
+        """One vector of the batch for every code, [K, C']: zeros but for this process's samples, added up."""
+        codes, (samples, channels) = self.params.codes, latent.shape[:2]
+        flat = latent.float().flatten(2)  # [B, C', N]
+        uniform = noise.uniform((samples, codes), sub=POSITIONS)
+        places = (uniform * flat.shape[2]).long().to(latent.device)  # [B, K]
+        rows = torch.tensor(noise.ids or tuple(range(samples)), device=latent.device)
+        everyone = gather(rows).sort().values
+        mine = torch.searchsorted(everyone, rows)  # the samples' places in the batch of all processes
+        offered = flat.new_zeros(codes, channels)
+        for sample, place in enumerate(mine.tolist()):
+            chosen = torch.arange(place, codes, len(everyone), device=latent.device)
+            offered[chosen] = flat[sample, :, places[sample, chosen]].T
+        return summed(offered)
+
+    @torch.no_grad()
+    def observe(self, latent: Tensor, indices: Tensor) -> None:
+        """Take in a training batch: how often each code was chosen, and for an EMA codebook by what.
+
+        N ← γN + (1-γ)n, m ← γm + (1-γ)Σz, e = m/N, with N smoothed by 1e-5 (van den Oord et al. 2017, appendix A.1).
+        """
+        params = self.params
+        flat = latent.float().permute(0, 2, 3, 1).flatten(0, 2)
+        with torch.autocast(latent.device.type, enabled=False):
+            counts, sums = (summed(value) for value in _totals(indices.flatten(), flat, params.codes))
+        self.usage.observe(counts)
+        if params.decay is None:
+            return
+        self.counts.lerp_(counts, 1 - params.decay)
+        self.sums.lerp_(sums, 1 - params.decay)
+        total = self.counts.sum()
+        smoothed = (self.counts + 1e-5) / (total + params.codes * 1e-5) * total
+        self.codebook.copy_(self.sums / smoothed[:, None])
+
+
+def _totals(indices: Tensor, vectors: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """How many of the vectors [N, D] chose each code, [K], and their sums, [K, D].
+
+    As matrix products, since scattered sums have no fixed order on accelerators and a run must repeat its bits.
+    """
+    counts, sums = vectors.new_zeros(codes), vectors.new_zeros(codes, vectors.shape[1])
+    rows = max(1, _DISTANCES // codes)
+    for index, part in zip(indices.split(rows), vectors.split(rows), strict=True):
+        chosen = part.new_zeros(len(part), codes).scatter_(1, index[:, None], 1.0)
+        counts += chosen.sum(0)
+        sums += chosen.T @ part
+    return counts, sums
+
+
+def summed(values: Tensor) -> Tensor:
+    """The values added up over the processes."""
+    return gather(values[None]).sum(0)

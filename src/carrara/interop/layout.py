@@ -1,0 +1,94 @@
+"""Mapping state dicts key by key, without loss, where layers of others lie joined in ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from carrara.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of our tensors and where it lies in another program's state dict.
+
+    Attributes:
+        mine: our key.
+        theirs: their keys; several are joined along the first axis to make ours.
+        matrix: theirs is a matrix where ours is a 1×1 convolution.
+    """
+
+    mine: str
+    theirs: tuple[str, ...]
+    matrix: bool = False
+
+    def shape(self, mine: Tensor) -> tuple[int, ...]:
+        """The shape of each of theirs."""
+        size = tuple(mine.shape)
+        if len(self.theirs) > 1:
+            size = (size[0] // len(self.theirs), *size[1:])
+        return size[:2] if self.matrix else size
+
+
+def leaf(network: nn.Module, mine: str, *theirs: str, matrix: bool = False) -> Iterator[Place]:
+    """The places of a layer's own parameters and buffers; none for a layer that is not there or holds nothing."""
+    layer = network.get_submodule(mine)
+    own = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
+    for name in own:
+        keys = tuple(f"{each}.{name}" for each in theirs)
+        yield Place(f"{mine}.{name}", keys, matrix and name == "weight")
+
+
+def strip_prefixes(checkpoint: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """The same tensors without what wrappers, or the model that the network was a part of, put before every key.
+
+    A prefix that only some keys have marks the part that is wanted: the other keys are dropped.
+    """
+    stripped = dict(checkpoint)
+    for prefix in ("module.", "_orig_mod.", *prefixes):
+        if any(key.startswith(prefix) for key in stripped):
+            stripped = {k.removeprefix(prefix): v for k, v in stripped.items() if k.startswith(prefix)}
+    return stripped
+
+
+def to_ours(checkpoint: Mapping[str, Tensor], network: nn.Module, places: Iterable[Place]) -> dict[str, Tensor]:
+    """A checkpoint under our names, every key of it used; of the network only shapes are read.
+
+    Raises:
+        UserError: a key is missing, unexpected or of another shape; the first one is named.
+    """
+    own = network.state_dict()
+    ours: dict[str, Tensor] = {}
+    known = set()
+    for place in places:
+        known |= set(place.theirs)
+        shape = place.shape(own[place.mine])
+        for key in place.theirs:
+            if key not in checkpoint:
+                raise UserError(f"the checkpoint lacks '{key}', which a network of these arguments has.")
+            if tuple(checkpoint[key].shape) != shape:
+                raise UserError(
+                    f"the checkpoint's '{key}' has the shape {tuple(checkpoint[key].shape)}, "
+                    f"a network of these arguments {shape}."
+                )
+        joined = torch.cat([checkpoint[key] for key in place.theirs]) if len(place.theirs) > 1 else checkpoint[key]
+        ours[place.mine] = joined.reshape(own[place.mine].shape)
+    for key in checkpoint:
+        if key not in known:
+            raise UserError(f"the checkpoint holds '{key}', which a network of these arguments does not have.")
+    return ours
+
+
+def to_theirs(network: nn.Module, places: Iterable[Place]) -> dict[str, Tensor]:
+    """The network's weights under the others' keys (the network may be on the meta device)."""
+    own = network.state_dict()
+    theirs = {}
+    for place in places:
+        shape = place.shape(own[place.mine])
+        parts = own[place.mine].chunk(len(place.theirs)) if len(place.theirs) > 1 else (own[place.mine],)
+        for key, part in zip(place.theirs, parts, strict=True):
+            theirs[key] = part.reshape(shape)
+    return theirs
