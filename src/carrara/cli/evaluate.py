@@ -257,7 +257,9 @@ class Work:
         assert options.table is not None
         assert options.out is not None
         count = samples_wanted(options.n, real)
-        own = {name: value for name, value in options.sampling.items() if name not in tables.TABLES[options.table]}
+        free = options.sampling.keys() - tables.TABLES[options.table]
+        typed = {name: options.sampling[name] for name in sorted(free) if options.sampling[name] is not None}
+        own = {**tables.DEFAULTS.get(options.table, {}), **typed}
         about = {"model": tensors_checksum(model.network.state_dict()), "n": count, **own, **self._protocol(real)}
 
         def measure(cell: Cell) -> Evaluation:

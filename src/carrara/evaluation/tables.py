@@ -28,6 +28,11 @@ SOLVERS = ("ddpm", "ddim", "euler", "heun", "dpm++2m", "dpm++3m", "unipc", "deis
 TABLES = {"ddim": {"solver", "steps", "eta"}, "guidance": {"guidance"}, "solvers": {"solver", "steps", "eta"}}
 """The tables, and the choices of sampling that each makes itself."""
 
+DEFAULTS: dict[str, dict[str, Any]] = {"ddim": {"spacing": "leading"}}
+"""What else a table takes from its paper, unless the user says otherwise: leading is the linear τ of DDIM's programs
+(their CIFAR-10 column is quadratic). σ̂ is only as bad as published where the walk has small steps close to the clean
+image, after which no noise can be taken away any more."""
+
 ETAS = {f"η {eta:g}": DDIM(eta=eta) for eta in (0.0, 0.2, 0.5, 1.0)} | {"σ̂": DDIM(eta=1.0, noise="large")}
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "CIFAR-10": {
