@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from carrara.codecs.kl import KLAutoencoder
+from carrara.codecs.learned import Reconstruction
 from carrara.codecs.quantiser import Quantiser, QuantiserParams
 from carrara.interop import compvis, taming
+from carrara.objectives import CodecLoss, CodecObjective
+from carrara.objectives.codec import adaptive_weight, discriminator_loss
 from carrara.process import Noise
 from tests.parity.reference import Reference
 
@@ -102,6 +106,31 @@ def test_discriminator() -> None:
     after = taming.discriminator_state_dict(network)
     for name in ("main.3.running_mean", "main.3.running_var", "main.6.running_mean", "main.6.running_var"):
         case.near(f"after_train.{name}", after[name])
+
+
+def test_adversarial_losses_and_the_adaptive_weight() -> None:
+    case = FirstStage("e4_gan_losses")
+    real, fake = (case.input(name).flatten(1) for name in ("logits_real", "logits_fake"))
+    case.near("hinge_d_loss", discriminator_loss(real, fake, "hinge").mean())
+    case.near("vanilla_d_loss", discriminator_loss(real, fake, "logarithmic").mean())
+
+    features, target = case.input("feat"), case.input("target")
+    image = F.conv2d(features, case.input("last_layer"), padding=1).requires_grad_()
+    error = (target - image).abs().flatten(1).mean(1)
+    verdict = -(F.conv2d(image, case.input("disc_w")) ** 3).flatten(1).mean(1) * case.config["g_scale"]
+    case.near("nll_loss", error.mean())
+    case.near("g_loss", verdict.mean())
+    gradients = [torch.autograd.grad(value.sum(), image)[0] for value in (error, verdict)]
+    made = Reconstruction(image, features, features, error, None, {})
+    case.near("d_weight", adaptive_weight(made, gradients[0], gradients[1]) * case.config["disc_weight"])
+
+
+def test_the_adversarial_start() -> None:
+    case = FirstStage("e4_gan_losses")
+    loss = CodecLoss(adversarial=case.config["disc_weight"], start=case.config["threshold"])
+    objective = CodecObjective(torch.nn.Identity(), loss, discriminator=torch.nn.Identity())
+    seen = torch.tensor(case.config["steps"], dtype=torch.float64)
+    case.near("adopt_weight", objective.share(seen) * loss.adversarial)
 
 
 @pytest.mark.parametrize(("name", "module"), [("d2_autoencoder_kl", compvis), ("e1_vqmodel", taming)])

@@ -26,6 +26,4 @@ class Autoencoder(LearnedCodec):
         return Exact(self.scaled(self.encoder(x)))
 
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
-        latent = self.encoder(x)
-        image, features = self._trained(latent)
-        return Reconstruction(image, features, latent.detach(), x.new_zeros(len(x)), None, {})
+        return self._made(self.encoder(x), x.new_zeros(len(x)), {})

@@ -73,6 +73,10 @@ class DiscreteAutoencoder(LearnedCodec):
         self.codebook = nn.Parameter(torch.randn(choice.codes, params.latent_channels))
         self.usage = Usage(choice.codes, choice.usage_decay)
 
+    @property
+    def code_usage(self) -> Usage:
+        return self.usage
+
     def config(self) -> dict[str, Any]:
         return super().config() | {"choice": asdict(self.choice)}
 
@@ -115,11 +119,10 @@ class DiscreteAutoencoder(LearnedCodec):
         latent = torch.einsum("bkhw,kc->bchw", chosen, self.codebook)
         if self.training and torch.is_grad_enabled():
             self._observe(logits)
-        image, features = self._trained(latent)
         # KL(q ‖ uniform) = ln K - H(q), summed over the positions, per dimension of the image.
         kl = (log_q.exp() * (log_q + math.log(self.choice.codes))).flatten(1).sum(1)
         scalars = {"kl": kl.detach(), "temperature": kl.new_tensor(temperature), **self.usage.scalars()}
-        return Reconstruction(image, features, latent.detach(), kl / x[0].numel(), None, scalars)
+        return self._made(latent, kl / x[0].numel(), scalars)
 
     @torch.no_grad()
     def _observe(self, logits: Tensor) -> None:

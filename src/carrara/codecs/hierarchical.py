@@ -161,11 +161,10 @@ class HierarchicalVAE(LearnedCodec):
 
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
         bound = self.bound(x, noise)
-        image, features = self._trained(bound.latents[0])
         costs = {f"level {t}": cost for t, cost in enumerate((*bound.levels, bound.prior), start=1)}
         penalty = torch.stack(list(costs.values())).sum(0) / x[0].numel()
         scalars = {name: cost.detach() for name, cost in costs.items()}
-        return Reconstruction(image, features, bound.latents[0].detach(), penalty, self.log_scale, scalars)
+        return self._made(bound.latents[0], penalty, scalars, log_scale=self.log_scale)
 
     def sample(self, count: int, height: int, width: int, noise: Noise) -> Tensor:
         """Pictures of the model's own: z_T from N(0, I), then down the chain, [count, C, height, width]."""

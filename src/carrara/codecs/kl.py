@@ -84,7 +84,7 @@ class KLAutoencoder(LearnedCodec):
 
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
         q = self.posterior(x)
-        image, features = self._trained(q.sample(noise))
         kl = q.kl_to_standard()
-        scalars = {"kl": kl.detach()}
-        return Reconstruction(image, features, q.mean.detach(), kl / x[0].numel(), self.log_scale, scalars)
+        return self._made(
+            q.sample(noise), kl / x[0].numel(), {"kl": kl.detach()}, log_scale=self.log_scale, shown=q.mean
+        )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from carrara.codecs.base import Posterior
+from carrara.codecs.quantiser import Usage
 from carrara.errors import UserError
 from carrara.networks.autoencoder import AutoencoderParams, Decoder, Encoder
 from carrara.process.noise import Noise
@@ -31,6 +32,7 @@ class Reconstruction(NamedTuple):
         penalty: what the latent costs, [B]: nats per image dimension, or a mean squared distance to the codes.
         log_scale: ln b of a learned p(x|z), a number, or None.
         scalars: what to log beside, [B] each or a single number.
+        tanh: whether the image is the tanh of what the last convolution gave.
     """
 
     image: Tensor
@@ -39,6 +41,7 @@ class Reconstruction(NamedTuple):
     penalty: Tensor
     log_scale: Tensor | None
     scalars: dict[str, Tensor]
+    tanh: bool = False
 
 
 class LearnedCodec(nn.Module):
@@ -67,6 +70,11 @@ class LearnedCodec(nn.Module):
     def reduction(self) -> int:
         """How many pixels one side of a latent position covers."""
         return self.params.reduction
+
+    @property
+    def code_usage(self) -> Usage | None:
+        """How often each code was chosen lately, where there is a codebook."""
+        return None
 
     def config(self) -> dict[str, Any]:
         """Everything but the weights, as plain data: `kind` and the arguments that make the codec again."""
@@ -153,10 +161,22 @@ class LearnedCodec(nn.Module):
             again: Tensor = functional_call(self.decoder, wide, (latent.float(),))
         return again
 
-    def _trained(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """The image of an unscaled latent, and the features that the last convolution saw."""
+    def _made(
+        self,
+        latent: Tensor,
+        penalty: Tensor,
+        scalars: dict[str, Tensor],
+        *,
+        log_scale: Tensor | None = None,
+        shown: Tensor | None = None,
+    ) -> Reconstruction:
+        """What the decoder makes of an unscaled latent in training; `shown` is the latent to log in its place."""
         features = self.decoder.features(latent)
-        return self.decoder.finish(features), features.detach()
+        image = self.decoder.finish(features)
+        shown = latent if shown is None else shown
+        return Reconstruction(
+            image, features.detach(), shown.detach(), penalty, log_scale, scalars, tanh=self.params.tanh
+        )
 
 
 def channelwise(value: Tensor) -> Tensor:

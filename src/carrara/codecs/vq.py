@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from carrara.codecs.learned import LearnedCodec, Reconstruction
-from carrara.codecs.quantiser import Codes, Quantiser, QuantiserParams
+from carrara.codecs.quantiser import Codes, Quantiser, QuantiserParams, Usage
 from carrara.networks.autoencoder import AutoencoderParams
 from carrara.process.noise import Noise
 
@@ -27,6 +27,10 @@ class VQAutoencoder(LearnedCodec):
     def __init__(self, params: AutoencoderParams, quantiser: QuantiserParams) -> None:
         super().__init__(params)
         self.quantiser = Quantiser(quantiser, params.latent_channels)
+
+    @property
+    def code_usage(self) -> Usage:
+        return self.quantiser.usage
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"quantiser": asdict(self.quantiser.params)}
@@ -64,6 +68,5 @@ class VQAutoencoder(LearnedCodec):
         if learns:
             self.quantiser.observe(latent.detach(), indices)
         through = latent + (vectors - latent).detach()  # the decoder's gradient goes straight to the encoder
-        image, features = self._trained(through)
         scalars = {"commitment": commitment.detach(), "codebook": codebook.detach(), **self.quantiser.usage.scalars()}
-        return Reconstruction(image, features, latent.detach(), loss, None, scalars)
+        return self._made(through, loss, scalars, shown=latent)

@@ -2,6 +2,7 @@
 
 from carrara.objectives.base import Examples, Objective, Terms
 from carrara.objectives.classifier import ClassifierObjective
+from carrara.objectives.codec import LOSSES, CodecLoss, CodecObjective
 from carrara.objectives.diffusion import DiffusionObjective, Loss
 from carrara.objectives.times import (
     CleanTimes,
@@ -14,8 +15,11 @@ from carrara.objectives.times import (
 from carrara.objectives.weights import Weight, WeightKind
 
 __all__ = [
+    "LOSSES",
     "ClassifierObjective",
     "CleanTimes",
+    "CodecLoss",
+    "CodecObjective",
     "DiffusionObjective",
     "Examples",
     "LogNormalTimes",
