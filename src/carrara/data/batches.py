@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -145,8 +146,9 @@ class Batches:
         """Batches from `start_step` on, without end, the same as `at` gives, decoded ahead by the workers."""
         if self._cache is not None or self.workers == 0:
             yield from map(self.at, itertools.count(start_step))
-        ahead = in_order(self._safe_rows, start_step, self.workers)
-        yield from map(self._finish, itertools.count(start_step), ahead)
+        # Closed here and now on an error, whose traceback would keep the workers alive.
+        with contextlib.closing(in_order(self._safe_rows, start_step, self.workers)) as ahead:
+            yield from map(self._finish, itertools.count(start_step), ahead)
 
     def _safe_rows(self, step: int) -> _Rows | UserError:
         """What a worker makes; a mistake is handed over, so that it is raised without the worker's traceback."""

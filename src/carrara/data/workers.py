@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ class WorkerDied(Exception):
     """A worker's process ended before it gave its result."""
 
 
-def in_order(work: Callable[[int], Result], start: int, workers: int) -> Iterator[Result]:
+def in_order(work: Callable[[int], Result], start: int, workers: int) -> Generator[Result]:
     """`work(start)`, `work(start + 1)`, … without end, made ahead by `workers` processes.
 
     Worker w makes every `workers`-th item. One that dies is replaced, and what it was making is made again.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def save(checkpoints: Path, step: int, weights: Mapping[str, Mapping[str, Tensor
             shutil.rmtree(final)
         os.rename(partial, final)
         _sync(checkpoints)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as told by this file, torch, safetensors
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"the checkpoint {final} could not be written ({error}): free some space and run the same command again, "

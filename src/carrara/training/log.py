@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -89,6 +91,9 @@ class Log:
 
     Opening it at a step removes what a killed run wrote behind that step, so that the log of an interrupted run
     is the log of an uninterrupted one (`timing` aside).
+
+    Raises:
+        UserError: from every method that writes, when the disk is full.
     """
 
     def __init__(self, folder: Path, step: int, recipe: Recipe) -> None:
@@ -107,24 +112,39 @@ class Log:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add the entry of one step; numbers go to the tracker under their keys."""
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        if self.tracker is not None:
-            numbers = {k: float(v) for k, v in flat(entry).items() if isinstance(v, (int, float)) and k != "step"}
-            self.tracker.numbers(numbers, entry["step"])
+        with self._writing():
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+            if self.tracker is not None:
+                numbers = {k: float(v) for k, v in flat(entry).items() if isinstance(v, (int, float)) and k != "step"}
+                self.tracker.numbers(numbers, entry["step"])
 
     def skipped(self, entry: dict[str, Any]) -> None:
         """Write down a step that was not taken."""
-        with open(self._skipped, "a", encoding="utf-8") as file:
+        with self._writing(), open(self._skipped, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def picture(self, name: str, image: Tensor, step: int) -> None:
         """Add a picture, float [C, H, W] in [-1, 1], to the tracker."""
         if self.tracker is not None:
-            self.tracker.picture(name, ((image + 1) / 2).clamp(0, 1), step)
+            with self._writing():
+                self.tracker.picture(name, ((image + 1) / 2).clamp(0, 1), step)
 
     def close(self) -> None:
         """Write out what is still in memory."""
-        self._file.close()
+        # A line that found no room was told of when it was written; it is written again on resume.
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self.tracker is not None:
-            self.tracker.close()
+            with contextlib.suppress(OSError):
+                self.tracker.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the log {self._file.name} could not be written ({error.strerror or error}): free some space and run "
+                "the same command again, it goes on from the newest whole checkpoint."
+            ) from None

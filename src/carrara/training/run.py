@@ -6,6 +6,7 @@ runs/NAME/  recipe.yaml  model/  checkpoints/  snapshots/  log.jsonl  skipped.js
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +35,19 @@ _HARMLESS = {
     "training.stuck_after",
 }
 """What may differ on resume: the result is the same up to the rounding of sums."""
+
+
+_locks: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """Forked data workers, which may live a moment longer than their parent, hold no run folder."""
+    for lock in _locks:
+        lock.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class Run:
@@ -72,6 +86,7 @@ class Run:
         except OSError:
             self.close()
             raise UserError(f"another process is training in {folder}: wait for it, or name another --out.") from None
+        _locks.add(self._lock)
         try:
             if known.exists():
                 self._compare(known, accept_changes)
@@ -83,6 +98,7 @@ class Run:
     def close(self) -> None:
         """Let other processes have the folder."""
         if self._lock is not None:
+            _locks.discard(self._lock)
             self._lock.close()
 
     @property
