@@ -53,20 +53,19 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
     Raises:
         UserError: it is missing, damaged, of a newer version, or of something of another kind.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no config.json: it is not a model folder of Carrara.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
-        raise UserError(f"{path} does not describe a model of Carrara.")
-    if config["format"] > FORMAT:
-        raise UserError(f"{path} was written by a newer Carrara (format {config['format']}): upgrade this one.")
+    config = _config(folder)
     if config.get("kind", "diffusion") != kind:
         raise UserError(f"{folder} holds a {config['kind']} model, where a {kind} model is needed.")
     return config
+
+
+def kind_of(path: str | Path) -> str:
+    """What a folder holds: "diffusion", "classifier", …
+
+    Raises:
+        UserError: it holds nothing that Carrara saved.
+    """
+    return str(_config(find(path)).get("kind", "diffusion"))
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -95,3 +94,18 @@ def load_weights(module: nn.Module, path: Path) -> None:
                 f"{path}: '{key}' has the shape {tuple(state[key].shape)}, {tuple(own[key].shape)} is needed."
             )
     module.load_state_dict(state)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no config.json: it is not a model folder of Carrara.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+        raise UserError(f"{path} does not describe a model of Carrara.")
+    if config["format"] > FORMAT:
+        raise UserError(f"{path} was written by a newer Carrara (format {config['format']}): upgrade this one.")
+    return config

@@ -1,0 +1,93 @@
+"""`carrara sample` with a classifier, and with an up-sampler behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from carrara.model import DiffusionModel
+from carrara.networks import UNet, UNetParams
+from carrara.process import schedules
+from tests.cli.conftest import Command
+from tests.test_classifier import untrained
+
+
+def test_a_classifier_leads_from_the_command_line(
+    carrara: Command,
+    refused: Callable[..., str],
+    tiny_run: Path,
+    tmp_path: Path,
+) -> None:
+    untrained().save(tmp_path / "clf")
+    words = ("--classifier", tmp_path / "clf", "--steps", "3", "--json")
+    result = carrara(
+        "sample",
+        tiny_run,
+        *words,
+        "--classifier-scale",
+        "4",
+        "--guidance",
+        "1.5",
+        "--label",
+        "3",
+        "--out",
+        tmp_path / "s",
+    )
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert (told["classifier_scale"], told["guidance"], told["labels"]) == (4, 1.5, [3])
+    assert "--classifier is not" in refused("sample", tiny_run, "--classifier-scale", "4")
+    assert "holds a diffusion model" in refused("sample", tiny_run, "--classifier", tiny_run)
+    assert "holds a classifier model" in refused("sample", tmp_path / "clf")
+    assert "finite" in refused("sample", tiny_run, *words, "--classifier-scale", "nan")
+    (tmp_path / "clf" / "network.safetensors").write_bytes(b"short")
+    assert "cut short" in refused("sample", tiny_run, *words)
+
+
+@pytest.fixture
+def upsampler(tmp_path: Path) -> Path:
+    """An untrained up-sampler from 8x8 to 16x16 gray images that is told a class."""
+    torch.manual_seed(0)
+    params = UNetParams(
+        image_size=(16, 16),
+        in_channels=1,
+        channels=8,
+        channel_mult=(1, 1),
+        blocks_per_level=1,
+        attention=(),
+        concat_channels=1,
+        upsample_concat=True,
+        head_channels=8,
+    )
+    network = UNet(params)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    DiffusionModel(network, schedules.linear(100), (1, 16, 16)).save(tmp_path / "up")
+    return tmp_path / "up"
+
+
+def test_a_cascade_is_one_command(
+    carrara: Command, refused: Callable[..., str], tiny_run: Path, upsampler: Path, tmp_path: Path
+) -> None:
+    words = ("sample", tiny_run, "--steps", "3", "--label", "1", "--label", "2", "--out", tmp_path / "s")
+    result = carrara(*words, "--upsampler", upsampler, "--upsampler-steps", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == 2
+    with (
+        Image.open(tmp_path / "s" / "seed0-00001.png") as large,
+        Image.open(tmp_path / "s" / "base" / "seed0-00001.png") as base,
+    ):
+        assert (large.size, base.size) == ((16, 16), (8, 8))
+    small = DiffusionModel.load(tiny_run).sample([1, 2], steps=3).images
+    enlarged = DiffusionModel.load(upsampler).sample(count=2, steps=2, small=small)
+    with Image.open(tmp_path / "s" / "seed0-00000.png") as large:
+        pixels = torch.tensor(list(large.getdata())).reshape(16, 16)
+    assert torch.equal(((enlarged.images[0, 0] + 1) * 127.5).round(), pixels.float())
+    assert "--upsampler is not" in refused(*words, "--upsampler-steps", "2")
+    assert "give it the small images" in refused("sample", upsampler)
+    assert "no up-sampler" in refused(*words, "--upsampler", tiny_run)
