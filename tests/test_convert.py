@@ -71,7 +71,13 @@ def test_a_wrong_argument_shows_in_the_check(tmp_path: Path) -> None:
 def test_out_and_in_again_keeps_every_bit(tiny_run: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     params = UNetParams(
-        image_size=(16, 16), channels=32, channel_mult=(1, 2), num_classes=4, qkv_order="legacy", attention=(2,)
+        image_size=(16, 16),
+        channels=32,
+        channel_mult=(1, 2),
+        num_classes=4,
+        qkv_order="legacy",
+        attention=(2,),
+        head_channels=32,
     )
     model = DiffusionModel.load(tiny_run)
     model.network = UNet(params)
