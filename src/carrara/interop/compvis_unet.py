@@ -17,7 +17,8 @@ from torch import Tensor
 from carrara.errors import UserError, nearest
 from carrara.interop import guided_diffusion
 from carrara.interop.guided_diffusion import REQUIRED, Shapes, StateDict, difference, shapes, strip_prefixes
-from carrara.interop.unet_keys import keys, shaped
+from carrara.interop.layout import to_theirs
+from carrara.interop.unet_keys import places
 from carrara.networks import UNet, UNetParams
 from carrara.networks.backbone import cast_torso
 
@@ -79,8 +80,7 @@ def unet_state_dict(network: UNet) -> dict[str, Tensor]:
         UserError: the network has something that the original does not know.
     """
     _check_exportable(network.params)
-    ours = network.state_dict()
-    return {theirs: shaped(ours[mine], axes) for theirs, mine, axes in keys(network)}
+    return to_theirs(network, places(network))
 
 
 def unet_weights(checkpoint: StateDict, ema: bool = False) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError, nearest
-from carrara.interop.unet_keys import Network, keys, shaped
+from carrara.interop.layout import to_ours, to_theirs
+from carrara.interop.unet_keys import Network, places
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
 from carrara.networks.backbone import BackboneParams, cast_torso
 
@@ -80,8 +81,7 @@ def state_dict(network: Network) -> dict[str, Tensor]:
         UserError: the network has something that the original does not know.
     """
     _check_exportable(network.params)
-    ours = network.state_dict()
-    return {theirs: shaped(ours[mine], axes) for theirs, mine, axes in keys(network)}
+    return to_theirs(network, places(network))
 
 
 def load(
@@ -100,36 +100,11 @@ def load(
     """
     with torch.device("meta"):  # the random start would only be thrown away
         network = kind(params)
-    ours = to_ours(checkpoint, network)
+    ours = to_ours(strip_prefixes(checkpoint), network, places(network))
     network.to_empty(device="cpu").load_state_dict(ours)
     if half:
         cast_torso(network, torch.float16)
     return network
-
-
-def to_ours(checkpoint: StateDict, network: Network) -> dict[str, Tensor]:
-    """A checkpoint under our names, which all are there and all fit `network` (of which only shapes are read).
-
-    Raises:
-        UserError: a key is missing, unexpected or of another shape; the first one is named.
-    """
-    theirs = strip_prefixes(checkpoint)
-    known = list(keys(network))
-    expected = network.state_dict()
-    for key, mine, axes in known:
-        if key not in theirs:
-            raise UserError(f"the checkpoint lacks '{key}', which a network of these arguments has.")
-        shape = tuple(shaped(expected[mine], axes).shape)
-        if tuple(theirs[key].shape) != shape:
-            raise UserError(
-                f"the checkpoint's '{key}' has the shape {tuple(theirs[key].shape)}, "
-                f"a network of these arguments {shape}."
-            )
-    names = {key for key, _, _ in known}
-    for key in theirs:
-        if key not in names:
-            raise UserError(f"the checkpoint holds '{key}', which a network of these arguments does not have.")
-    return {mine: theirs[key].reshape(expected[mine].shape) for key, mine, _ in known}
 
 
 def strip_prefixes(checkpoint: StateDict) -> dict[str, Tensor]:
@@ -313,8 +288,7 @@ def difference(found: Shapes, expected: Shapes) -> str:
 
 def shapes(network: Network) -> Shapes:
     """The shapes of the network's weights under the original's keys (the network may be on the meta device)."""
-    ours = network.state_dict()
-    return {theirs: tuple(shaped(ours[mine], axes).shape) for theirs, mine, axes in keys(network)}
+    return {key: tuple(value.shape) for key, value in to_theirs(network, places(network)).items()}
 
 
 def constructor_arguments(params: UNetParams | EncoderClassifierParams) -> dict[str, Any]:

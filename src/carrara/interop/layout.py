@@ -18,28 +18,37 @@ class Place:
     Attributes:
         mine: our key.
         theirs: their keys; several are joined along the first axis to make ours.
-        matrix: theirs is a matrix where ours is a 1×1 convolution.
+        axes: how many axes theirs has where that is another number than ours, those beyond the second of size 1 (a
+            matrix of tokens is a 1×1 convolution of the map); 0 is as many as ours.
     """
 
     mine: str
     theirs: tuple[str, ...]
-    matrix: bool = False
+    axes: int = 0
 
     def shape(self, mine: Tensor) -> tuple[int, ...]:
         """The shape of each of theirs."""
         size = tuple(mine.shape)
         if len(self.theirs) > 1:
             size = (size[0] // len(self.theirs), *size[1:])
-        return size[:2] if self.matrix else size
+        return (*size[:2], *[1] * (self.axes - 2)) if self.axes else size
 
 
-def leaf(network: nn.Module, mine: str, *theirs: str, matrix: bool = False) -> Iterator[Place]:
-    """The places of a layer's own parameters and buffers; none for a layer that is not there or holds nothing."""
+def leaf(network: nn.Module, mine: str, *theirs: str, matrix: bool = False, axes: int = 0) -> Iterator[Place]:
+    """The places of a layer's own parameters and buffers; none for a layer that holds nothing.
+
+    Args:
+        network: holds the layer.
+        mine: the layer's name.
+        theirs: the names of theirs, of which ours is joined.
+        matrix: their weight is a matrix where ours is a 1×1 convolution.
+        axes: see `Place`, of the weight.
+    """
     layer = network.get_submodule(mine)
     own = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
     for name in own:
         keys = tuple(f"{each}.{name}" for each in theirs)
-        yield Place(f"{mine}.{name}", keys, matrix and name == "weight")
+        yield Place(f"{mine}.{name}", keys, (2 if matrix else axes) if name == "weight" else 0)
 
 
 def strip_prefixes(checkpoint: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from carrara.interop.layout import Place, leaf
 from carrara.networks import EncoderClassifier, UNet
 from carrara.networks.backbone import Level, Stage
 from carrara.networks.classifier import AdaptivePool, AttentionPool, SpatialPool
@@ -34,24 +35,16 @@ TRANSFORMER_BLOCK = (
 """(our layer, theirs) within one transformer block, in CompVis' checkpoints and in those of diffusers."""
 
 
-def keys(network: Network) -> Iterator[tuple[str, str, int]]:
-    """Every parameter as (their key, our key, axes): `axes` counts the axes of their weight where it has another
-    number of axes of size 1 at its end, as the linear maps of tokens do; 0 elsewhere."""
-    for theirs, mine, axes in _leaves(network):
-        for name, _ in network.get_submodule(mine).named_parameters(recurse=False):
-            yield f"{theirs}.{name}", f"{mine}.{name}", axes if name == "weight" else 0
-    if isinstance(network, EncoderClassifier) and isinstance(network.pool, AttentionPool):
-        yield "out.2.positional_embedding", "pool.positions", 0
-
-
-def _leaves(network: Network) -> Iterator[tuple[str, str, int]]:
-    """(their module, our module, axes) for every innermost module that holds weights."""
-    for theirs, mine in _places(network):
+def places(network: Network) -> Iterator[Place]:
+    """Where every parameter of the network lies in the originals' state dicts."""
+    for theirs, mine in _layers(network):
         for part, name, axes in _parts(network.get_submodule(mine), network.params.projection):
-            yield ".".join(filter(None, (theirs, name))), ".".join(filter(None, (mine, part))), axes
+            yield from leaf(network, ".".join(filter(None, (mine, part))), f"{theirs}.{name}".strip("."), axes=axes)
+    if isinstance(network, EncoderClassifier) and isinstance(network.pool, AttentionPool):
+        yield Place("pool.positions", ("out.2.positional_embedding",))
 
 
-def _places(network: Network) -> Iterator[tuple[str, str]]:
+def _layers(network: Network) -> Iterator[tuple[str, str]]:
     """(their module, our module) for every layer."""
     yield "time_embed.0", "time.hidden"
     yield "time_embed.2", "time.out"
@@ -128,7 +121,3 @@ def _transformer_parts(transformer: SpatialTransformer, axes: int) -> Parts:
         for mine, theirs in TRANSFORMER_BLOCK
     ]
     return *ends, *blocks
-
-
-def shaped(tensor: Tensor, axes: int) -> Tensor:
-    return tensor.reshape(*tensor.shape[:2], *[1] * (axes - 2)) if axes else tensor
