@@ -60,6 +60,9 @@ def save_png(image: Tensor, path: Path, history: Mapping[str, Any] | None = None
 
     Args:
         scale: each pixel becomes a square of this side, for pictures too small to look at.
+
+    Raises:
+        UserError: the disk is full or the folder not writable.
     """
     picture = to_pil(image)
     if scale > 1:
@@ -67,8 +70,11 @@ def save_png(image: Tensor, path: Path, history: Mapping[str, Any] | None = None
     metadata = PngImagePlugin.PngInfo()
     if history is not None:
         metadata.add_text("carrara", json.dumps(dict(history), sort_keys=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, format="PNG", pnginfo=metadata)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, format="PNG", pnginfo=metadata)
+    except OSError as error:
+        raise UserError(f"the picture {path} could not be written ({error.strerror or error}): make room.") from None
 
 
 def save_npz(path: Path, images: Tensor, labels: Sequence[int] | Tensor | None = None) -> None:

@@ -158,7 +158,7 @@ def test_version(carrara: Command) -> None:
     assert carrara("--version").stdout.strip() == package.__version__
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "recipes", "data"])
+@pytest.mark.parametrize("command", ["demo", "train", "sample", "evaluate", "ema", "recipes", "data"])
 def test_every_command_explains_itself(command: str, carrara: Command) -> None:
     result = carrara(command, "--help")
     assert result.returncode == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from carrara.cli import convert, data, demo, evaluate, recipes, sample, train
+from carrara.cli import convert, data, demo, ema, evaluate, recipes, sample, train
 
 app = typer.Typer(
     name="carrara",
@@ -19,6 +19,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
+app.command("ema")(ema.ema)
 app.command("import")(convert.import_)
 app.command("export")(convert.export)
 app.command("recipes")(recipes.recipes)

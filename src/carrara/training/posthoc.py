@@ -63,6 +63,8 @@ def reweighted(run: str | Path, sigma_rel: float, step: int | None = None) -> Di
         UserError: the run stored no such means, or none up to that step.
     """
     snapshots = Path(run) / "snapshots"
+    if not Path(run).is_dir():
+        raise UserError(f"there is no run folder {run}: give one whose recipe had training.power_ema.")
     files = sorted(snapshots.glob("step-*/power-*.safetensors"))
     found = {path: (int(path.parent.name.removeprefix("step-")), _width(path)) for path in files}
     if not found:
