@@ -222,6 +222,21 @@ def test_a_named_shard_that_is_missing(tmp_path: Path) -> None:
     assert "1.tar is missing" in refused(str(tmp_path / "{0..1}.tar"))
 
 
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz", "0.tar.zst"])
+def test_compressed_shards_are_to_be_unpacked_first(tmp_path: Path, name: str) -> None:
+    path = folder(tmp_path / "set", {name: b"\x1f\x8b"})
+    for given in (path, path / name):
+        text = refused(given)
+        assert name in text
+        assert "decompress them to plain .tar" in text
+    tarred(path / "1.tar", files(2))
+    assert name in refused(path), "half of the shards would be left out silently"
+
+
+def test_a_packed_file_beside_images_disturbs_nobody(tmp_path: Path) -> None:
+    assert len(open_source(folder(tmp_path, {**files(2), "backup.tar.gz": b"\x1f\x8b"}))) == 2
+
+
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_a_split_that_is_not_there(tmp_path: Path, split: str) -> None:
     assert split in refused(folder(tmp_path / "f", files(2)), split=split)

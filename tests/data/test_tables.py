@@ -199,3 +199,24 @@ def test_the_same_batches_from_a_table_as_from_memory(tmp_path: Path) -> None:
         number = int(caption.removeprefix("no "))
         assert label == number % 2
         assert np.array_equal(((image + 1) * 127.5).round().permute(1, 2, 0).numpy(), pixels(number))
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["parquet", "saved data set"])
+def test_class_names_are_numbered_alike_in_all_splits(tmp_path: Path, saved: bool) -> None:
+    """A split that lacks a class must not shift the others."""
+    classes = {"train": ["ant", "bee", "cow"], "test": ["cow", "bee"], "validation": ["dog"]}
+    columns = {
+        split: {"image": [png(i) for i in range(len(names))], "label": names} for split, names in classes.items()
+    }
+    if saved:
+        parts = {split: datasets.Dataset.from_dict(column) for split, column in columns.items()}
+        datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
+    else:
+        for split, column in columns.items():
+            written(tmp_path / "set" / f"{split}.parquet", **column)
+    expected = {"train": [0, 1, 2], "test": [2, 1], "validation": [3]}
+    for split, numbers in expected.items():
+        source = open_source(tmp_path / "set", split)
+        assert source.class_names == ("ant", "bee", "cow", "dog")
+        assert source.labels is not None
+        assert source.labels.tolist() == numbers

@@ -26,6 +26,7 @@ from carrara.data.trees import FolderTree, ShardTree, Tree, ZipTree, base_name, 
 from carrara.errors import UserError, nearest
 
 _FOREIGN = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".svg", ".psd", ".exr", ".jxl")
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -96,9 +97,11 @@ def _opened(path: str | Path, split: str, limit: float, caption_column: str | No
     tree = FolderTree(path)
     files = list(tree.sizes)
     if any(file.endswith(".parquet") and base_name(file) not in METADATA for file in files):
-        return open_parquet(_parquet_of_split(path, split), name, caption_column)
+        own, others = _parquet_of_split(path, split)
+        return open_parquet(own, name, caption_column, others)
     shards = [file for file in files if file.endswith(".tar")]
     if shards:
+        _refuse_packed(name, files)
         of_split = [path / file for file in files_of_split(shards, split, name)]
         return _open_shards(of_split, name, limit, caption_column)
     return _open_tree(tree, name, "a folder", split, limit, caption_column)
@@ -108,6 +111,16 @@ def _open_shards(shards: Sequence[Path], name: str, limit: float, caption_column
     source = _open_tree(ShardTree(shards), name, "webdataset shards", "train", limit, caption_column)
     source.notices += _gaps(shards)
     return source
+
+
+def _refuse_packed(name: str, files: Sequence[str]) -> None:
+    """Compressed shards cannot be read here and there, and unpacking them behind the user's back fills disks."""
+    packed = [file for file in files if base_name(file).lower().endswith(_PACKED)]
+    if packed:
+        raise UserError(
+            f"{name} holds compressed shards ({packed[0]}), which can only be read from start to end: decompress them "
+            "to plain .tar (gunzip *.tar.gz); the images inside are compressed already."
+        )
 
 
 def _refuse_named_split(files: Sequence[str], split: str, where: object) -> None:
@@ -141,6 +154,7 @@ def _open_file(path: Path, split: str, limit: float, caption_column: str | None)
         return open_npz(path)
     if suffix == ".tar":
         return _open_shards([path], str(path), limit, caption_column)
+    _refuse_packed(str(path), [path.name])
     raise UserError(f"{path} is no data set: give a folder, or a .parquet, .npz, .zip or .tar file.")
 
 
@@ -148,6 +162,7 @@ def _open_tree(tree: Tree, name: str, kind: str, split: str, limit: float, capti
     """The image layouts, the same in a folder, a zip and in shards."""
     every = [file for file in tree.sizes if suffix_of(file) in IMAGE_SUFFIXES]
     if not every:
+        _refuse_packed(name, list(tree.sizes))
         raise UserError(_no_pictures(tree, name))
     part = part_of_tree(every, split, name)
     pictures = list(part.pictures.values())
@@ -268,8 +283,9 @@ def _gaps(shards: Sequence[Path]) -> list[str]:
     return notices
 
 
-def _parquet_of_split(path: Path, split: str) -> list[Path]:
-    """The files of a split, found as Hugging Face `datasets` finds them (README configs, file names, folders)."""
+def _parquet_of_split(path: Path, split: str) -> tuple[list[Path], list[Path]]:
+    """The files of a split and those of the others, found as Hugging Face `datasets` finds them (README configs, file
+    names, folders)."""
     import tempfile
 
     import datasets
@@ -280,4 +296,5 @@ def _parquet_of_split(path: Path, split: str) -> list[Path]:
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"{path} cannot be understood as a data set of parquet files: {error}.") from error
     wanted = choose_split(split, [str(key) for key in files], path)
-    return [Path(file) for file in files[wanted]]
+    others = [Path(file) for key in files if str(key) != wanted for file in files[key]]
+    return [Path(file) for file in files[wanted]], others

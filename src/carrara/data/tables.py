@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -94,11 +94,16 @@ class TablePictures:
             raise UnreadablePicture(f"{path}: {error.strerror}") from error
 
 
-def open_parquet(files: Sequence[Path], name: str, caption_column: str | None = None) -> Source:
+def open_parquet(
+    files: Sequence[Path], name: str, caption_column: str | None = None, other_splits: Sequence[Path] = ()
+) -> Source:
     """Parquet files as one data set, row after row.
 
     Up to 1 GiB is read into memory; beyond that Hugging Face `datasets` converts it once to Arrow in its own
     cache and maps it.
+
+    Args:
+        other_splits: files whose classes are numbered with those of `files`.
 
     Raises:
         UserError: a file is missing or damaged, or holds no column of images.
@@ -107,16 +112,21 @@ def open_parquet(files: Sequence[Path], name: str, caption_column: str | None = 
 
     kind = "a parquet file" if len(files) == 1 else f"{len(files)} parquet files"
     folder = files[0].parent
+
+    def known(label: str) -> set[object]:
+        tables = (pq.read_table(file, columns=[label]) for file in other_splits if label in pq.read_schema(file).names)
+        return {value for table in tables for value in table.column(label).unique().to_pylist()}
+
     try:
         if sum(_uncompressed_bytes(file) for file in files) <= _IN_MEMORY_BYTES:
             table = pa.concat_tables([pq.read_table(file, memory_map=True) for file in files])
-            return _from_table(table, name, kind, folder, caption_column)
+            return _from_table(table, name, kind, folder, caption_column, known)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"the parquet of {name} is missing, damaged or of several schemas: {error}.") from error
     import datasets
 
     data = datasets.Dataset.from_parquet([str(file) for file in files])
-    source = _from_table(data.data.table, name, kind, folder, caption_column)
+    source = _from_table(data.data.table, name, kind, folder, caption_column, known)
     source.notices.append(f"the parquet lies converted to Arrow in {Path(data.cache_files[0]['filename']).parent}.")
     return source
 
@@ -140,16 +150,29 @@ def open_arrow(path: Path, split: str, name: str, caption_column: str | None = N
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, pa.ArrowException, KeyError) as error:
         raise UserError(f"{path} cannot be loaded as a saved data set: {error}.") from error
-    if isinstance(data, datasets.DatasetDict):
+    splits = data if isinstance(data, datasets.DatasetDict) else {}
+    if splits:
         data = data[choose_split(split, tuple(data), path)]
     elif str(data.split) != split:
         refuse_split(split, path)
     if data._indices is not None:  # rows were selected or shuffled before saving
         data = data.flatten_indices()
-    return _from_table(data.data.table, name, "a data set saved by Hugging Face datasets", path, caption_column)
+
+    def known(label: str) -> set[object]:
+        return {value for part in splits.values() if label in part.column_names for value in part.unique(label)}
+
+    return _from_table(data.data.table, name, "a data set saved by Hugging Face datasets", path, caption_column, known)
 
 
-def _from_table(table: pa.Table, name: str, kind: str, folder: Path, caption_column: str | None) -> Source:
+def _from_table(
+    table: pa.Table,
+    name: str,
+    kind: str,
+    folder: Path,
+    caption_column: str | None,
+    known: Callable[[str], set[object]],
+) -> Source:
+    """A table as a data set; `known` gives the classes that other splits have in a column."""
     features = _features(table)
     image = _image_column(table, features, name)
     label, class_names = _label_column(table, features)
@@ -158,7 +181,8 @@ def _from_table(table: pa.Table, name: str, kind: str, folder: Path, caption_col
         raise UserError(f"{name} has no rows.")
     labels = None
     if label is not None:
-        labels, class_names = _labels(table.column(label), class_names, f"column '{label}' of {name}")
+        others = set() if class_names else known(label)
+        labels, class_names = _labels(table.column(label), class_names, f"column '{label}' of {name}", others)
     used = [f"images in '{image}'"]
     used += [f"{len(class_names)} classes in '{label}'"] if class_names else []
     used += [f"captions in '{caption}'"] if caption else []
@@ -210,13 +234,13 @@ def _is_class(kind: pa.DataType) -> bool:
 
 
 def _labels(
-    column: pa.ChunkedArray, names: tuple[str, ...] | None, what: str
+    column: pa.ChunkedArray, names: tuple[str, ...] | None, what: str, known: set[object]
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     values = column.to_pylist()
     if any(value is None for value in values):
         raise UserError(f"{what} has {counted(values.count(None), 'empty cell')}: every image needs its class.")
     if names is None:
-        return class_numbers(values)
+        return class_numbers(values, known - {None})
     labels = np.asarray(values, dtype=np.int64)
     if labels.min() < 0 or labels.max() >= len(names):
         raise UserError(f"{what} holds the label {labels.max()} but names only {len(names)} classes.")
