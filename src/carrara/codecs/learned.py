@@ -111,7 +111,13 @@ class LearnedCodec(nn.Module):
         return (latent - channelwise(self.latent_shift)) * channelwise(self.latent_scale)
 
     def unscaled(self, z: Tensor) -> Tensor:
-        """The inverse of `scaled`."""
+        """The inverse of `scaled`.
+
+        Raises:
+            UserError: latents of another number of channels.
+        """
+        if z.ndim != 4 or z.shape[1] != self.params.latent_channels:
+            raise UserError(f"this codec decodes [B, {self.params.latent_channels}, h, w], not {list(z.shape)}.")
         return z / channelwise(self.latent_scale) + channelwise(self.latent_shift)
 
     def set_latent_scale(self, scale: float | Tensor, shift: float | Tensor = 0.0) -> None:

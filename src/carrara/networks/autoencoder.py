@@ -293,13 +293,7 @@ class Decoder(nn.Module):
         self.out = convolution(2, width, params.out_channels or params.in_channels)
 
     def features(self, z: Tensor) -> Tensor:
-        """What the last convolution sees, [B, channels, H, W].
-
-        Raises:
-            UserError: another number of channels than the latent's.
-        """
-        if z.ndim != 4 or z.shape[1] != self.params.latent_channels:
-            raise UserError(f"this codec decodes [B, {self.params.latent_channels}, H, W], not {list(z.shape)}.")
+        """What the last convolution sees, [B, channels, H, W]."""
         h = self.middle(self.stem(self.map(_laid_out(z.to(self.stem.weight.dtype)))))
         for level in self.levels:
             h = level(h)

@@ -1,0 +1,175 @@
+"""What every learned codec promises, whatever its kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from carrara import codecs
+from carrara.codecs import Codec, LearnedCodec, content_hash
+from carrara.errors import UserError
+from carrara.process import Noise
+from tests.codecs.small import CODECS, make, pictures
+
+KINDS = sorted(CODECS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_and_the_round_trip_in_scaled_latents(kind: str) -> None:
+    codec = make(kind).eval()
+    x = pictures()
+    with torch.no_grad():
+        plain = codec.decode(codec.encode(x).mode())
+        raw = codec.encode(x).mode()
+        codec.set_latent_scale(torch.tensor([2.0, 0.5, 3.0]), torch.tensor([0.1, -0.2, 0.3]))
+        z = codec.encode(x).mode()
+        assert z.shape[1:] == codec.latent_shape(*x.shape[1:]) == (3, 4, 4)
+        # Powers of two and a third: scaling there and back costs a rounding or two.
+        torch.testing.assert_close(codec.unscaled(z), raw, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(codec.decode(z), plain, rtol=1e-4, atol=1e-4)
+        assert codec.encode(x).sample(Noise(0)).shape == z.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_codec_is_the_same_codec(kind: str, tmp_path: Path) -> None:
+    codec = make(kind).eval()
+    codec.set_latent_scale(0.5)
+    told = codecs.save(codec, tmp_path)
+    again = codecs.load(tmp_path)
+    assert isinstance(again, LearnedCodec)
+    assert type(again) is type(codec)
+    assert not again.training
+    assert told == content_hash(codec) == content_hash(again)
+    x = pictures()
+    with torch.no_grad():
+        assert torch.equal(codec.decode(codec.encode(x).mode()), again.decode(again.encode(x).mode()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hash_tells_weights_scales_and_shapes_apart_but_not_statistics(kind: str) -> None:
+    hashes = {content_hash(make(kind, seed)) for seed in (0, 1)}
+    codec = make(kind)
+    codec.set_latent_scale(2.0)
+    hashes.add(content_hash(codec))
+    assert len(hashes) == 3
+    if codec.code_usage is not None:
+        codec.code_usage.observe(torch.arange(16.0))
+        assert content_hash(codec) in hashes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_training_pass_reaches_every_parameter(kind: str) -> None:
+    codec = make(kind)
+    made = codec(pictures(), Noise(0))
+    assert made.image.shape == (2, 3, 8, 8)
+    assert made.penalty.shape == (2,)
+    loss = made.image.square().mean() + made.penalty.mean()
+    if made.log_scale is not None:
+        loss = loss + made.log_scale**2
+    loss.backward()
+    lacking = [name for name, parameter in codec.named_parameters() if parameter.grad is None]
+    assert lacking == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_is_trained_on_alike_in_any_company(kind: str) -> None:
+    """Its randomness is its own, and in eval mode nothing else joins the samples of a batch."""
+    codec = make(kind).eval()
+    x = pictures(4)
+    with torch.no_grad():
+        together = codec(x, Noise(3).rows([5, 9, 2, 7]))
+        alone = codec(x[2:3], Noise(3).rows([2]))
+    # Convolutions over other batch sizes round otherwise.
+    torch.testing.assert_close(together.image[2:3], alone.image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.penalty[2:3], alone.penalty, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_is_refused_with_a_sentence(kind: str) -> None:
+    codec = make(kind)
+    with pytest.raises(UserError, match=r"9×8 do not fit a codec of reduction 2.* nearest sizes are 8×8 and 10×8"):
+        codec.encode(torch.zeros(1, 3, 9, 8))
+    with pytest.raises(UserError, match=r"encodes \[B, 3, H, W\], not \[1, 1, 8, 8\]"):
+        codec.encode(torch.zeros(1, 1, 8, 8))
+    with pytest.raises(UserError, match=r"decodes \[B, 3, h, w\], not \[1, 4, 4, 4\]"):
+        codec.decode(torch.zeros(1, 4, 4, 4))
+    with pytest.raises(UserError, match="of 3 channels, not of 4"):
+        codec.latent_shape(4, 8, 8)
+    with pytest.raises(UserError, match="scale of 2 channels does not fit latents of 3"):
+        codec.set_latent_scale(torch.ones(2))
+    with pytest.raises(UserError, match="not usable"):
+        codec.set_latent_scale(float("inf"))
+
+
+def test_another_codec_is_refused_and_both_are_named() -> None:
+    own, other = make("kl"), make("vq")
+    codecs.check_same(own, own.kind, content_hash(own), "the model runs/emoji")
+    with pytest.raises(UserError) as refused:
+        codecs.check_same(other, own.kind, content_hash(own), "the model runs/emoji")
+    for word in ("the model runs/emoji", content_hash(own), content_hash(other), "(kl)", "(vq)"):
+        assert word in str(refused.value)
+
+
+def test_the_identity_is_a_codec_too(tmp_path: Path) -> None:
+    identity: Codec = codecs.Identity()
+    codecs.save(identity, tmp_path)
+    assert codecs.load(tmp_path) == identity
+    assert content_hash(identity) == content_hash(codecs.load(tmp_path))
+
+
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a codec's folder"):
+        codecs.load(tmp_path)
+    codecs.save(make("kl"), tmp_path)
+    weights = tmp_path / "codec.safetensors"
+    whole = weights.read_bytes()
+    codecs.save(make("kl", seed=1), tmp_path / "other")
+    weights.write_bytes((tmp_path / "other" / "codec.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"are not those of its config\.json"):
+        codecs.load(tmp_path)
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut short"):
+        codecs.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match="missing"):
+        codecs.load(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="newer Carrara"):
+        codecs.load(tmp_path)
+
+
+def test_unknown_words_are_named() -> None:
+    with pytest.raises(UserError, match="did you mean 'discrete'"):
+        codecs.build({"kind": "discreet"})
+    with pytest.raises(UserError, match=r"does not describe a codec of kind 'kl'.*chanels"):
+        codecs.build({"kind": "kl", "params": {"chanels": 8}})
+
+
+@pytest.mark.parametrize("kind", ["kl", "autoencoder"])
+def test_half_precision_that_overflows_is_decoded_again(kind: str) -> None:
+    """A black picture is never returned silently: what is not finite in half precision is made in float32."""
+    codec = make(kind).eval()
+    with torch.no_grad():
+        codec.decoder.norm.weight.mul_(300)
+        codec.decoder.out.weight.mul_(300)  # every weight still fits
+        z = codec.encode(pictures()).mode()
+        exact = codec.decode(z)
+        assert float(exact.abs().max()) > 65504  # float16's largest
+        half = codec.half()
+        with pytest.warns(UserWarning, match="not finite: it is done again in float32"):
+            again = half.decode(z.half())
+        assert again.dtype == torch.float32
+        assert bool(again.isfinite().all())
+        # Weights and latents were rounded to 11 bits.
+        assert float((again - exact).abs().max() / exact.abs().max()) < 0.02
+
+
+def test_decoding_in_float32_is_never_done_twice(recwarn: pytest.WarningsRecorder) -> None:
+    codec = make("kl").eval()
+    with torch.no_grad():
+        codec.decoder.out.weight.fill_(float("inf"))
+        codec.decode(codec.encode(pictures()).mode())
+    assert not recwarn.list
