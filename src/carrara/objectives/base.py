@@ -63,6 +63,10 @@ class Objective(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Take in what the losses of a whole step taught, all its micro-batches done. Every process must call it."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What the objective remembers between steps (a loss history), for the checkpoint."""
         ...

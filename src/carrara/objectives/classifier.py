@@ -58,6 +58,9 @@ class ClassifierObjective:
             loss * importance.to(loss), _accuracy(logits.detach(), label), quarters(self.schedule, times), times
         )
 
+    def settle(self) -> None:
+        self.times.settle()
+
     def state_dict(self) -> dict[str, Any]:
         return self.times.state_dict()
 

@@ -143,6 +143,9 @@ class CodecObjective:
         seen = torch.tensor(draw.ids or (0,) * len(batch.x0), dtype=torch.float64, device=batch.x0.device)
         return self._codec(batch.x0, draw, seen) if player == CODEC else self._discriminator(batch.x0, draw, seen)
 
+    def settle(self) -> None:
+        pass
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

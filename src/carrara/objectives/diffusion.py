@@ -137,6 +137,9 @@ class DiffusionObjective:
         keep = draw_uniform(draw, size, DROPOUT) >= self.dropout
         return condition.mix(keep, self.null)
 
+    def settle(self) -> None:
+        self.times.settle()
+
     def state_dict(self) -> dict[str, Any]:
         return self.times.state_dict()
 

@@ -32,13 +32,17 @@ class TimeSampler(ABC):
         """
 
     def observe(self, times: Tensor, losses: Tensor, positions: Sequence[int]) -> None:  # noqa: B027 (most do nothing)
-        """Learn from a batch's losses.
+        """Note the losses of a batch, or of a part of one; `settle` learns from them.
 
         Args:
             times: what `draw` gave, [B].
             losses: per sample, without the importance weights, detached, [B].
             positions: the samples' global positions in the run.
         """
+
+    def settle(self) -> None:  # noqa: B027
+        """Learn from what was noted since the last call: once a step, so that micro-batches change nothing. Every
+        process must call it."""
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned, for the checkpoint."""
@@ -147,6 +151,7 @@ class LossAwareTimes(TimeSampler):
         self.uniform, self._gather = uniform, gather or (lambda rows: rows)
         self.history = torch.zeros(len(self.levels), history, dtype=torch.float64)
         self.counts = torch.zeros(len(self.levels), dtype=torch.int64)
+        self._noted: list[Tensor] = []
 
     @property
     def warm(self) -> bool:
@@ -170,13 +175,19 @@ class LossAwareTimes(TimeSampler):
         return self.levels[index], 1 / (probabilities[index] * len(self.levels))
 
     def observe(self, times: Tensor, losses: Tensor, positions: Sequence[int]) -> None:
-        """Remember a batch's losses, of all processes, in the order of their global positions.
+        index = torch.searchsorted(self.levels, times.cpu().double())
+        local = torch.tensor(list(positions), dtype=torch.float64), index.double(), losses.detach().cpu().double()
+        self._noted.append(torch.stack(local, dim=1).to(losses.device))
+
+    def settle(self) -> None:
+        """Remember the noted losses, of all processes, in the order of their global positions.
 
         A loss that is not finite is not remembered: it would be drawn for ever.
         """
-        index = torch.searchsorted(self.levels, times.cpu().double())
-        local = torch.tensor(list(positions), dtype=torch.float64), index.double(), losses.detach().cpu().double()
-        rows = self._gather(torch.stack(local, dim=1).to(losses.device)).cpu()
+        if not self._noted:
+            return
+        rows = self._gather(torch.cat(self._noted)).cpu()
+        self._noted.clear()
         rows = rows[rows[:, 0].argsort(stable=True)]
         for level, loss in zip(rows[:, 1].long().tolist(), rows[:, 2].tolist(), strict=True):
             if loss - loss != 0:  # NaN or infinity
