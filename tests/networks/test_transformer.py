@@ -96,8 +96,11 @@ def test_contexts_that_do_not_fit_are_refused(filled: dict[str, Any], sentence: 
 def test_a_network_without_a_context_takes_none() -> None:
     network = UNet(replace(LATENT, context_channels=0))
     assert network(noise(2, 4, 8, 8), times(2)).shape == (2, 4, 8, 8)
-    slots: dict[str, Any]
-    for slots in ({"context": noise(2, 5, 6)}, {"context_mask": torch.ones(2, 5, dtype=torch.bool)}):
+    refused: tuple[dict[str, Any], ...] = (
+        {"context": noise(2, 5, 6)},
+        {"context_mask": torch.ones(2, 5, dtype=torch.bool)},
+    )
+    for slots in refused:
         with pytest.raises(UserError, match=r"takes no context|fits no context"):
             network(noise(2, 4, 8, 8), times(2), Condition(**slots))
 
