@@ -230,16 +230,20 @@ class Batches:
         source.unreadable.update(rows.unreadable)
         source.conversions.update(rows.conversions)
         source.refuse_unreadable()
-        if source.levels < 256:
-            rows.pixels.clip(max=source.levels - 1, out=rows.pixels)  # bicubic may overshoot the white of the digits
-        images = torch.from_numpy(rows.pixels).to(torch.float32).mul_(2 / (source.levels - 1)).sub_(1)
         return Batch(
-            images=images,
+            images=normalised(rows.pixels, source.levels),
             label=None if source.labels is None else torch.from_numpy(source.labels[rows.index]),
             captions=rows.captions,
             positions=self.positions(step),
             names=[source.pictures.name(i) for i in rows.index],
         )
+
+
+def normalised(pixels: NDArray[np.uint8], levels: int) -> Tensor:
+    """Pixels of 0..levels-1 as float32 in [-1, 1], of the same shape (what lies above is cut, in place)."""
+    if levels < 256:
+        pixels.clip(max=levels - 1, out=pixels)  # bicubic may overshoot the white of the digits
+    return torch.from_numpy(pixels).to(torch.float32).mul_(2 / (levels - 1)).sub_(1)
 
 
 def _fits(source: Source, prepare: Preprocess, cache_bytes: int) -> bool:
