@@ -242,6 +242,8 @@ class Recipe(_Section):
         name: what the run folder is called by default.
         kind: what is trained: a "diffusion" model, or a "classifier" of noisy images that guides one.
         seed: of the weights, the order, and every draw.
+        start: a model or classifier folder whose weights the run begins from (fine-tuning). Network, schedule and
+            what the network predicts are then that model's; `network` may change `dropout` and `checkpointing`.
         network: fields of `UNetParams`, or of `EncoderClassifierParams`, without those that data and conditioning
             decide.
     """
@@ -249,6 +251,7 @@ class Recipe(_Section):
     name: str = Field(pattern=r"^[\w.-]+$")
     kind: Literal["diffusion", "classifier"] = "diffusion"
     seed: int = Field(0, ge=0)
+    start: str | None = None
     data: Data
     conditioning: Conditioning = Conditioning()
     network: dict[str, Any] = Field(default_factory=dict)
@@ -273,6 +276,9 @@ class Recipe(_Section):
             self._refuse_the_diffusion_models_keys()
         elif self.objective.times.kind == "clean":
             raise UserError("objective.times of kind 'clean' holds no noise to learn from: it is for kind: classifier.")
+        if self.start is not None:
+            self._refuse_what_the_start_decides()
+            return self
         self.network_params(2 if self.kind == "classifier" or self.conditioning.kind == "labels" else None)
         return self
 
@@ -287,6 +293,15 @@ class Recipe(_Section):
             if given != nothing:
                 rest = " but objective.times" if key == "objective" else ""
                 raise UserError(f"a recipe of kind classifier takes nothing in '{key}'{rest}: leave it out.")
+
+    def _refuse_what_the_start_decides(self) -> None:
+        decided = [f"network.{key}" for key in self.network if key not in ("dropout", "checkpointing")]
+        decided += ["schedule"] if self.schedule != ScheduleChoice() else []
+        decided += ["objective.predicts"] if self.objective.predicts != ObjectiveChoice().predicts else []
+        if decided:
+            raise UserError(
+                f"{decided[0]} follows from the model that the run starts from, {self.start}: leave it out."
+            )
 
     def network_params(self, classes: int | None) -> Any:
         """The network's params for this recipe's images and a number of classes.

@@ -19,6 +19,7 @@ from carrara.objectives import ClassifierObjective, Examples
 from carrara.process import Noise, schedules
 from carrara.recipe import Recipe
 from carrara.training.assembly import make_times
+from carrara.training.start import begun_from
 
 
 class ClassifierTask:
@@ -39,14 +40,20 @@ class ClassifierTask:
         self.recipe, self.device = recipe, processes.device
         self.names = tuple(source.class_names)
         self.schedule = schedules.build(recipe.schedule.spec())
-        torch.manual_seed(recipe.seed)
-        self.params = recipe.network_params(len(self.names))
-        self.modules: dict[str, nn.Module] = {"network": EncoderClassifier(self.params).to(self.device)}
+        if recipe.start is None:
+            torch.manual_seed(recipe.seed)
+            network = EncoderClassifier(recipe.network_params(len(self.names)))
+        else:
+            base = Classifier.load(recipe.start)
+            self.schedule = base.schedule
+            network, _ = begun_from(base.network, recipe, len(self.names))
+        self.params = network.params
+        self.modules: dict[str, nn.Module] = {"network": network.to(self.device)}
         self.summary: dict[str, Any] = {
             "image": "×".join(map(str, (recipe.data.channels, *recipe.data.resolution))),
             "classes": len(self.names),
             "noise levels": recipe.objective.times.kind,
-        }
+        } | ({"starts from": recipe.start} if recipe.start else {})
 
     def objective(self, modules: Mapping[str, nn.Module]) -> ClassifierObjective:
         """Cross-entropy at random noise levels."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from carrara.distributed import Processes
 from carrara.model import DiffusionModel
 from carrara.networks import UNet
 from carrara.objectives import DiffusionObjective, Examples, Weight
-from carrara.process import Noise, grids, schedules
+from carrara.process import Noise, Predicts, grids, schedules
 from carrara.process.bound import Chain
 from carrara.recipe import Recipe
 from carrara.training.assembly import labels_of, make_times
+from carrara.training.start import begun_from
 
 
 class DiffusionTask:
@@ -34,14 +35,22 @@ class DiffusionTask:
         self.recipe, self.device = recipe, processes.device
         self.labels = labels_of(recipe, source)
         self.codec: Codec = Identity()
-        torch.manual_seed(recipe.seed)
-        network = UNet(recipe.network_params(len(self.labels.names) if self.labels else None)).to(self.device)
-        self.modules: dict[str, nn.Module] = {"network": network}
+        classes = len(self.labels.names) if self.labels else None
+        schedule, predicts = schedules.build(recipe.schedule.spec()), cast(Predicts, recipe.objective.predicts)
+        anew: list[str] = []
+        if recipe.start is None:
+            torch.manual_seed(recipe.seed)
+            network = UNet(recipe.network_params(classes))
+        else:
+            base = DiffusionModel.load(recipe.start)
+            schedule, predicts = base.schedule, base.predicts
+            network, anew = begun_from(cast(UNet, base.network), recipe, classes)
+        self.modules: dict[str, nn.Module] = {"network": network.to(self.device)}
         self.model = DiffusionModel(
             network=network,
-            schedule=schedules.build(recipe.schedule.spec()),
+            schedule=schedule,
             shape=(recipe.data.channels, *recipe.data.resolution),
-            predicts=recipe.objective.predicts,
+            predicts=predicts,
             labels=self.labels,
             levels=source.levels,
             codec=self.codec,
@@ -52,8 +61,10 @@ class DiffusionTask:
         self.pictures = recipe.sampling.count
         self.summary: dict[str, Any] = {
             "image": "×".join(map(str, self.model.shape)),
-            "classes": len(self.labels.names) if self.labels else 0,
+            "classes": classes or 0,
         }
+        if recipe.start is not None:
+            self.summary["starts from"] = recipe.start + (f" ({', '.join(anew)} anew)" if anew else "")
 
     def objective(self, modules: Mapping[str, nn.Module]) -> DiffusionObjective:
         """The recipe's loss."""
@@ -65,13 +76,13 @@ class DiffusionTask:
         return DiffusionObjective(
             modules["network"],
             schedule,
-            choice.predicts,
+            self.model.predicts,
             times=make_times(self.recipe, schedule),
             null=labels.null() if labels and labels.dropout else None,
             dropout=labels.dropout if labels else 0.0,
             loss=choice.loss,
             weight=Weight(**choice.weight.model_dump()),
-            learned_variance=bool(self.recipe.network.get("learned_variance", False)),
+            learned_variance=self.model.learned_variance,
             chain=chain,
             vlb_weight=choice.vlb_weight,
         )
