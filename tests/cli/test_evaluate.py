@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from carrara.cli.evaluate_table import GUIDANCE, cells
 from carrara.evaluation import Moments, frechet_distance, write_statistics
 from carrara.evaluation.collect import collect
 from carrara.evaluation.features import Inception, Pixels
 from carrara.evaluation.features.inception_network import InceptionNetwork
-from carrara.evaluation.protocol import Size, data_pictures
+from carrara.evaluation.pictures import Size, data_pictures
 from carrara.images import from_uint8, save_npz, to_uint8
-from carrara.model import DiffusionModel, Samples
-from carrara.solvers import named
+from carrara.model import DiffusionModel
 from tests.cli.conftest import Command, photographs
 
 Refused = Callable[..., str]
@@ -200,7 +197,7 @@ def test_words_that_would_change_nothing_are_refused(
     assert "--split: only for finished samples" in refused("evaluate", tiny_run, *real, "--split", "test")
     assert "--varied belongs to --compare" in refused("evaluate", tiny_run, *real, "--varied", "n")
     assert "--train-split belongs" in refused("evaluate", tiny_run, *real, "--train-split", "test")
-    assert "--resize says how" in refused("evaluate", tiny_run, *real, "--resize", "box")
+    assert "--resize belongs to --resolution" in refused("evaluate", tiny_run, *real, "--resize", "box")
     assert "give MODEL or SAMPLES" in refused("evaluate", tiny_run)
     assert "no judge 'me'" in refused("evaluate", tiny_run, *real, "--judge", "me")
     assert "no device 'moon'" in refused("evaluate", tiny_run, *real, "--device", "moon")
@@ -235,7 +232,7 @@ def inception(official: bool) -> Inception:
 def test_only_the_weights_of_2015_make_a_fid(
     official: bool, names: set[str], tmp_path: Path, carrara: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("carrara.evaluation.features.open_features", lambda word, device: inception(official))
+    monkeypatch.setattr("carrara.evaluation.features.open_features", lambda word, device, checksum: inception(official))
     few = tmp_path / "few.npz"
     save_npz(few, everything("digits", "test")[:10])
     figures = told(carrara, few, "--reference", few, "--features", "inception=weights.pth")
@@ -243,44 +240,3 @@ def test_only_the_weights_of_2015_make_a_fid(
     assert ("fid" in figures) is official
     note = figures["fid" if official else "frechet_distance"]["note"]
     assert "10 samples for 2,048 dimensions" in note
-
-
-def test_an_interrupted_table_goes_on(
-    tiny_run: Path, tmp_path: Path, carrara: Command, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is there is not measured again, and another protocol does not mix with it."""
-    words = ("evaluate", tiny_run, "--reference", "digits", "--out", tmp_path, "--table", "guidance", "--steps", "1")
-    first = carrara(*words, "--n", "8")
-    assert first.returncode == 0, first.stderr
-    table = (tmp_path / "table.md").read_text()
-    assert table.count("| guidance ") == len(GUIDANCE)
-    assert "8 samples for 64 dimensions" in table
-    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
-    assert {row["line"] for row in rows} == {f"guidance {scale:g}" for scale in GUIDANCE}
-    (tmp_path / "guidance_2,_own_steps.json").unlink()
-    made: list[float] = []
-    sample = DiffusionModel.sample
-
-    def counted(self: DiffusionModel, *args: Any, **choices: Any) -> Samples:
-        made.append(choices["guidance"])
-        return sample(self, *args, **choices)
-
-    monkeypatch.setattr(DiffusionModel, "sample", counted)
-    assert carrara(*words, "--n", "8").returncode == 0
-    assert made == [2.0]
-    assert (tmp_path / "table.md").read_text() == table
-    assert "another protocol" in refused(*words, "--n", "9")
-
-
-def test_the_tables_are_those_of_the_papers(refused: Refused, tiny_run: Path, tmp_path: Path) -> None:
-    schedule = DiffusionModel.load(tiny_run).schedule
-    ddim = cells("ddim", schedule)
-    assert list(dict.fromkeys(cell.line for cell in ddim)) == ["η 0", "η 0.2", "η 0.5", "η 1", "σ̂"]
-    assert [cell.choices["steps"] for cell in ddim[:5]] == [10, 20, 50, 100, schedule.final_time]
-    for cell in cells("solvers", schedule):
-        named(cell.choices["solver"])
-    words = ("evaluate", tiny_run, "--reference", "digits")
-    assert "did you mean 'ddim'" in refused(*words, "--table", "ddm", "--out", tmp_path)
-    assert "takes no --steps" in refused(*words, "--table", "ddim", "--out", tmp_path, "--steps", "3")
-    assert "with --out" in refused(*words, "--table", "ddim")
-    assert "no run or model folder" in refused("evaluate", "digits", *words[2:], "--table", "ddim", "--out", tmp_path)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.evaluation import Collected, Stamp, collect, compare, write_statistics
+from carrara.evaluation import Collected, Stamp, collect, compare, likeness, write_statistics
 from carrara.evaluation.features import Pixels
 from carrara.evaluation.measure import (
     measure_captions,
@@ -87,9 +87,13 @@ def test_a_reference_of_another_size_or_colour_is_refused(digits: tuple[Tensor, 
 
 def test_reconstructions_and_captions_are_measured_too(digits: tuple[Tensor, ...]) -> None:
     train, _, held_out, _ = digits
-    figures = measure_reconstruction((held_out + 0.2).clamp(-1, 1), held_out, STAMP)
+    figures = measure_reconstruction(likeness((held_out + 0.2).clamp(-1, 1), held_out), STAMP)
     assert figures["psnr"].value >= 20  # an error of 0.2, or less where it was clamped
     assert figures["psnr"].interval is not None
+    equal = measure_reconstruction(likeness(held_out, held_out), STAMP)
+    assert equal["psnr"].interval is None
+    assert "360 of 360 pictures are equal" in equal["psnr"].note
+    assert equal["ssim"].value == pytest.approx(1)
     embeddings = train.flatten(1)
     captions = measure_captions(embeddings, embeddings, STAMP)
     assert captions["clip_score"].value == pytest.approx(100)

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
+    from carrara.codecs import Codec
     from carrara.evaluation import Evaluation, Measurements, Pictures, Reference
     from carrara.evaluation.features import Features
     from carrara.evaluation.pictures import Size
+    from carrara.evaluation.protocol import Judge as JudgeOf
     from carrara.evaluation.tables import Cell
     from carrara.model import DiffusionModel
 
@@ -29,7 +31,9 @@ Subject = Annotated[
 ]
 Data = Annotated[Words, Option("--reference", help="Real images: a data set, folder, npz; or a statistics npz.")]
 DataSplit = Annotated[str, Option(help="Which part of the reference.")]
-Network = Annotated[str, Option(help="pixels, inception=FILE (FID with the 2015 weights), clip=FOLDER, dinov2=FOLDER.")]
+Network = Annotated[
+    str, Option(help="pixels, inception=FILE (FID with the 2015 weights), clip=, dinov2=, classifier=FOLDER.")
+]
 Checksum = Annotated[Words, Option(help="The SHA-256 of an Inception file that is not one of 2015's.")]
 Count = Annotated[
     Number,
@@ -46,13 +50,17 @@ HeldOutSplit = Annotated[str, Option(help="Which part of them.")]
 HeldOutCount = Annotated[Number, Option("--held-out-n", help="How many of them; by default all.")]
 Variance = Annotated[Words, Option(help="Of the bound's reverse steps: small, large, learned.")]
 Originals = Annotated[
-    Words, Option(help="What SAMPLES should be, one by one; of a latent model, what its codec takes apart.")
+    Words, Option(help="What SAMPLES should be, one by one; of a codec or a latent model, what is taken apart.")
 ]
 OriginalsSplit = Annotated[str, Option(help="Which part of them.")]
+Lpips = Annotated[Words, Option(help="Weights of LPIPS on VGG-16, a local file, for --originals.")]
+LpipsChecksum = Annotated[Words, Option(help="The SHA-256 that file must have.")]
 Captions = Annotated[
     Path | None, Option(help="Lines that say what each of SAMPLES shows, for clip features; a data set has its own.")
 ]
-Judge = Annotated[Words, Option(help="svc: learns the reference's classes, reads the samples'.")]
+Judge = Annotated[
+    Words, Option(help="Reads the samples' classes: svc learns the reference's; or a trained classifier.")
+]
 PerClass = Annotated[bool, Option("--per-class", help="The figures of each class, too.")]
 Steps = Annotated[Number, Option("--steps", "--num_inference_steps", help="Solver steps.")]
 SolverWord = Annotated[Words, Option("--solver", help="ddpm, ddim, dpm++2m, …")]
@@ -97,6 +105,8 @@ class Options:
     variance: str | None
     originals: str | None
     originals_split: str
+    lpips: str | None
+    lpips_checksum: str | None
     captions: Path | None
     judge: str | None
     per_class: bool
@@ -152,6 +162,8 @@ def evaluate(
     variance: Variance = None,
     originals: Originals = None,
     originals_split: OriginalsSplit = "train",
+    lpips: Lpips = None,
+    lpips_checksum: LpipsChecksum = None,
     captions: Captions = None,
     judge: Judge = None,
     per_class: PerClass = False,
@@ -206,7 +218,8 @@ class Work:
     """What the options ask for, opened and measured; the bar shows how far it is."""
 
     def __init__(self, options: Options, bar: Progress) -> None:
-        from carrara.cli.evaluate_refusals import is_model
+        from carrara import codecs
+        from carrara.cli.evaluate_refusals import codec_folder, is_model
         from carrara.evaluation.features import open_features
         from carrara.model import DiffusionModel
 
@@ -214,8 +227,12 @@ class Work:
         assert options.subject is not None  # refused before
         self.subject: str = options.subject
         self.model: DiffusionModel | None = None
-        if is_model(self.subject):
+        self.codec: Codec | None = None
+        if (folder := codec_folder(self.subject)) is not None:
+            self.codec = codecs.load(folder, options.device)
+        elif is_model(self.subject):
             self.model = DiffusionModel.load(self.subject, options.device)
+            self.codec = self.model.codec
         self.features: Features = open_features(options.features, options.device, checksum=options.checksum)
         self.real: Reference | None = None
         self.known: Reference | None = None
@@ -281,11 +298,17 @@ class Work:
         from carrara.evaluation.protocol import evaluate as measure
 
         assert self.real is not None
-        options = self.options
+        judge = self._judge(self.options.judge)
         progress = self._progress("samples", samples.count)
-        return measure(
-            samples, self.real, self.features, self.known, options.judge is not None, options.per_class, progress
-        )
+        return measure(samples, self.real, self.features, self.known, judge, self.options.per_class, progress)
+
+    def _judge(self, word: str | None) -> JudgeOf | None:
+        """An SVC, or the classifier in a folder."""
+        from carrara.classifier import Classifier
+
+        if word is None or word == "svc":
+            return word  # type: ignore[return-value]
+        return Classifier.load(word, self.options.device)
 
     def _held_out(self, path: str) -> Measurements:
         from carrara.evaluation.held_out import measure_held_out
@@ -301,16 +324,26 @@ class Work:
         return measure_held_out(model, pictures, variance=variance, seed=options.seed, progress=progress)
 
     def _reconstruction(self, path: str) -> Measurements:
+        from carrara.codecs.perceptual import LPIPS
+        from carrara.errors import UserError
+        from carrara.evaluation.features.checksum import file_checksum
         from carrara.evaluation.pictures import data_pictures, decoded_pictures
         from carrara.evaluation.protocol import reconstruction
 
         options = self.options
+        perceptual, checksum = None, ""
+        if options.lpips is not None:
+            perceptual = LPIPS.load(options.lpips, options.lpips_checksum)
+            checksum = file_checksum(options.lpips)
         originals = data_pictures(path, options.originals_split, options.n, options.size)
-        if self.model is None:
+        if self.codec is not None and self.codec.pixels:
+            raise UserError(f"{self.subject} works on the pixels themselves: it has no codec to take images apart.")
+        if self.codec is None:
             pictures = data_pictures(self.subject, options.split, options.n, options.size)
         else:
-            pictures = decoded_pictures(self.model.codec, originals, self.subject, options.device)
-        return reconstruction(pictures, originals, self._progress("pairs", originals.count))
+            pictures = decoded_pictures(self.codec, originals, self.subject, options.device)
+        progress = self._progress("pairs", originals.count)
+        return reconstruction(pictures, originals, perceptual, checksum, progress)
 
     # ---- what is opened --------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ SAMPLING = {"steps", "solver", "guidance", "eta", "spacing"}
 MODEL = SAMPLING | {"seed", "batch_size"}
 COMPARING = {"comparison", "varied", "json_output"}
 READING = {"resolution", "channels"}
+ALWAYS = {"n", "out", "json_output", "device", "resize", *READING}
 NEEDS = {
     "reference_split": {"reference"},
     "train": {"reference"},
@@ -31,6 +32,8 @@ NEEDS = {
     "held_out_n": {"held_out"},
     "variance": {"held_out"},
     "originals_split": {"originals"},
+    "lpips": {"originals"},
+    "lpips_checksum": {"lpips"},
     "resize": {"resolution"},
     "varied": {"comparison"},
     **{word: {"reference"} for word in SAMPLING},
@@ -72,6 +75,16 @@ def is_model(subject: str) -> bool:
     return (folder / "config.json").is_file() or (folder / "model").is_dir()
 
 
+def codec_folder(subject: str) -> Path | None:
+    """The folder of a codec alone, which makes no pictures by itself; None for anything else."""
+    folders = (Path(subject), Path(subject) / "model", Path(subject) / "codec")
+    return next((folder for folder in folders if _holds_codec_only(folder)), None)
+
+
+def _holds_codec_only(folder: Path) -> bool:
+    return (folder / "codec.safetensors").is_file() and not (folder / "network.safetensors").is_file()
+
+
 def lines_for(pictures: Pictures, path: Path) -> list[str]:
     """The captions in a file, one line for each picture.
 
@@ -94,8 +107,8 @@ def _refuse_words(options: Options) -> None:
 
     from carrara.process.bound import ReverseVariance
 
-    if options.judge not in (None, "svc"):
-        raise UserError(f"there is no judge '{options.judge}': the known one is svc.")
+    if options.judge not in (None, "svc") and not is_model(options.judge):
+        raise UserError(f"there is no judge '{options.judge}': give svc, or the run folder of a trained classifier.")
     kinds = get_args(ReverseVariance)
     if options.variance is not None and options.variance not in kinds:
         raise UserError(f"there is no variance '{options.variance}': {nearest(options.variance, kinds)}")
@@ -105,6 +118,10 @@ def _refuse_words(options: Options) -> None:
 
 def _refuse_subject(options: Options, given: set[str]) -> None:
     assert options.subject is not None
+    if codec_folder(options.subject) is not None:
+        if given - {"subject", "originals", "originals_split", "lpips", "lpips_checksum", *ALWAYS}:
+            raise UserError(f"{options.subject} is a codec, which draws nothing by itself: give only --originals DATA.")
+        return
     if is_model(options.subject):
         if "split" in given:
             raise UserError(f"--split: only for finished samples, and {options.subject} is a model.")

@@ -30,6 +30,7 @@ class Collected:
         shape: an image's [C, H, W].
         content: hash of the images as 8-bit pictures, in their order: 32 hexadecimal digits.
         first: uint8 [min(N, SHOWN), H, W, C], the first images, for a report.
+        read: int64 [min(N, kept)], the classes that a judge read in the first images; None without a judge.
     """
 
     moments: Moments
@@ -37,6 +38,7 @@ class Collected:
     shape: tuple[int, ...]
     content: str
     first: Tensor
+    read: Tensor | None = None
 
 
 def collect(batches: Iterable[Tensor], features: Features, rows: int = ROWS) -> Collected:
@@ -55,6 +57,7 @@ def collect_together(
     features: Features,
     rows: int = ROWS,
     check: Callable[[Tensor], None] | None = None,
+    read: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Collected:
     """The same of pictures that are made or read while they are seen, batch by batch by every process in turn.
@@ -64,6 +67,7 @@ def collect_together(
 
     Args:
         check: sees the first batch a process made, before hours go into the others.
+        read: a judge that tells the class of every image, int64 [B].
         progress: is told after each batch how many pictures it held.
     """
     unchecked = [check] if check is not None else []
@@ -72,7 +76,7 @@ def collect_together(
         images = pictures.make(part)
         while unchecked:
             unchecked.pop()(images)
-        return _see(images, features, SHOWN - part.start)
+        return _see(images, features, SHOWN - part.start, read)
 
     def seen() -> Iterable[_Seen]:
         for found in in_turn(pictures.parts, work):
@@ -91,12 +95,16 @@ class _Seen:
     digests: list[bytes]
     shape: tuple[int, ...]
     pixels: Tensor
+    read: Tensor | None
 
 
-def _see(images: Tensor, features: Features, shown: int = SHOWN) -> _Seen:
+def _see(
+    images: Tensor, features: Features, shown: int = SHOWN, read: Callable[[Tensor], Tensor] | None = None
+) -> _Seen:
     pixels = to_uint8(images)
     digests = [hashlib.blake2b(picture.tobytes(), digest_size=16).digest() for picture in pixels.numpy()]
-    return _Seen(features(images).cpu(), digests, tuple(images.shape[1:]), pixels[: max(0, shown)].clone())
+    classes = None if read is None else read(images).cpu()
+    return _Seen(features(images).cpu(), digests, tuple(images.shape[1:]), pixels[: max(0, shown)].clone(), classes)
 
 
 def _joined(batches: Iterable[_Seen], rows: int) -> Collected:
@@ -104,6 +112,7 @@ def _joined(batches: Iterable[_Seen], rows: int) -> Collected:
     shape: tuple[int, ...] | None = None
     kept: list[Tensor] = []
     shown: list[Tensor] = []
+    read: list[Tensor] = []
     digest = hashlib.blake2b(digest_size=16)
     for seen in batches:
         shape = shape or seen.shape
@@ -116,9 +125,10 @@ def _joined(batches: Iterable[_Seen], rows: int) -> Collected:
         moments = (moments or Moments(seen.features.shape[1])).update(seen.features)
         if (missing := rows - sum(map(len, kept))) > 0:
             kept.append(seen.features[:missing].float())
+            read += [] if seen.read is None else [seen.read[:missing]]
         if (missing := SHOWN - sum(map(len, shown))) > 0:
             shown.append(seen.pixels[:missing])
     if moments is None or shape is None:
         raise UserError("there are no images to measure: give a folder, archive or model that has some.")
     first = torch.cat(kept) if kept else torch.empty(0, moments.dimension)
-    return Collected(moments, first, shape, digest.hexdigest(), torch.cat(shown))
+    return Collected(moments, first, shape, digest.hexdigest(), torch.cat(shown), torch.cat(read) if read else None)

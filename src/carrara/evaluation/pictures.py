@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carrara import codecs
 from carrara.codecs import Codec
 from carrara.data import Example, Preprocess, Source, open_source
 from carrara.data.batches import in_threads
@@ -103,7 +104,10 @@ def decoded_pictures(codec: Codec, originals: Pictures, name: str, device: torch
         with torch.no_grad():
             return _rounded(codec.decode(codec.encode(originals.make(rows).to(device)).mode()))
 
-    return Pictures(name, originals.count, make, originals.batch_size, originals.labels, originals.captions)
+    about = {"codec": codec.kind, "codec_hash": codecs.content_hash(codec)}
+    return Pictures(
+        name, originals.count, make, originals.batch_size, originals.labels, originals.captions, sampling=about
+    )
 
 
 def data_pictures(

@@ -10,14 +10,16 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from carrara.classifier import Classifier
+from carrara.codecs.perceptual import Perceptual
 from carrara.distributed import first_tells, in_turn
-from carrara.errors import UserError
+from carrara.errors import UserError, nearest
 from carrara.evaluation import judge as judges
 from carrara.evaluation.collect import ROWS, Collected, collect_together
 from carrara.evaluation.features import Features, Inception
@@ -38,6 +40,9 @@ from carrara.evaluation.reconstruction import likeness
 from carrara.evaluation.reference import read_statistics
 from carrara.evaluation.stamp import Measurements, Stamp
 from carrara.images import to_uint8
+
+Judge = Literal["svc"] | Classifier
+"""Who reads the classes of samples."""
 
 Progress = Callable[[int], None]
 """Is told after each batch how many pictures it held."""
@@ -189,7 +194,7 @@ def evaluate(
     reference: Reference,
     features: Features,
     train: Reference | None = None,
-    judge: bool = False,
+    judge: Judge | None = None,
     each_class: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -199,7 +204,8 @@ def evaluate(
 
     Args:
         train: the training images, for memorisation; the reference is then what "not memorised" looks like.
-        judge: whether an SVC, fitted to the reference's features and classes, reads the samples' classes.
+        judge: who reads the samples' classes: "svc", fitted to the reference's features and classes, or a trained
+            classifier.
         each_class: whether the figures of single classes are wanted too.
 
     Raises:
@@ -208,13 +214,16 @@ def evaluate(
     """
     if train is not None:
         _refuse_training(train, reference)
-    if judge:
-        _refuse_judge(samples, reference)
+    if judge is not None:
+        _refuse_judge(samples, reference, judge)
     if each_class and (samples.labels is None or reference.labels is None):
         raise UserError("the figures of each class need samples and a reference with classes: leave --per-class out.")
-    found = collect_together(
-        samples, features, check=lambda images: _refuse_unlike(images, reference, features), progress=progress
-    )
+    read = judge.read if isinstance(judge, Classifier) else None
+
+    def check(images: Tensor) -> None:
+        _refuse_unlike(images, reference, features)
+
+    found = collect_together(samples, features, check=check, read=read, progress=progress)
     stamp = stamp_of(samples, reference, features, found)
 
     def figures() -> Measurements:
@@ -281,9 +290,14 @@ def _refuse_training(train: Reference, reference: Reference) -> None:
     _refuse_other_shape(f"the training images {train.name}", train.images.shape, reference.name, reference.images.shape)
 
 
-def _refuse_judge(samples: Pictures, reference: Reference) -> None:
+def _refuse_judge(samples: Pictures, reference: Reference, judge: Judge) -> None:
     if samples.labels is None:
         raise UserError(f"a judge compares what it reads with the classes asked for, and {samples.name} tells none.")
+    if isinstance(judge, Classifier):
+        unknown = sorted(set(samples.labels) - set(judge.names))
+        if unknown:
+            raise UserError(f"the judge knows no class '{unknown[0]}': {nearest(unknown[0], judge.names)}")
+        return
     if reference.images is None or reference.labels is None:
         raise UserError(f"the judge learns from images with classes, and {reference.name} tells no classes.")
     unknown = sorted(set(samples.labels) - set(reference.labels))
@@ -303,23 +317,44 @@ def _memory(samples: Collected, train: Reference, held_out: Reference, stamp: St
 
 
 def _classes(
-    samples: Collected, labels: list[str], reference: Reference, stamp: Stamp, judge: bool, each_class: bool
+    samples: Collected, labels: list[str], reference: Reference, stamp: Stamp, judge: Judge | None, each_class: bool
 ) -> Measurements:
-    names = sorted({*labels, *(reference.labels or ())})
-    asked = torch.tensor([names.index(name) for name in labels])
+    known = reference.labels or []
+    names = sorted({*labels, *known, *(judge.names if isinstance(judge, Classifier) else ())})
+    asked = _numbers(labels, names)
+    read, about = _read(samples, reference, judge, names)
     stamp = stamp.with_settings(rows=len(labels))
-    if reference.labels is None or reference.images is None:
-        return measure_classes(samples.rows, asked, None, stamp)
-    real, rows = torch.tensor([names.index(name) for name in reference.labels]), reference.images.rows
-    read = judges.svc(rows, real)(samples.rows) if judge else None
     figures = measure_classes(samples.rows, asked, read, stamp)
     if each_class:
-        figures |= measure_each_class(samples.rows, asked, read, rows, real, names, stamp)
-    about = {"judge": f"{judges.SVC} on the reference's features", "judge_rows": len(real)}
+        assert reference.images is not None  # refused before
+        rows = reference.images.rows
+        figures |= measure_each_class(samples.rows, asked, read, rows, _numbers(known, names), names, stamp)
     return {
         name: replace(figure, stamp=figure.stamp.with_settings(**about)) if "accuracy" in name else figure
         for name, figure in figures.items()
     }
+
+
+def _numbers(labels: list[str], names: list[str]) -> Tensor:
+    places = {name: index for index, name in enumerate(names)}
+    return torch.tensor([places[label] for label in labels])
+
+
+def _read(
+    samples: Collected, reference: Reference, judge: Judge | None, names: list[str]
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The classes that the judge reads, as places in `names`, int64 [N], and what a stamp says of the judge."""
+    if judge is None:
+        return None, {}
+    if isinstance(judge, Classifier):
+        assert samples.read is not None
+        read = _numbers([judge.names[i] for i in samples.read.tolist()], names)
+        return read, {"judge": f"classifier, {judge.origin}".rstrip(", ")}
+    assert reference.images is not None  # refused before
+    assert reference.labels is not None
+    real = _numbers(reference.labels, names)
+    about = {"judge": f"{judges.SVC} on the reference's features", "judge_rows": len(real)}
+    return judges.svc(reference.images.rows, real)(samples.rows), about
 
 
 def _captions(samples: Collected, captions: list[str], features: Features, stamp: Stamp) -> Measurements:
@@ -336,8 +371,18 @@ def _captions(samples: Collected, captions: list[str], features: Features, stamp
 # ---- pairs of pictures ----------------------------------------------------------------------------------------
 
 
-def reconstruction(pictures: Pictures, originals: Pictures, progress: Progress | None = None) -> Measurements:
-    """PSNR and SSIM of pictures against what they should be, one by one.
+def reconstruction(
+    pictures: Pictures,
+    originals: Pictures,
+    perceptual: Perceptual | None = None,
+    checksum: str = "",
+    progress: Progress | None = None,
+) -> Measurements:
+    """PSNR, SSIM and, where it is given, a learned distance of pictures against what they should be, one by one.
+
+    Args:
+        perceptual: LPIPS with its weights.
+        checksum: the SHA-256 of these weights.
 
     Raises:
         UserError: other numbers or sizes of pictures.
@@ -352,7 +397,7 @@ def reconstruction(pictures: Pictures, originals: Pictures, progress: Progress |
         images, targets = pictures.make(rows).cpu(), originals.make(rows)
         _refuse_other_shape(pictures.name, tuple(images.shape[1:]), originals.name, tuple(targets.shape[1:]))
         content = hashlib.blake2b(to_uint8(targets).numpy().tobytes(), digest_size=16).digest()
-        return likeness(images, targets), tuple(images.shape[1:]), content
+        return likeness(images, targets, perceptual), tuple(images.shape[1:]), content
 
     found = []
     for part in in_turn(originals.parts, work):
@@ -368,6 +413,10 @@ def reconstruction(pictures: Pictures, originals: Pictures, progress: Progress |
         reference=Path(originals.name).name,
         reference_split=originals.split,
         reference_hash=hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
-        sampling={"pictures": Path(pictures.name).name},
+        sampling={"pictures": Path(pictures.name).name, **pictures.sampling},
     )
-    return first_tells(lambda: measure_reconstruction(joined, stamp))
+    figures = first_tells(lambda: measure_reconstruction(joined, stamp))
+    if "lpips" in figures:
+        about = figures["lpips"].stamp.with_settings(weights=checksum)
+        figures["lpips"] = replace(figures["lpips"], stamp=about)
+    return figures

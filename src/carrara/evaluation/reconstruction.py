@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from carrara.codecs.perceptual import Perceptual
 from carrara.errors import UserError
 
 PEAK = 2.0
@@ -58,9 +59,17 @@ def ssim(images: Tensor, targets: Tensor, window: int = 11, deviation: float = 1
     return (luminance * structure).flatten(1).mean(1)
 
 
-def likeness(images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Every measure of how close images [N, C, H, W] in [-1, 1] are to their targets, float64 [N] each."""
-    return {"psnr": psnr(images, targets), "ssim": ssim(images, targets)}
+def likeness(images: Tensor, targets: Tensor, perceptual: Perceptual | None = None) -> dict[str, Tensor]:
+    """Every measure of how close images [N, C, H, W] in [-1, 1] are to their targets, float64 [N] each.
+
+    Args:
+        perceptual: a learned distance (`carrara.codecs.perceptual.LPIPS.load(FILE)`), where its weights are at hand.
+    """
+    values = {"psnr": psnr(images, targets), "ssim": ssim(images, targets)}
+    if perceptual is not None:
+        with torch.no_grad():
+            values["lpips"] = perceptual(images, targets).double().cpu()
+    return values
 
 
 def _check(images: Tensor, targets: Tensor) -> None:

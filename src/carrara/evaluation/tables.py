@@ -267,7 +267,7 @@ def comma_separated(table: Table) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["line", table.axis, "figure", "value", "low", "high"])
     for cell, figures in table.cells:
-        for name, figure in figures.items():
+        for name, figure in sorted(figures.items()):  # as they are read back from a file
             limits = ("", "") if figure.interval is None else (figure.interval.low, figure.interval.high)
             writer.writerow([cell.line, f"{cell.place:g}", name, figure.value, *limits])
     return text.getvalue()

@@ -33,13 +33,14 @@ class Features(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
-KINDS = ("pixels", "inception", "clip", "dinov2")
+KINDS = ("pixels", "inception", "clip", "dinov2", "classifier")
 
 
 def open_features(
     word: str, device: torch.device | str = "cpu", preparation: str = "tensorflow", checksum: str | None = None
 ) -> Features:
-    """The feature network that a word names: "pixels", "inception=WEIGHTS", "clip=FOLDER" or "dinov2=FOLDER".
+    """The feature network that a word names: "pixels", "inception=WEIGHTS", "clip=FOLDER", "dinov2=FOLDER" or
+    "classifier=RUN" (one that Carrara trained).
 
     Args:
         word: the kind and, after "=", the local file or folder of its weights.
@@ -60,6 +61,12 @@ def open_features(
         raise UserError(f"the features '{kind}' need their weights from a local path: write {kind}=PATH.")
     if kind == "inception":
         return Inception.load(Path(path), checksum, preparation, device)
+    if kind == "classifier":
+        from carrara.classifier import Classifier
+        from carrara.evaluation.features.classifier import ClassifierFeatures
+
+        classifier = Classifier.load(path, device)
+        return ClassifierFeatures(classifier.network, classifier.clean_network_time)
     from carrara.evaluation.features.pretrained import Clip, Dino
 
     return Clip(path, device) if kind == "clip" else Dino(path, device)
