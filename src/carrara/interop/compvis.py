@@ -1,4 +1,5 @@
-"""First stages of latent diffusion and Stable Diffusion (CompVis), in and out.
+"""Checkpoints of latent diffusion and Stable Diffusion (CompVis), in and out: here the first stages, the U-Nets in
+`compvis_unet`.
 
 Arguments are those of the original constructors `AutoencoderKL` and `VQModel`: `ddconfig`, `embed_dim`, and for a
 VQ model `n_embed`. VQGANs of taming-transformers have the same layers: see `carrara.interop.taming`.
@@ -19,9 +20,13 @@ from carrara.codecs.quantiser import QuantiserParams
 from carrara.codecs.vq import VQAutoencoder
 from carrara.errors import UserError, nearest
 from carrara.interop import layout
+from carrara.interop.compvis_unet import load_unet, unet_state_dict
 from carrara.interop.layout import Place, leaf
+from carrara.networks import UNet
 from carrara.networks.autoencoder import AutoencoderParams, Block, Level, Middle
 from carrara.networks.layers import SelfAttention
+
+__all__ = ["load", "load_autoencoder", "load_unet", "own_weights", "places", "state_dict", "untrained"]
 
 StateDict = Mapping[str, Tensor]
 AnyCodec = TypeVar("AnyCodec", bound=LearnedCodec)
@@ -62,25 +67,29 @@ def load_autoencoder(state_dict: StateDict, **arguments: Any) -> KLAutoencoder |
         UserError: an argument is unknown or missing, or the checkpoint does not fit the arguments.
     """
     scale = arguments.pop("scale_factor", 1.0)
-    known, extra = {"embed_dim"}, {"n_embed", "remap", "sane_index_shape"}
-    vq = "n_embed" in arguments
-    params, rest = shape(arguments, known | extra if vq else known, double_z=not vq)
-    codec: KLAutoencoder | VQAutoencoder
-    if vq:
-        codec = load(lambda: VQAutoencoder(params, quantiser(rest)), state_dict)
-    else:
-        codec = load(lambda: KLAutoencoder(params), state_dict)
+    codec = load(lambda: untrained(**arguments), state_dict)
     codec.set_latent_scale(scale)
     return codec
 
 
-def state_dict(codec: LearnedCodec) -> dict[str, Tensor]:
-    """The codec's weights under the original's keys, for its own `load_state_dict`.
+def untrained(**arguments: Any) -> KLAutoencoder | VQAutoencoder:
+    """A first stage with random weights from the original's arguments; see `load_autoencoder`."""
+    if "n_embed" in arguments:
+        params, rest = shape(arguments, {"embed_dim", "n_embed", "remap", "sane_index_shape"}, double_z=False)
+        return VQAutoencoder(params, quantiser(rest))
+    return KLAutoencoder(shape(arguments, {"embed_dim"}, double_z=True)[0])
+
+
+def state_dict(network: LearnedCodec | UNet) -> dict[str, Tensor]:
+    """A first stage's or a U-Net's weights under the original's keys, for its own `load_state_dict`. (The latent
+    scale is no weight there: it is the `scale_factor` of the model around it.)
 
     Raises:
-        UserError: the codec has something that the original does not know.
+        UserError: it has something that the original does not know.
     """
-    return layout.to_theirs(codec, _checked(codec))
+    if isinstance(network, UNet):
+        return unet_state_dict(network)
+    return layout.to_theirs(network, _checked(network))
 
 
 def load(make: Callable[[], AnyCodec], checkpoint: StateDict) -> AnyCodec:
@@ -90,9 +99,14 @@ def load(make: Callable[[], AnyCodec], checkpoint: StateDict) -> AnyCodec:
         make: makes the codec.
         checkpoint: the weights under the original's keys.
     """
-    own = layout.strip_prefixes(checkpoint, PART)
-    own = {key: value for key, value in own.items() if not key.startswith(TRAINING_KEYS)}
+    own = own_weights(checkpoint)
     return filled(make, lambda codec: layout.to_ours(own, codec, places(codec)))
+
+
+def own_weights(checkpoint: StateDict) -> dict[str, Tensor]:
+    """A checkpoint's first stage alone, without loss networks and moving means."""
+    own = layout.strip_prefixes(checkpoint, PART)
+    return {key: value for key, value in own.items() if not key.startswith(TRAINING_KEYS)}
 
 
 def filled(make: Callable[[], AnyCodec], ours: Callable[[AnyCodec], dict[str, Tensor]]) -> AnyCodec:
@@ -154,7 +168,7 @@ def _params(a: Mapping[str, Any], rest: Mapping[str, Any]) -> AutoencoderParams:
 
 def _check_supported(a: Mapping[str, Any], double_z: bool) -> None:
     refused = {
-        "attn_type": a["attn_type"] not in ("vanilla", "none"),
+        "attn_type": a["attn_type"] not in ("vanilla", "vanilla-xformers", "none"),
         "use_linear_attn": a["use_linear_attn"],
         "give_pre_end": a["give_pre_end"],
         "double_z": bool(a["double_z"]) is not double_z,

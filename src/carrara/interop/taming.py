@@ -16,10 +16,11 @@ from carrara.interop.compvis import StateDict, load, quantiser, shape, state_dic
 from carrara.interop.layout import Place, leaf, strip_prefixes, to_ours, to_theirs
 from carrara.networks.discriminator import Discriminator, DiscriminatorParams
 
-__all__ = ["discriminator_state_dict", "load_discriminator", "load_vq", "state_dict"]
+__all__ = ["discriminator_state_dict", "gumbel", "load_discriminator", "load_vq", "state_dict"]
 
-GUMBEL = ("kl_weight", "temperature_scheduler_config")
-"""The arguments that only `GumbelVQ` has: they concern its training, but tell it from a `VQModel`."""
+KNOWN = {"embed_dim", "n_embed", "remap", "sane_index_shape"}
+GUMBEL = {"kl_weight", "temperature_scheduler_config"}
+"""The arguments that only `GumbelVQ` has; they concern its training."""
 
 
 def load_vq(state_dict: StateDict, **arguments: Any) -> VQAutoencoder | DiscreteAutoencoder:
@@ -34,13 +35,17 @@ def load_vq(state_dict: StateDict, **arguments: Any) -> VQAutoencoder | Discrete
         UserError: an argument is unknown or missing, or the checkpoint does not fit the arguments.
     """
     arguments.pop("n_labels", None)  # of a segmentation model: only its colour map, which is no part of the codec
-    gumbel = any(key.endswith("quantize.proj.weight") for key in state_dict)
-    known = {"embed_dim", "n_embed", "remap", "sane_index_shape", *(GUMBEL if gumbel else ())}
-    params, rest = shape(arguments, known, double_z=False)
-    if not gumbel:
-        return load(lambda: VQAutoencoder(params, quantiser(rest)), state_dict)
+    if any(key.endswith("quantize.proj.weight") for key in state_dict):
+        return load(lambda: gumbel(**arguments), state_dict)
+    params, rest = shape(arguments, KNOWN, double_z=False)
+    return load(lambda: VQAutoencoder(params, quantiser(rest)), state_dict)
+
+
+def gumbel(**arguments: Any) -> DiscreteAutoencoder:
+    """A `GumbelVQ` with random weights from the original's arguments."""
+    params, rest = shape(arguments, KNOWN | GUMBEL, double_z=False)
     quantiser(rest)  # refuses the same arguments
-    return load(lambda: DiscreteAutoencoder(params, DiscreteParams(codes=rest["n_embed"])), state_dict)
+    return DiscreteAutoencoder(params, DiscreteParams(codes=rest["n_embed"]))
 
 
 # The discriminator

@@ -55,7 +55,7 @@ class AutoencoderParams:
     in_channels: int = 3
     out_channels: int | None = None
     channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    channel_mult: tuple[float, ...] = (1, 2, 4, 4)
     blocks_per_level: int = 2
     latent_channels: int = 4
     hidden_channels: int | None = None
@@ -76,8 +76,8 @@ class AutoencoderParams:
         for name in ("in_channels", "channels", "blocks_per_level", "latent_channels", "norm_groups"):
             if getattr(self, name) < 1:
                 raise UserError(f"codec.{name} is {getattr(self, name)}: it must be at least 1.")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise UserError(f"codec.channel_mult {list(self.channel_mult)} must give each level at least 1.")
+        if not self.channel_mult or min(self.widths) < 1:
+            raise UserError(f"codec.channel_mult {list(self.channel_mult)} must give each level at least one channel.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"codec.dropout is {self.dropout}: it must be at least 0 and below 1.")
         unknown = sorted(set(self.attention) - set(self.factors))
@@ -97,7 +97,7 @@ class AutoencoderParams:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
-        return tuple(mult * self.channels for mult in self.channel_mult)
+        return tuple(round(mult * self.channels) for mult in self.channel_mult)
 
     @property
     def factors(self) -> tuple[int, ...]:
