@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from carrara.cli import convert, data, demo, ema, evaluate, recipes, sample, train
+from carrara.cli import convert, data, data_encode, demo, ema, evaluate, recipes, sample, train
 
 app = typer.Typer(
     name="carrara",
@@ -15,6 +15,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("demo")(demo.demo)
+data.app.command("encode")(data_encode.encode)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("sample")(sample.sample)

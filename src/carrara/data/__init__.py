@@ -2,6 +2,8 @@
 
 from carrara.data.batches import Batch, Batches
 from carrara.data.buckets import AspectBuckets, aspect_buckets
+from carrara.data.encode import Encoded, encode_latents
+from carrara.data.latents import LatentBatch, LatentBatches, LatentSource, open_latents
 from carrara.data.layouts import open_source
 from carrara.data.order import ShuffledShards, augmentation_draws, shuffled_index
 from carrara.data.preprocess import Preprocess
@@ -11,12 +13,18 @@ __all__ = [
     "AspectBuckets",
     "Batch",
     "Batches",
+    "Encoded",
     "Example",
+    "LatentBatch",
+    "LatentBatches",
+    "LatentSource",
     "Preprocess",
     "ShuffledShards",
     "Source",
     "aspect_buckets",
     "augmentation_draws",
+    "encode_latents",
+    "open_latents",
     "open_source",
     "shuffled_index",
 ]

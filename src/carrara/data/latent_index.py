@@ -1,0 +1,185 @@
+"""What a cache of latents says of itself: whose latents they are, of which images, and where each one lies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from carrara.codecs import Codes, DiagonalGaussian, Exact, Posterior
+from carrara.data.preprocess import Preprocess
+from carrara.errors import UserError
+from carrara.files import write_whole
+
+FORMAT = 1
+"""The version of the cache's layout; another one is refused."""
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of latents.
+
+    Attributes:
+        file: its name in the cache's folder.
+        images: how many it holds.
+        size: in bytes, by which a cut file is found out.
+    """
+
+    file: str
+    images: int
+    size: int
+
+
+@dataclass
+class Index:
+    """The contents of a cache, in the order of the data set.
+
+    Attributes:
+        codec: `kind` and `hash` of the codec whose latents these are.
+        prepare: the fields of `Preprocess`.
+        levels: see `Source.levels`.
+        posterior: "gaussian" (mean and log-variance), "codes" (indices, and the latent before it was quantised) or
+            "exact" (one latent).
+        shape: a latent's [C', h, w].
+        names: what messages call the images.
+        hashes: of each image's file, or None where it cannot be read.
+        unreadable: why a file is no picture, by its hash.
+        labels, captions, class_names: see `Source`.
+        shards: the files.
+        places: shard number and row of every image's latents, by the hash of the image's file.
+    """
+
+    codec: dict[str, str]
+    prepare: dict[str, Any]
+    levels: int
+    posterior: str
+    shape: tuple[int, int, int]
+    names: list[str] = field(default_factory=list)
+    hashes: list[str | None] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    labels: list[int] | None = None
+    captions: list[str] | None = None
+    class_names: list[str] | None = None
+    shards: list[Shard] = field(default_factory=list)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def flips(self) -> bool:
+        """Whether every image has a second entry, mirrored."""
+        return bool(self.prepare["flip"])
+
+    @property
+    def missing(self) -> list[int]:
+        """The images that have no latents yet, though nothing is known against them."""
+        return [
+            number
+            for number, key in enumerate(self.hashes)
+            if key is not None and key not in self.places and key not in self.unreadable
+        ]
+
+    def text(self) -> str:
+        """The index as JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, sort_keys=True) + "\n"
+
+    def check(self, codec_hash: str | None, prepare: Preprocess | None, where: Path, advice: str) -> None:
+        """Whether these latents are the wanted codec's, of images prepared in the wanted way.
+
+        Args:
+            codec_hash: the codec's `content_hash`; None takes any.
+            prepare: what is done to the images; None takes any.
+            where: the cache's folder, for the sentence.
+            advice: what to do, for the sentence.
+
+        Raises:
+            UserError: they are not; both sides are named.
+        """
+        if codec_hash is not None and codec_hash != self.codec["hash"]:
+            raise UserError(
+                f"the latents in {where} are those of the codec {self.codec['hash']} ({self.codec['kind']}), not of "
+                f"{codec_hash}: {advice}."
+            )
+        for name, wanted in ({} if prepare is None else asdict(prepare)).items():
+            if wanted != self.prepare[name]:
+                raise UserError(
+                    f"the latents in {where} were made with data.{name} = {self.prepare[name]}, not {wanted}: {advice}."
+                )
+
+
+def read_index(folder: Path) -> Index | None:
+    """The index of a cache, or None where there is no cache.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.pop("format")
+        if found != FORMAT:
+            raise UserError(f"{path} is of the format {found}, this Carrara writes {FORMAT}: remove {folder}.")
+        content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        content["places"] = {key: (int(shard), int(row)) for key, (shard, row) in content["places"].items()}
+        content["shape"] = tuple(content["shape"])
+        return Index(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({error}): remove {folder} and encode again.") from None
+
+
+def write_index(folder: Path, index: Index) -> bool:
+    """Write the index, unless that text already stands there.
+
+    Returns:
+        Whether something was written.
+    """
+    path, text = folder / INDEX, index.text()
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    write_whole(path, text.encode())
+    return True
+
+
+def damaged_shard(folder: Path, shard: Shard) -> str | None:
+    """Why a shard cannot be used, or None."""
+    path = folder / shard.file
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    return f"{path} is cut short ({size:,} of {shard.size:,} bytes)" if size != shard.size else None
+
+
+def pack(posterior: Posterior) -> tuple[str, dict[str, Tensor]]:
+    """A posterior as its kind and tensors [B, …] on the CPU.
+
+    Raises:
+        UserError: it is of a kind that cannot be stored and drawn from again.
+    """
+    kind: str
+    tensors: Mapping[str, Tensor]
+    if isinstance(posterior, DiagonalGaussian):
+        kind, tensors = "gaussian", {"mean": posterior.mean, "log_variance": posterior.log_variance}
+    elif isinstance(posterior, Codes):
+        kind, tensors = "codes", {"indices": posterior.indices.int(), "latent": posterior.latent}
+    elif isinstance(posterior, Exact):
+        kind, tensors = "exact", {"latent": posterior.latent}
+    else:
+        raise UserError(
+            f"a codec whose posterior is of the type {type(posterior).__name__} cannot be cached: DiagonalGaussian, Codes and "
+            "Exact can be stored and drawn from again."
+        )
+    return kind, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def unpack(kind: str, tensors: Mapping[str, Tensor]) -> Posterior:
+    """The posterior that `pack` took apart; of codes, their latent."""
+    if kind == "gaussian":
+        return DiagonalGaussian(tensors["mean"], tensors["log_variance"])
+    return Exact(tensors["latent"])
