@@ -172,8 +172,8 @@ def pack(posterior: Posterior) -> tuple[str, dict[str, Tensor]]:
         kind, tensors = "exact", {"latent": posterior.latent}
     else:
         raise UserError(
-            f"a codec whose posterior is of the type {type(posterior).__name__} cannot be cached: DiagonalGaussian, Codes and "
-            "Exact can be stored and drawn from again."
+            f"a codec whose posterior is of the type {type(posterior).__name__} cannot be cached: DiagonalGaussian, "
+            "Codes and Exact can be stored and drawn from again."
         )
     return kind, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
