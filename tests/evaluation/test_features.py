@@ -18,9 +18,7 @@ from carrara.evaluation.features import Pixels, open_features, preparation
 from carrara.evaluation.features.classifier import ClassifierFeatures
 from carrara.evaluation.features.pretrained import CLIP_MEAN, CLIP_STD, Clip, Dino
 from carrara.networks import EncoderClassifier, EncoderClassifierParams
-
-LETTERS = "acdegort"
-VOCABULARY = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "ca", "cat</w>"]
+from tests.evaluation.clips import save_clip
 
 
 def images(n: int = 4, size: int = 32, channels: int = 3) -> Tensor:
@@ -30,37 +28,8 @@ def images(n: int = 4, size: int = 32, channels: int = 3) -> Tensor:
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP of random weights with a vocabulary of a few letters, as transformers saves one."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-    folder = tmp_path_factory.mktemp("clip")
-    vocabulary = {word: i for i, word in enumerate([*VOCABULARY, "<|startoftext|>", "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    last = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    text = {
-        "vocab_size": len(vocabulary),
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 8,
-        "bos_token_id": last - 1,
-        "eos_token_id": last,
-        "pad_token_id": last,
-    }
-    vision = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "image_size": 16,
-        "patch_size": 8,
-    }
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_clip_embeds_images_and_texts_into_one_space(clip_folder: Path) -> None:

@@ -41,6 +41,9 @@ from carrara.evaluation.reference import read_statistics
 from carrara.evaluation.stamp import Measurements, Stamp
 from carrara.images import to_uint8
 
+LPIPS_SIDE = 16
+"""Pixels of the smallest side that VGG-16 can halve four times."""
+
 Judge = Literal["svc"] | Classifier
 """Who reads the classes of samples."""
 
@@ -396,6 +399,11 @@ def reconstruction(
     def work(rows: range) -> tuple[dict[str, Tensor], tuple[int, ...], bytes]:
         images, targets = pictures.make(rows).cpu(), originals.make(rows)
         _refuse_other_shape(pictures.name, tuple(images.shape[1:]), originals.name, tuple(targets.shape[1:]))
+        if perceptual is not None and min(images.shape[2:]) < LPIPS_SIDE:
+            raise UserError(
+                f"LPIPS's network halves images four times, and those of {originals.name} have fewer than "
+                f"{LPIPS_SIDE} pixels a side: leave --lpips out."
+            )
         content = hashlib.blake2b(to_uint8(targets).numpy().tobytes(), digest_size=16).digest()
         return likeness(images, targets, perceptual), tuple(images.shape[1:]), content
 
