@@ -1,10 +1,11 @@
 """Training side by side with a minimal loop around diffusers' U-Net, and what Carrara's own loop waits for.
 
-    python benchmarks/training.py [--parts speed start memory stall] [--data ../shared/data/cifar10] [--repeats 5]
+    python -m benchmarks.training [--parts speed start memory stall] [--data ../shared/data/cifar10]
 
-The peer is written as diffusers' official unconditional example does it: a `datasets` transform, a DataLoader, a
-DDPMScheduler's `add_noise`, AdamW, a clipped gradient, an EMAModel. Competitors run in turn in one process with the
-same threads, batch and nearly the same number of parameters; only the ratio of their medians is a claim.
+The peer is written as diffusers' official unconditional example does it: a `datasets` transform, a DataLoader in the
+same process, a DDPMScheduler's `add_noise`, AdamW, a clipped gradient, an EMAModel. The networks are the same
+architecture with the same number of weights. Competitors take turns step by step in one process with the same
+threads and batch; only the median of the paired ratios is a claim.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,19 @@ import torch
 import torch.nn.functional as F
 
 from carrara.recipe import load
-from carrara.training import Trainer
+from carrara.training import Progress, Trainer
 
-PARTS = ["speed", "start", "memory", "stall"]
+PARTS = ("speed", "start", "memory", "stall")
 QUIET = ("training.tracker=none", "training.sample_every=1000000", "training.checkpoint_every=1000000")
+PLAIN = (
+    "conditioning.kind=none",
+    "sampling.guidance=1",
+    "network.dropout=0",
+    "network.adaptive_norm=false",
+    "network.resampling=convolution",
+    "network.head_channels=64",
+)
+"""The recipe for cifar10 with the architecture of diffusers' U-Net."""
 
 
 def ours(data: Path, folder: Path, *changes: str) -> Trainer:
@@ -34,7 +44,7 @@ def ours(data: Path, folder: Path, *changes: str) -> Trainer:
     return Trainer(load("cifar10", [f"data.path={data}", *QUIET, *changes]), folder)
 
 
-def theirs(data: Path, batch_size: int, workers: int) -> tuple[int, Iterator[float]]:
+def theirs(data: Path, batch_size: int) -> tuple[int, Iterator[float]]:
     """The peer's number of parameters, and its endless training, which yields losses."""
     from datasets import load_dataset
     from diffusers import DDPMScheduler, UNet2DModel
@@ -46,20 +56,18 @@ def theirs(data: Path, batch_size: int, workers: int) -> tuple[int, Iterator[flo
         layers_per_block=2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        dropout=0.1,
-        resnet_time_scale_shift="scale_shift",
-        num_class_embeds=11,
+        attention_head_dim=64,
     )
     files = [str(path) for path in sorted(data.rglob("*train*.parquet"))]
     rows = load_dataset("parquet", data_files=files, split="train")
-    image, label = (next(n for n in rows.column_names if n in names) for names in (("img", "image"), ("label",)))
+    image = next(name for name in rows.column_names if name in ("img", "image"))
 
     def transform(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         pixels = [np.asarray(picture.convert("RGB"), np.float32) / 127.5 - 1 for picture in batch[image]]
-        return {"input": [torch.from_numpy(p).permute(2, 0, 1) for p in pixels], "label": batch[label]}
+        return {"input": [torch.from_numpy(p).permute(2, 0, 1) for p in pixels]}
 
     rows.set_transform(transform)
-    loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=True)
+    loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, shuffle=True, num_workers=0, drop_last=True)
     scheduler = DDPMScheduler(
         num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
     )
@@ -73,7 +81,7 @@ def theirs(data: Path, batch_size: int, workers: int) -> tuple[int, Iterator[flo
                 clean = batch["input"]
                 noise = torch.randn_like(clean)
                 times = torch.randint(0, 1000, (len(clean),))
-                told = network(scheduler.add_noise(clean, noise, times), times, class_labels=batch["label"]).sample
+                told = network(scheduler.add_noise(clean, noise, times), times).sample
                 loss = F.mse_loss(told, scheduler.get_velocity(clean, noise, times))
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -85,103 +93,106 @@ def theirs(data: Path, batch_size: int, workers: int) -> tuple[int, Iterator[flo
     return sum(p.numel() for p in network.parameters()), train()
 
 
-def seconds(steps: Iterator[Any], count: int) -> float:
-    """How long `count` steps take."""
+def seconds(work: Callable[[], object]) -> float:
+    """How long something takes."""
     began = time.perf_counter()
-    for _ in range(count):
-        next(steps)
+    work()
     return time.perf_counter() - began
 
 
-def speed(data: Path, repeats: int, steps: int, batch_size: int, folder: Path) -> None:
-    trainer = ours(data, folder / "speed", "training.steps=1000000", f"training.batch_size={batch_size}")
+def middle(values: list[float], unit: str = "") -> str:
+    """Median, quartiles and number of some values."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{median:.2f}{unit} (quartiles {low:.2f} to {high:.2f}, n = {len(values)})"
+
+
+def speed(data: Path, folder: Path, pairs: int, batch_size: int) -> None:
+    """Images per second from the encoded picture to the updated mean, beside the peer's."""
+    trainer = ours(data, folder, "training.steps=1000000", f"training.batch_size={batch_size}", *PLAIN)
     mine = trainer.steps()
-    parameters, peer = theirs(data, batch_size, workers=0)
-    print(
-        f"parameters: {trainer.size:,} here, {parameters:,} there; "
-        f"batch {batch_size}; {torch.get_num_threads()} threads"
-    )
-    seconds(mine, 2)
-    seconds(peer, 2)
-    before = trainer.phases.seconds["reading data"]
-    here, there = [], []
-    for _ in range(repeats):
-        here.append(steps * batch_size / seconds(mine, steps))
-        there.append(steps * batch_size / seconds(peer, steps))
-    own = sum(steps * batch_size / value for value in here)
-    waited = trainer.phases.seconds["reading data"] - before
-    ratios = [a / b for a, b in zip(here, there, strict=True)]
-    print(f"images/s: {statistics.median(here):.1f} here, {statistics.median(there):.1f} there")
-    print(
-        f"ratio: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, "
-        f"n = {repeats}, {steps} steps each)"
-    )
-    print(f"waiting for data: {waited / own:.2%} of the time")
+    parameters, peer = theirs(data, batch_size)
+    assert abs(parameters / trainer.size - 1) < 0.02, f"{trainer.size} parameters here, {parameters} there"
+    for steps in (mine, peer):
+        seconds(lambda steps=steps: [next(steps) for _ in range(2)])
+    before, here, there = trainer.phases.seconds.copy(), list[float](), list[float]()
+    for _ in range(pairs):
+        here.append(seconds(lambda: next(mine)))
+        there.append(seconds(lambda: next(peer)))
+    print(f"{trainer.size:,} parameters, batch {batch_size}, {torch.get_num_threads()} threads")
+    print(f"images/s here:  {middle([batch_size / passed for passed in here])}")
+    print(f"images/s there: {middle([batch_size / passed for passed in there])}")
+    print(f"ratio: {middle([b / a for a, b in zip(here, there, strict=True)])}")
+    for phase, total in trainer.phases.seconds.items():
+        print(f"{phase}: {(total - before[phase]) / sum(here):.2%} of our time")
     mine.close()  # type: ignore[attr-defined]
 
 
-def start(data: Path, repeats: int, folder: Path) -> None:
-    """From the recipe to the end of the first step, imports done."""
+def start(data: Path, folder: Path, repeats: int) -> None:
+    """From the recipe to the end of the first step, with imports done."""
     times = []
     for turn in range(repeats):
         began = time.perf_counter()
-        steps = ours(data, folder / f"start{turn}", "training.steps=10").steps()
-        next(steps)
+        steps = ours(data, folder / str(turn), "training.steps=10").steps()
+        next(progress for progress in steps if progress.notice is None)
         times.append(time.perf_counter() - began)
         steps.close()  # type: ignore[attr-defined]
-    print(
-        f"start to first step: {statistics.median(times):.1f} s ({min(times):.1f} to {max(times):.1f}, n = {repeats})"
-    )
+    print(f"start to first step: {middle(times, ' s')}")
 
 
-def memory(folder: Path, steps: int = 5000) -> None:
-    """The peak of this process's memory after 1/5, 2/5, … of many small steps."""
-    small = ["network.channels=8", "network.head_channels=8", "training.batch_size=16", f"training.steps={steps}"]
+def memory(folder: Path, steps: int) -> None:
+    """The peak of this process's memory after each fifth of many small steps."""
+    small = ("network.channels=8", "network.head_channels=8", "training.batch_size=16", f"training.steps={steps}")
+
+    def step_done(progress: Progress) -> bool:
+        return progress.notice is None and progress.step % (steps // 5) == 0
+
+    trainer = Trainer(load("digits", [*QUIET, *small]), folder)
     peaks = [
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        for progress in Trainer(load("digits", [*QUIET, *small]), folder / "memory").steps()
-        if progress.step % (steps // 5) == 0 and progress.notice is None
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 for progress in trainer.steps() if step_done(progress)
     ]
-    print("peak memory:", ", ".join(f"{peak:,.1f}" for peak in peaks), f"MB after each fifth of {steps} steps")
+    print(f"peak memory after each fifth of {steps} steps: {', '.join(f'{peak:,.1f}' for peak in peaks)} MB")
 
 
 def stall(folder: Path, repeats: int) -> None:
-    """How long a checkpoint of about 100 million parameters keeps training from its next step."""
-    large = ["network.channels=264", "network.blocks_per_level=3", "network.head_channels=66", "training.batch_size=8"]
-    trainer = Trainer(load("digits", [*QUIET, *large]), folder / "stall")
-    times, writes = [], []
-    for turn in range(repeats):
-        trainer.one_step(trainer.batches.at(turn))
-        began = time.perf_counter()
-        trainer.save_checkpoint()
-        times.append(time.perf_counter() - began)
+    """How long a checkpoint of about 100 million parameters keeps training from its next step, and how much longer
+    the steps beside its writing take."""
+    large = ("network.channels=264", "network.head_channels=66", "training.batch_size=8", "training.steps=1000000")
+    trainer = Trainer(load("digits", [*QUIET, *large]), folder)
+    steps = trainer.steps()
+    for _ in range(3):  # in the first, memory is handed out for the copies
+        next(steps)
+    trainer.writer.wait()
+    still, alone, beside = list[float](), list[float](), list[float]()
+    for _ in range(repeats):
+        alone.append(seconds(lambda: next(steps)))
+        still.append(seconds(trainer.save_checkpoint))
+        beside.append(seconds(lambda: next(steps)))
         trainer.writer.wait()
-        writes.append(time.perf_counter() - began)
-    print(
-        f"{trainer.size:,} parameters: training stands still for {statistics.median(times):.2f} s "
-        f"(at most {max(times):.2f})"
-    )
-    print(f"written after {statistics.median(writes):.1f} s, n = {repeats}")
+    print(f"{trainer.size:,} parameters: training stands still for {middle(still, ' s')}, the first {still[0]:.2f} s")
+    print(f"a step alone: {middle(alone, ' s')}; beside the writing: {middle(beside, ' s')}")
+    steps.close()  # type: ignore[attr-defined]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    """The chosen parts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/cifar10"))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=20, help="steps of each competitor")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3, help="starts and checkpoints")
+    parser.add_argument("--steps", type=int, default=5000, help="of the look at memory")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "speed" in given.parts:
-            speed(given.data, given.repeats, given.steps, given.batch_size, folder)
+            speed(given.data, folder / "speed", given.pairs, given.batch_size)
         if "start" in given.parts:
-            start(given.data, given.repeats, folder)
+            start(given.data, folder / "start", given.repeats)
         if "memory" in given.parts:
-            memory(folder)
+            memory(folder / "memory", given.steps)
         if "stall" in given.parts:
-            stall(folder, given.repeats)
+            stall(folder / "stall", given.repeats)
 
 
 if __name__ == "__main__":

@@ -27,30 +27,43 @@ class Data(_Section):
         path: a folder, file, archive or data set; or "digits", scikit-learn's scanned digits.
         split: which split, where the data has several.
         resolution: one side of a square, or [height, width]. The shorter side is resized, the rest cropped.
+        buckets: sizes for pictures of several shapes: each batch holds pictures of like shape, cut to the nearest of
+            these [height, width]; "auto" takes all sizes of `resolution`'s area from 1:2 to 2:1; null cuts every
+            picture to `resolution`.
         channels: 1 gray, 3 colour, 4 colour with transparency.
         resize: the filter: "adm" (reduce by boxes, then bicubic), "bicubic", "lanczos", "box", "nearest".
         crop: "center" or "random".
         flip: mirror half of the images. Off by default: digits, text and logos are not symmetric.
         caption_column: which column or key holds the captions, where the usual names do not fit.
         unreadable_limit: share of unreadable images that is skipped; more are refused.
+        order: "samples" shuffles all; "shards" reads a few tar shards at a time and shuffles within them, for disks
+            and networks where reading here and there is slow.
         workers: processes that decode images; 0 decodes in this one.
     """
 
     path: str
     split: str = "train"
     resolution: Size
+    buckets: Literal["auto"] | Annotated[tuple[Size, ...], Field(min_length=1)] | None = None
     channels: Literal[1, 3, 4] = 3
     resize: Literal["adm", "bicubic", "lanczos", "box", "nearest"] = "adm"
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     caption_column: str | None = None
     unreadable_limit: float = Field(0.01, ge=0, le=1)
+    order: Literal["samples", "shards"] = "samples"
     workers: int = Field(0, ge=0)
 
     @field_validator("resolution", mode="before")
     @classmethod
     def _square(cls, value: Any) -> Any:
         return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _one_order(self) -> Data:
+        if self.buckets is not None and self.order == "shards":
+            raise UserError("data.buckets gather like shapes from all shards: leave out data.order=shards.")
+        return self
 
 
 class Conditioning(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ from PIL import Image
 from carrara.data.batches import in_threads
 from carrara.data.decode import UnreadablePicture
 from carrara.data.order import Integers, Selection, refuse_other_count, shuffled_index
-from carrara.data.source import Source
+from carrara.data.source import Source, counted
 from carrara.errors import UserError
 
 _BATCHES_STREAM = 4
@@ -60,6 +61,14 @@ class AspectBuckets:
         members = self.members[bucket]
         return Selection(members[shuffled_index(seed, places, len(members))], members)
 
+    @property
+    def sentence(self) -> str:
+        """The buckets and how many pictures each holds."""
+        sizes = zip(self.sizes, self.members, strict=True)
+        return (
+            "aspect buckets: " + ", ".join(f"{h}×{w} ({counted(len(held), 'image')})" for (h, w), held in sizes) + "."
+        )
+
     def size(self, index: int) -> tuple[int, int]:
         return self.sizes[self.bucket[index]]
 
@@ -70,23 +79,30 @@ class AspectBuckets:
 
 
 def aspect_buckets(
-    source: Source, resolution: tuple[int, int], batch_size: int, multiple: int = 8, largest_aspect: float = 2.0
+    source: Source,
+    resolution: tuple[int, int],
+    batch_size: int,
+    multiple: int = 8,
+    largest_aspect: float = 2.0,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> AspectBuckets:
     """Sort the pictures of a source by shape.
 
-    The buckets are all sizes with sides a multiple of `multiple` and an area that is as large as `resolution`
-    allows, from 1:`largest_aspect` to `largest_aspect`:1. A picture goes where its aspect ratio is nearest on a
-    logarithmic scale; a bucket with less than a batch is closed and its pictures go to the nearest that is left.
+    The buckets are the `sizes` that are asked for, else all with sides a multiple of `multiple` and an area that is
+    as large as `resolution` allows, from 1:`largest_aspect` to `largest_aspect`:1. A picture goes where its aspect
+    ratio is nearest on a logarithmic scale; a bucket with less than a batch is closed and its pictures go to the
+    nearest that is left.
 
     Args:
         resolution: height and width whose area no bucket exceeds.
         batch_size: the global batch.
         multiple: what the network's levels (and a codec's) ask of a side.
+        sizes: height and width of each bucket.
 
     Raises:
-        UserError: fewer pictures than a batch, or no size fits.
+        UserError: fewer pictures than a batch, no size fits, or `multiple` does not divide a side that is asked for.
     """
-    sizes = _sizes(resolution, multiple, largest_aspect)
+    sizes = _sizes(resolution, multiple, largest_aspect) if sizes is None else _asked(sizes, multiple)
     source.refuse_fewer_than(batch_size)
     aspects = np.log([width / height for height, width in sizes])
     wanted = np.log(_aspect_ratios(source))
@@ -98,6 +114,13 @@ def aspect_buckets(
             kept = tuple(sizes[b] for b in open_buckets)
             return AspectBuckets(kept, nearest.astype(np.int64), batch_size)
         open_buckets = np.delete(open_buckets, counts.argmin())
+
+
+def _asked(sizes: Sequence[tuple[int, int]], multiple: int) -> list[tuple[int, int]]:
+    for height, width in sizes:
+        if height % multiple or width % multiple:
+            raise UserError(f"the network halves images, so {multiple} must divide both sides of {height}×{width}.")
+    return sorted(set(sizes))
 
 
 def _sizes(resolution: tuple[int, int], multiple: int, largest_aspect: float) -> list[tuple[int, int]]:

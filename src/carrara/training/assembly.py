@@ -8,7 +8,8 @@ from torch import nn
 
 from carrara import distributed
 from carrara.conditioning import Labels
-from carrara.data import Batches, Preprocess, Source, open_source
+from carrara.data import Batches, Preprocess, ShuffledShards, Source, aspect_buckets, open_source
+from carrara.data.order import Order
 from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.networks.layers import ResidualBlock, SelfAttention
@@ -22,8 +23,31 @@ def open_batches(recipe: Recipe, processes: Processes) -> tuple[Source, Batches]
     data = recipe.data
     source = open_source(data.path, data.split, data.unreadable_limit, data.caption_column)
     prepare = Preprocess(*data.resolution, data.channels, resize=data.resize, crop=data.crop, flip=data.flip)
-    size = recipe.training.batch_size
-    return source, Batches(source, prepare, recipe.seed, size, processes.rank, processes.world, data.workers)
+    if source.captions is not None:
+        source.notices.append(f"the captions of {source.name} are not trained on: there is no text encoder yet.")
+    size, order = recipe.training.batch_size, order_of(recipe, source)
+    share = processes.rank, processes.world
+    return source, Batches(source, prepare, recipe.seed, size, *share, data.workers, order=order)
+
+
+def order_of(recipe: Recipe, source: Source) -> Order | None:
+    """The order that the recipe asks for; None is the plain shuffle.
+
+    Raises:
+        UserError: the data do not allow it.
+    """
+    data = recipe.data
+    if data.order == "shards":
+        if source.shard_sizes is None:
+            raise UserError(f"data.order=shards is for tar shards, {source.name} is {source.layout}: leave it out.")
+        return ShuffledShards(source.shard_sizes)
+    if data.buckets is None:
+        return None
+    factor = recipe.network_params(classes=2).factors[-1]
+    sizes = None if data.buckets == "auto" else data.buckets
+    buckets = aspect_buckets(source, data.resolution, recipe.training.batch_size, factor, sizes=sizes)
+    source.notices.append(buckets.sentence)
+    return buckets
 
 
 def open_held_out(recipe: Recipe, processes: Processes) -> Batches | None:

@@ -97,8 +97,6 @@ def _reasons(path: Path, report: DataReport, data: dict[str, Any]) -> list[str]:
     if data["conditioning"]["kind"] == "labels":
         assert report.classes is not None
         lines.append(f"class-conditional: {len(report.classes)} classes, the label dropped for one image in ten.")
-    if report.captions is not None:
-        lines.append("captions were found; this recipe does not train on them (there is no text encoder yet).")
     network = yaml.safe_dump(data["network"], default_flow_style=True, width=1000).strip()
     lines.append(
         f"a recipe for {side}×{side}: network {network}, batch {data['training']['batch_size']}, "

@@ -77,6 +77,7 @@ class Trainer:
         self._stop = False
         self.log: Log | None = None  # only the first process has one
         self.writer = checkpoint.Writer()
+        self._copy: dict[str, Any] = {}  # the last checkpoint's, whose memory serves the next
         self.run = Run(folder, recipe)
         distributed.first_tells(lambda: self.run.claim(accept_changes))
         try:
@@ -181,7 +182,7 @@ class Trainer:
         before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT) if main}
         try:
             for notice in self.notices:
-                yield Progress(self.step, self.recipe.training.steps, float("nan"), 0.0, 0.0, notice)
+                yield self._notice(notice)
             distributed.first_tells(self._open_log)
             stacks = self.run.folder / f"stuck-{self.processes.rank}.txt"
             with Watchdog(self.phases, self.recipe.training.stuck_after, stacks):
@@ -194,19 +195,27 @@ class Trainer:
                 self.log.close()
             self.run.close()
 
+    def _notice(self, sentence: str) -> Progress:
+        return Progress(self.step, self.recipe.training.steps, float("nan"), 0.0, 0.0, sentence)
+
     def _walk(self) -> Iterator[Progress]:
         training, first, began = self.recipe.training, self.step, self.phases.clock()
-        batches = self.batches.iterate(self.step)
+        batches, unreadable = self.batches.iterate(self.step), set(self.source.unreadable)
         while self.step < training.steps and not self._stopping():
             with self.phases("reading data"):
                 batch = next(batches)
+            for index in sorted(self.source.unreadable.keys() - unreadable):
+                unreadable.add(index)
+                name, reason = self.source.pictures.name(index), self.source.unreadable[index]
+                yield self._notice(f"{name} cannot be read any more ({reason}): another image stands in for it.")
             loss = self.one_step(batch)
-            speed = (self.step - first) * training.batch_size / (self.phases.clock() - began)
+            speed = (self.step - first) * training.batch_size / _passed(began, self.phases.clock())
+            if self.step == first + 1:
+                self._reserve()
             self._after_step()
             left = (training.steps - self.step) * training.batch_size / speed
             yield Progress(self.step, training.steps, loss, speed, left)
         with self.phases("saving"):
-            distributed.first_tells(self.writer.wait)
             if self.step > first:
                 self.save_checkpoint()
                 distributed.first_tells(self.writer.wait)
@@ -317,7 +326,7 @@ class Trainer:
         each phase took; `data_wait` is that of reading data."""
         then, step, before = self._logged
         self._logged = self.phases.clock(), self.step, self.phases.seconds.copy()
-        passed = self._logged[0] - then
+        passed = _passed(then, self._logged[0])
         speed = (self.step - step) * self.recipe.training.batch_size / passed
         shares = {name: round((total - before[name]) / passed, 4) for name, total in self.phases.seconds.items()}
         return {
@@ -359,17 +368,34 @@ class Trainer:
 
     # ---- on disk -----------------------------------------------------------------------------------------
 
-    def _gathered(self, modules: dict[str, nn.Module]) -> dict[str, Any]:
-        """Copies of the modules' weights, whole, for the first process to write."""
-        return {name: copied(module.state_dict()) for name, module in modules.items()}
+    def _tensors(self) -> dict[str, Any]:
+        """All that a checkpoint holds of tensors, live."""
+        modules = {**self.task.modules, **{name: mean.module for name, mean in self.means.items()}}
+        return {
+            "weights": {name: module.state_dict() for name, module in modules.items()},
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.stepper.optimisers.items()},
+            "objective": self.objective.state_dict(),
+        }
+
+    def _reserve(self) -> None:
+        """Have the memory of the checkpoints' copy handed out behind the training's back, before the first of them."""
+        if self.processes.first and not distributed.is_sharded(self.network):
+            live = self._tensors()
+
+            def reserve() -> None:
+                self._copy = copied(live)  # of a moving state: only its place will be used
+
+            self.writer.start(reserve)
 
     def save_checkpoint(self) -> Path:
         """Copy the state, and write it behind the training's back; then old checkpoints are pruned."""
         step, training = self.step, self.recipe.training
         folder = checkpoint.folder_of(self.run.checkpoints, step)
+        distributed.first_tells(self.writer.wait)  # the memory of the copy is what is being written
         if not self.processes.first and not distributed.is_sharded(self.network):
             return folder
-        weights = self._gathered({**self.task.modules, **{n: mean.module for n, mean in self.means.items()}})
+        self._copy = copied(self._tensors(), self._copy)
+        weights = self._copy["weights"]
         state = {
             "carrara": carrara.__version__,
             "setting": self.setting(),
@@ -377,8 +403,8 @@ class Trainer:
             "bad_steps": self.bad_steps,
             "window": asdict(self.window),
             "scale": asdict(self.stepper.scale) if self.stepper.scale else None,
-            "optimisers": {name: copied(o.state_dict()) for name, o in self.stepper.optimisers.items()},
-            "objective": copied(self.objective.state_dict()),
+            "optimisers": self._copy["optimisers"],
+            "objective": self._copy["objective"],
             "recipe": self.recipe.to_yaml(),
         }
 
@@ -393,7 +419,7 @@ class Trainer:
     def _save_snapshot(self) -> None:
         step = self.step
         modules = {name: mean.module for name, mean in self.means.items() if isinstance(mean.decay, PowerFunction)}
-        weights = self._gathered(modules)
+        weights = {name: copied(module.state_dict()) for name, module in modules.items()}
         if self.processes.first:
             self.writer.start(lambda: self._write_snapshot(step, weights))
 
@@ -445,6 +471,11 @@ class Trainer:
         for key, then in state.get("setting", {}).items():
             if then != now[key]:
                 self.notices.append(f"the checkpoint was made with {key} {then}, this is {now[key]}: bits may differ.")
+
+
+def _passed(then: float, now: float) -> float:
+    """Seconds between two readings of a clock; never 0 or less, whatever a broken clock says."""
+    return max(now - then, 1e-9)
 
 
 def _decays(recipe: Recipe) -> dict[str, Callable[[int], float]]:
