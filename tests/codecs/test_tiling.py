@@ -60,9 +60,9 @@ class Level:
 
 
 @settings(max_examples=60, deadline=None)
-@given(length=st.integers(1, 200), tile=st.integers(2, 40), data=st.data())
+@given(length=st.integers(1, 200), tile=st.integers(3, 40), data=st.data())
 def test_tiles_cover_everything_and_their_weights_sum_to_one(length: int, tile: int, data: st.DataObject) -> None:
-    overlap = data.draw(st.integers(0, tile // 2))
+    overlap = data.draw(st.integers(0, tile // 3))
     ramp = data.draw(st.integers(0, overlap))
     tiles = spans(length, tile, overlap)
     assert tiles[0][0] == 0
@@ -83,7 +83,7 @@ def test_tiles_cover_everything_and_their_weights_sum_to_one(length: int, tile: 
 def test_a_codec_that_does_not_see_far_is_exact(reach: int, height: int, width: int, ramp: int) -> None:
     # One position is two pixels, so a cut edge is felt up to a pixel further.
     overlap = 2 * (reach + 1 + ramp)
-    tiled = Tiled(Near(reach), tile=2 * overlap + 4, overlap=overlap, blend=2 * ramp)
+    tiled = Tiled(Near(reach), tile=3 * overlap + 2, overlap=overlap, blend=2 * ramp)
     x, z = noise(2, 3, 2 * height, 2 * width), noise(2, 3, height, width, seed=1)
     whole, parts = tiled.codec.encode(x), tiled.encode(x)
     assert isinstance(whole, DiagonalGaussian)
@@ -99,19 +99,15 @@ def test_an_overlap_too_small_for_the_codecs_sight_shows_where_it_is_cut() -> No
     far = Near(6)
     gap = (Tiled(far, tile=24, overlap=4, blend=0).decode(z) - far.decode(z)).abs().amax((0, 1))
     assert gap.max() > 1e-2
-    middles = [
-        12,
-        32,
-        52,
-    ]  # of what neighbours share; the three cuts of four tiles of 24 in 64 pixels are at most 1 off
-    far_off = torch.ones(64, dtype=torch.bool)
-    for middle in middles:
-        far_off[max(0, middle - 12) : middle + 12] = False
-    assert gap[far_off][:, far_off].numel() == 0 or gap[far_off][:, far_off].max() < 5e-6
+    cuts = [start + end for (_, end), (start, _) in pairwise(spans(32, 12, 2))]  # in pixels, two a position
+    clear = torch.tensor([all(abs(place + 0.5 - cut) > far.reach + 2 for cut in cuts) for place in range(64)])
+    assert len(cuts) == 2
+    assert 0 < clear.sum() < 48
+    assert gap[clear][:, clear].max() < 5e-6
 
 
-@settings(max_examples=20, deadline=None)
-@given(length=st.integers(20, 80), overlap=st.integers(4, 8), blend=st.integers(2, 8))
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(17, 80), overlap=st.integers(2, 5), blend=st.integers(1, 5))
 def test_where_tiles_disagree_there_is_no_seam(length: int, overlap: int, blend: int) -> None:
     blend = min(blend, overlap)
     z = noise(1, 1, 4, length)
@@ -173,8 +169,8 @@ def test_the_size_of_the_picture_is_not_the_size_of_the_work() -> None:
     [
         ({"tile": 33, "overlap": 8}, r"tile = 33 pixels: take a multiple of 2, such as 32"),
         ({"tile": 32, "overlap": 7}, "overlap = 7 pixels: take a multiple of 2"),
-        ({"tile": 32, "overlap": 18}, "more than half of a tile"),
-        ({"tile": 0, "overlap": 0}, "more than half of a tile"),
+        ({"tile": 32, "overlap": 12}, "more than a third of a tile"),
+        ({"tile": 0, "overlap": 0}, "take at least 2"),
         ({"tile": 32, "overlap": 8, "blend": 9}, "between 0 and the overlap of 8"),
     ],
 )

@@ -9,6 +9,7 @@ from carrara.codecs.learned import LearnedCodec, Reconstruction
 from carrara.codecs.quantiser import Codes, QuantiserParams
 from carrara.codecs.scale import measure_latent_scale
 from carrara.codecs.storage import build, check_same, content_hash, load, save
+from carrara.codecs.tiling import Tiled
 from carrara.codecs.vq import VQAutoencoder
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Posterior",
     "QuantiserParams",
     "Reconstruction",
+    "Tiled",
     "VQAutoencoder",
     "build",
     "check_same",

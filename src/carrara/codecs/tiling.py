@@ -30,7 +30,7 @@ class Tiled:
     Attributes:
         codec: any codec.
         tile: side of a tile in pixels; images that are no larger go through whole.
-        overlap: least number of pixels that neighbouring tiles share, at most half a tile.
+        overlap: least number of pixels that neighbouring tiles share, at most a third of a tile.
         blend: pixels in the middle of the overlap over which one tile changes into the next; None is half of it.
 
     Raises:
@@ -49,8 +49,12 @@ class Tiled:
                 raise UserError(
                     f"{name} = {length} pixels: take a multiple of {r}, such as {max(round(length / r), 1) * r}."
                 )
-        if self.tile < 1 or 2 * self.overlap > self.tile:
-            raise UserError(f"overlap = {self.overlap} is more than half of a tile of {self.tile} pixels: shrink it.")
+        if self.tile < 1:
+            raise UserError(f"tile = {self.tile} pixels: take at least {r}.")
+        if 3 * self.overlap > self.tile:  # so that no more than two tiles are mixed along a side
+            raise UserError(
+                f"overlap = {self.overlap} is more than a third of a tile of {self.tile} pixels: shrink it."
+            )
         if not 0 <= self.blended <= self.overlap:
             raise UserError(f"blend = {self.blend} must lie between 0 and the overlap of {self.overlap} pixels.")
 
@@ -130,7 +134,7 @@ def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     if length <= tile:
         return [(0, length)]
     count = -(-(length - overlap) // (tile - overlap))
-    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
+    starts = [i * (length - tile) // (count - 1) for i in range(count)]
     return [(start, start + tile) for start in starts]
 
 
