@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from carrara import distributed
 from carrara.codecs import QuantiserParams, VQAutoencoder
+from carrara.networks.autoencoder import Block
 from carrara.networks.discriminator import Discriminator, DiscriminatorParams
 from carrara.objectives import CodecLoss, CodecObjective, Examples
 from carrara.process import Noise
@@ -19,7 +21,19 @@ from tests.processes import together
 BATCH, STEPS = 8, 4
 
 
-def train(norm: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
+def spread(module: nn.Module, sharded: bool) -> nn.Module:
+    """The module over all processes: whole on each, or its weights shared out."""
+    if not sharded:
+        return distributed.replicated(module)
+    distributed.shard(module, [m for m in module.modules() if isinstance(m, Block)], torch.device("cpu"))
+    return module
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    return {name: distributed.whole(value) for name, value in module.state_dict().items()}
+
+
+def train(norm: Any, sharded: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     """A few steps of both players on this process's share; codec, discriminator and adaptive weights."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
@@ -27,7 +41,7 @@ def train(norm: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]
     torch.manual_seed(0)
     codec = VQAutoencoder(params(), QuantiserParams(codes=16, decay=0.9))
     critic = Discriminator(DiscriminatorParams(channels=8, layers=1, norm=norm))
-    joined = [distributed.replicated(m) if world > 1 else m for m in (codec, critic)]
+    joined = [spread(m, sharded) if world > 1 else m for m in (codec, critic)]
     loss = CodecLoss(distance="l2", adversarial=0.5, start=BATCH)
     objective = CodecObjective(joined[0], loss, discriminator=joined[1])
     optimisers = {n: torch.optim.SGD(p.parameters(), lr=0.1) for n, p in objective.players.items()}
@@ -46,13 +60,14 @@ def train(norm: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]
                 other.zero_grad(set_to_none=True)
             if name == "codec":
                 weights.append(float(terms.scalars["adaptive weight"]))
-    return codec.state_dict(), critic.state_dict(), weights
+    return whole(codec), whole(critic), weights
 
 
-def test_two_processes_train_the_codec_that_one_does() -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_the_codec_that_one_does(sharded: bool) -> None:
     codec, critic, weights = train("group")
     assert weights[0] == 0 < min(weights[1:])
-    for other_codec, other_critic, other_weights in together(2, train, "group"):
+    for other_codec, other_critic, other_weights in together(2, train, "group", sharded):
         # Sums over the batch in another order, over four steps.
         torch.testing.assert_close(torch.tensor(other_weights), torch.tensor(weights), rtol=1e-3, atol=0)
         for own, other in ((codec, other_codec), (critic, other_critic)):
