@@ -112,8 +112,9 @@ def speed(data: Path, folder: Path, pairs: int, batch_size: int) -> None:
     mine = trainer.steps()
     parameters, peer = theirs(data, batch_size)
     assert abs(parameters / trainer.size - 1) < 0.02, f"{trainer.size} parameters here, {parameters} there"
-    for steps in (mine, peer):
-        seconds(lambda steps=steps: [next(steps) for _ in range(2)])
+    for _ in range(2):
+        next(mine)
+        next(peer)
     before, here, there = trainer.phases.seconds.copy(), list[float](), list[float]()
     for _ in range(pairs):
         here.append(seconds(lambda: next(mine)))

@@ -1,4 +1,4 @@
-"""From a data set as it lies there to samples: it trains, resumes to the same bits, and samples, whatever the layout."""
+"""From a data set as it lies there to samples, whatever its layout: it trains, resumes to the same bits, samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Aspect buckets and shard order as words of a recipe: they train, resume to the same bits, and refuse what cannot be."""
+"""Aspect buckets and shard order as words of a recipe: they train, resume, and refuse what cannot be."""
 
 from __future__ import annotations
 
