@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from carrara import codecs, weights
 from carrara import images as pictures
-from carrara import weights
 from carrara.classifier import Classifier
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
@@ -24,8 +24,6 @@ from carrara.solvers import DDIM, Solver, Step, integrate, named
 from carrara.version import __version__
 
 _DEFAULTS: dict[str, Any] = {"solver": "dpm++2m", "steps": 20, "spacing": "trailing", "guidance": 1.0}
-
-CODECS: dict[str, Callable[[], Codec]] = {"identity": Identity}
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,8 @@ class DiffusionModel:
     def to(self, device: torch.device | str) -> DiffusionModel:
         """Move the weights; returns the model itself."""
         self.network.to(device)
+        if isinstance(self.codec, nn.Module):
+            self.codec.to(device)
         return self
 
     def denoiser(self) -> Denoiser:
@@ -303,13 +303,16 @@ class DiffusionModel:
             "predicts": self.predicts,
             "labels": labels,
             "levels": self.levels,
-            "codec": {"kind": self.codec.kind},
+            "codec": {"kind": self.codec.kind, "hash": codecs.content_hash(self.codec)},
             "sampling": self.sampling,
             "origin": self.origin,
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `network.safetensors`, each whole or not at all."""
+        """Write `config.json`, `network.safetensors` and, of a latent model, the folder `codec`; each file whole or
+        not at all."""
+        if not self.codec.pixels:
+            codecs.save(self.codec, Path(folder) / "codec")
         weights.save(folder, "diffusion", self.config(), {"network": self.network})
 
     @classmethod
@@ -324,7 +327,10 @@ class DiffusionModel:
         try:
             network = UNet(UNetParams(**{k: v for k, v in config["network"].items() if k != "kind"}))
             labels = config["labels"]
-            codec = CODECS[config["codec"]["kind"]]()
+            told = config["codec"]
+            codec = Identity() if told["kind"] == "identity" else codecs.load(folder / "codec", device)
+            if not codec.pixels:
+                codecs.check_same(codec, told["kind"], told["hash"], f"the model {folder}")
             model = cls(
                 network=network,
                 schedule=schedules.build(config["schedule"]),

@@ -253,21 +253,31 @@ class Recipe(_Section):
 
     Attributes:
         name: what the run folder is called by default.
-        kind: what is trained: a "diffusion" model, or a "classifier" of noisy images that guides one.
+        kind: what is trained: a "diffusion" model, a "classifier" of noisy images that guides one, or a "codec" for
+            one to work in.
         seed: of the weights, the order, and every draw.
         start: a model or classifier folder whose weights the run begins from (fine-tuning). Network, schedule and
             what the network predicts are then that model's; `network` may change `dropout` and `checkpointing`.
         network: fields of `UNetParams`, or of `EncoderClassifierParams`, without those that data and conditioning
             decide.
+        codec: of a diffusion model, `path`: the run or folder of the codec it works in. Of a codec, its `kind`
+            (autoencoder, vae, kl, vq, vqgan, dvae, hierarchical) and the fields of `AutoencoderParams`,
+            `QuantiserParams` or `DiscreteParams`.
+        loss: of a codec, fields of `CodecLoss` where they differ from its kind's own, and `perceptual_from`, a
+            classifier's folder or a file of VGG/LPIPS weights, with the file's `perceptual_checksum`.
+        discriminator: of a codec, fields of `DiscriminatorParams`.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    kind: Literal["diffusion", "classifier"] = "diffusion"
+    kind: Literal["diffusion", "classifier", "codec"] = "diffusion"
     seed: int = Field(0, ge=0)
     start: str | None = None
     data: Data
     conditioning: Conditioning = Conditioning()
+    codec: dict[str, Any] = Field(default_factory=dict)
     network: dict[str, Any] = Field(default_factory=dict)
+    loss: dict[str, Any] = Field(default_factory=dict)
+    discriminator: dict[str, Any] = Field(default_factory=dict)
     schedule: ScheduleChoice = ScheduleChoice()
     objective: ObjectiveChoice = ObjectiveChoice()
     training: Training
@@ -285,27 +295,45 @@ class Recipe(_Section):
                 f"sampling.guidance={self.sampling.guidance:g} needs a condition that training drops now and then: "
                 "set sampling.guidance=1, or conditioning.kind=labels with conditioning.dropout=0.1."
             )
-        if self.kind == "classifier":
-            self._refuse_the_diffusion_models_keys()
-        elif self.objective.times.kind == "clean":
-            raise UserError("objective.times of kind 'clean' holds no noise to learn from: it is for kind: classifier.")
+        self._refuse_other_kinds_keys()
+        if self.kind == "codec":
+            return self
         if self.start is not None:
             self._refuse_what_the_start_decides()
-            return self
-        self.network_params(2 if self.kind == "classifier" or self.conditioning.kind == "labels" else None)
+        elif "path" not in self.codec:
+            self.network_params(2 if self.kind == "classifier" or self.conditioning.kind == "labels" else None)
         return self
 
-    def _refuse_the_diffusion_models_keys(self) -> None:
-        """What a classifier does not take is not silently ignored."""
-        objective = self.objective.model_copy(update={"times": TimesChoice()})
-        for key, given, nothing in (
-            ("conditioning", self.conditioning, Conditioning()),
-            ("objective", objective, ObjectiveChoice()),
-            ("sampling", self.sampling, Sampling()),
-        ):
-            if given != nothing:
-                rest = " but objective.times" if key == "objective" else ""
-                raise UserError(f"a recipe of kind classifier takes nothing in '{key}'{rest}: leave it out.")
+    def _refuse_other_kinds_keys(self) -> None:
+        """What this kind of run does not take is not silently ignored."""
+        nothing: dict[str, Any] = {
+            "conditioning": Conditioning(),
+            "codec": {},
+            "network": {},
+            "loss": {},
+            "discriminator": {},
+            "schedule": ScheduleChoice(),
+            "objective": ObjectiveChoice(),
+            "sampling": Sampling(),
+        }
+        takes, but = {
+            "diffusion": ({"conditioning", "codec", "network", "schedule", "objective", "sampling"}, {}),
+            "classifier": ({"network", "schedule"}, {"objective": "times"}),
+            "codec": ({"codec", "loss", "discriminator"}, {"sampling": "count"}),
+        }[self.kind]
+        for key in nothing.keys() - takes:
+            given = getattr(self, key)
+            if key in but:
+                given = given.model_copy(update={but[key]: getattr(nothing[key], but[key])})
+            if given != nothing[key]:
+                rest = f" but {key}.{but[key]}" if key in but else ""
+                raise UserError(f"a recipe of kind {self.kind} takes nothing in '{key}'{rest}: leave it out.")
+        if self.kind == "diffusion" and self.codec.keys() - {"path"}:
+            raise UserError("a diffusion model takes a codec that is trained: give codec.path alone.")
+        if self.objective.times.kind == "clean" and self.kind != "classifier":
+            raise UserError("objective.times of kind 'clean' holds no noise to learn from: it is for kind: classifier.")
+        if self.start is not None and self.kind == "codec":
+            raise UserError("a codec's run cannot start from another yet: leave out 'start'.")
 
     def _refuse_what_the_start_decides(self) -> None:
         decided = [f"network.{key}" for key in self.network if key not in ("dropout", "checkpointing")]
@@ -316,27 +344,31 @@ class Recipe(_Section):
                 f"{decided[0]} follows from the model that the run starts from, {self.start}: leave it out."
             )
 
-    def network_params(self, classes: int | None) -> Any:
+    def network_params(self, classes: int | None, latent: tuple[int, int, int] | None = None) -> Any:
         """The network's params for this recipe's images and a number of classes.
+
+        Args:
+            latent: [C', H', W'] of the codec's latents; None works on the images themselves.
 
         Raises:
             UserError: an unknown or decided-elsewhere key, a wrong type, or a size that does not fit.
         """
         from carrara.networks import EncoderClassifierParams, UNetParams
 
-        images = {"image_size": self.data.resolution, "in_channels": self.data.channels, "num_classes": classes}
+        channels, *size = latent or (self.data.channels, *self.data.resolution)
+        decided = {"image_size": tuple(size), "in_channels": channels, "num_classes": classes}
         if self.kind == "classifier":
-            return params_from(EncoderClassifierParams, self.network, images)
+            return params_from(EncoderClassifierParams, self.network, decided)
         null = classes is not None and self.conditioning.dropout > 0
-        return params_from(UNetParams, self.network, {**images, "null_label": null})
+        return params_from(UNetParams, self.network, {**decided, "null_label": null})
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
-def params_from(kind: type, given: Mapping[str, Any], decided: Mapping[str, Any]) -> Any:
-    """A params dataclass from a recipe's keys and from what the rest of the recipe decides.
+def params_from(kind: type, given: Mapping[str, Any], decided: Mapping[str, Any], section: str = "network") -> Any:
+    """A params dataclass from a section's keys and from what the rest of the recipe decides.
 
     Raises:
         UserError: an unknown key, one that is decided elsewhere, or a wrong type.
@@ -348,13 +380,13 @@ def params_from(kind: type, given: Mapping[str, Any], decided: Mapping[str, Any]
     known = {field.name for field in dataclasses.fields(kind)}
     for key in given:
         if key in decided:
-            raise UserError(f"network.{key} follows from the data and the conditioning: leave it out.")
+            raise UserError(f"{section}.{key} follows from the data and the conditioning: leave it out.")
         if key not in known:
-            raise UserError(f"the recipe has an unknown key 'network.{key}': {nearest(key, known - decided.keys())}")
+            raise UserError(f"the recipe has an unknown key '{section}.{key}': {nearest(key, known - decided.keys())}")
     try:
         return TypeAdapter(kind).validate_python({**given, **decided})
     except ValidationError as error:
-        raise UserError(_sentence(error, "network.")) from None
+        raise UserError(_sentence(error, f"{section}.")) from None
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

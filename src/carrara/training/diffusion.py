@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from carrara import codecs, weights
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.data import Batch, Source
@@ -34,13 +35,17 @@ class DiffusionTask:
     def __init__(self, recipe: Recipe, source: Source, processes: Processes) -> None:
         self.recipe, self.device = recipe, processes.device
         self.labels = labels_of(recipe, source)
-        self.codec: Codec = Identity()
+        self.codec: Codec = codecs.load(weights.find(recipe.codec["path"])) if recipe.codec else Identity()
+        if isinstance(self.codec, nn.Module):
+            self.codec.to(self.device).requires_grad_(False)
+        shape = (recipe.data.channels, *recipe.data.resolution)
+        latent = self.codec.latent_shape(*shape)
         classes = len(self.labels.names) if self.labels else None
         schedule, predicts = schedules.build(recipe.schedule.spec()), cast(Predicts, recipe.objective.predicts)
         anew: list[str] = []
         if recipe.start is None:
             torch.manual_seed(recipe.seed)
-            network = UNet(recipe.network_params(classes))
+            network = UNet(recipe.network_params(classes, latent))
         else:
             base = DiffusionModel.load(recipe.start)
             schedule, predicts = base.schedule, base.predicts
@@ -49,7 +54,7 @@ class DiffusionTask:
         self.model = DiffusionModel(
             network=network,
             schedule=schedule,
-            shape=(recipe.data.channels, *recipe.data.resolution),
+            shape=shape,
             predicts=predicts,
             labels=self.labels,
             levels=source.levels,
@@ -63,6 +68,10 @@ class DiffusionTask:
             "image": "×".join(map(str, self.model.shape)),
             "classes": classes or 0,
         }
+        if not self.codec.pixels:
+            self.summary["latent"] = (
+                f"{'×'.join(map(str, latent))} of the {self.codec.kind} codec {recipe.codec['path']}"
+            )
         if recipe.start is not None:
             self.summary["starts from"] = recipe.start + (f" ({', '.join(anew)} anew)" if anew else "")
 

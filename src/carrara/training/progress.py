@@ -112,7 +112,8 @@ class Window:
         """What the log line says; a quarter that no sample fell into is null."""
         tallies = dict(self.tallies)
         loss = tallies.pop("loss")
-        entry: dict[str, Any] = {"loss": loss.total / self.steps, "loss_by_quarter": loss.by_quarter}
+        entry: dict[str, Any] = {"loss": loss.total / self.steps}
+        entry |= {"loss_by_quarter": loss.by_quarter} if any(loss.counts) else {}
         entry |= {name: total / self.steps for name, total in self.gradients.items()}
         if tallies:
             entry["terms"] = {name: tally.total / self.steps for name, tally in tallies.items()}

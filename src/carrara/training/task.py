@@ -14,6 +14,7 @@ from carrara.objectives import Examples, Objective
 from carrara.process import Noise
 from carrara.recipe import Recipe
 from carrara.training.classifier import ClassifierTask
+from carrara.training.codec import CodecTask
 from carrara.training.diffusion import DiffusionTask
 
 
@@ -71,5 +72,6 @@ def make_task(recipe: Recipe, source: Source, processes: Processes) -> Task:
     kinds: dict[str, Callable[[Recipe, Source, Processes], Task]] = {
         "diffusion": DiffusionTask,
         "classifier": ClassifierTask,
+        "codec": CodecTask,
     }
     return kinds[recipe.kind](recipe, source, processes)

@@ -1,0 +1,188 @@
+"""Training a codec: a first stage for latent diffusion to work in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from carrara import codecs
+from carrara.classifier import Classifier
+from carrara.codecs import DiscreteParams, LearnedCodec, QuantiserParams
+from carrara.codecs.perceptual import LPIPS, ClassifierFeatures, Perceptual
+from carrara.data import Batch, Batches, Preprocess, Source
+from carrara.distributed import Processes
+from carrara.errors import UserError, nearest
+from carrara.networks.autoencoder import AutoencoderParams
+from carrara.networks.discriminator import Discriminator, DiscriminatorParams
+from carrara.objectives import Examples
+from carrara.objectives.codec import CODEC, DISCRIMINATOR, LOSSES, CodecLoss, CodecObjective
+from carrara.process import Noise
+from carrara.recipe import Recipe, params_from
+
+KINDS = {
+    "autoencoder": "autoencoder",
+    "vae": "kl",
+    "kl": "kl",
+    "vq": "vq",
+    "vqgan": "vq",
+    "dvae": "discrete",
+    "hierarchical": "hierarchical",
+}
+"""The rungs of the ladder, by the codec that each is; `LOSSES` has the loss of each."""
+_PARTS = {"vq": ("quantiser", QuantiserParams), "discrete": ("choice", DiscreteParams)}
+SCALE_IMAGES = 4096
+"""The latent scale is measured on so many training images."""
+
+
+class CodecTask:
+    """A codec that learns to give images back, against a discriminator where its loss has one.
+
+    Raises:
+        UserError: choices of the recipe that do not go together, or with the images.
+    """
+
+    def __init__(self, recipe: Recipe, source: Source, processes: Processes) -> None:
+        self.recipe, self.source, self.device = recipe, source, processes.device
+        self.pictures = recipe.sampling.count
+        torch.manual_seed(recipe.seed)
+        codec = make_codec(recipe)
+        latent = codec.latent_shape(recipe.data.channels, *recipe.data.resolution)
+        self.loss = make_loss(recipe)
+        self.perceptual = _perceptual(recipe, self.loss)
+        if isinstance(self.perceptual, nn.Module):
+            self.perceptual.to(self.device).requires_grad_(False)
+        self.modules: dict[str, nn.Module] = {CODEC: codec.to(self.device)}
+        if self.loss.adversarial:
+            channels = {"in_channels": recipe.data.channels}
+            params = params_from(DiscriminatorParams, recipe.discriminator, channels, "discriminator")
+            params.check_size(*recipe.data.resolution)
+            self.modules[DISCRIMINATOR] = Discriminator(params).to(self.device)
+        elif recipe.discriminator:
+            raise UserError("discriminator is given, but loss.adversarial is 0: set it above 0, or leave this out.")
+        self.summary: dict[str, Any] = {
+            "image": "×".join(map(str, (recipe.data.channels, *recipe.data.resolution))),
+            "latent": "×".join(map(str, latent)),
+            "codec": recipe.codec["kind"],
+        }
+        images = recipe.training.steps * recipe.training.batch_size
+        notices = self.objective(self.modules).notices(images)
+        if notices:
+            self.summary["notice"] = " ".join(notices)
+
+    def objective(self, modules: Mapping[str, nn.Module]) -> CodecObjective:
+        """Reconstruction, the latent's cost, and the recipe's other terms."""
+        return CodecObjective(modules[CODEC], self.loss, self.perceptual, modules.get(DISCRIMINATOR))
+
+    def examples(self, batch: Batch, draw: Noise) -> Examples:
+        """The images alone."""
+        return Examples(batch.images.to(self.device))
+
+    def blank(self) -> Examples:
+        """A gray image."""
+        return Examples(torch.zeros(1, self.recipe.data.channels, *self.recipe.data.resolution, device=self.device))
+
+    def ask(self, module: nn.Module, examples: Examples) -> Tensor:
+        """A reconstruction, as training makes it."""
+        image: Tensor = module(examples.x0, Noise(0).rows(range(len(examples.x0)))).image
+        return image
+
+    @torch.no_grad()
+    def preview(self, module: nn.Module, rows: range) -> tuple[Tensor, dict[str, Any]]:
+        """Images beside what the codec gives back of them, [len(rows), C, H, 2·W]."""
+        codec = cast(LearnedCodec, module)
+        training = codec.training
+        codec.eval()
+        found = [self._images(row % len(self.source)) for row in rows]
+        images = torch.cat(found).to(self.device)
+        again = codec.decode(codec.encode(images).mode()).clamp(-1, 1)
+        codec.train(training)
+        return torch.cat([images, again], dim=3), {"left": "image", "right": "reconstruction"}
+
+    def save(self, module: nn.Module, folder: Path, origin: str) -> None:
+        """The codec with its latent scale, measured on the training images."""
+        codec = cast(LearnedCodec, module)
+        size = self.recipe.training.batch_size
+        prepare = self._prepare()
+        batches = Batches(self.source, prepare, self.recipe.seed, min(size, len(self.source)))
+        count = max(1, min(SCALE_IMAGES, len(self.source)) // batches.batch_size)
+        codecs.measure_latent_scale(codec, (batches.at(number).images for number in range(count)))
+        codecs.save(codec, folder)
+
+    def _prepare(self) -> Preprocess:
+        data = self.recipe.data
+        return Preprocess(*data.resolution, data.channels, resize=data.resize)
+
+    def _images(self, row: int) -> Tensor:
+        """The image that comes first in step `row` of an order of single images."""
+        return Batches(self.source, self._prepare(), self.recipe.seed, 1).at(row).images
+
+
+def make_codec(recipe: Recipe) -> LearnedCodec:
+    """The recipe's codec with random weights.
+
+    Raises:
+        UserError: no kind or an unknown one, an unknown key, or one that the data decide.
+    """
+    given = dict(recipe.codec)
+    word = given.pop("kind", None)
+    if word not in KINDS:
+        raise UserError(f"codec.kind is '{word}': {nearest(str(word), KINDS)}")
+    decided = {"in_channels": recipe.data.channels}
+    config: dict[str, Any] = {"kind": KINDS[word]}
+    if word == "hierarchical":
+        config["levels"] = _levels(given, decided)
+    else:
+        if KINDS[word] in _PARTS:
+            name, params = _PARTS[KINDS[word]]
+            own = {key: given.pop(key) for key in [f.name for f in fields(params)] if key in given}
+            config[name] = asdict(params_from(params, own, {}, "codec"))
+        config["params"] = asdict(params_from(AutoencoderParams, given, decided, "codec"))
+        if word == "vae":
+            config["learned_scale"] = True
+    return cast(LearnedCodec, codecs.build(config))
+
+
+def make_loss(recipe: Recipe) -> CodecLoss:
+    """The loss of the codec's kind, with the recipe's changes."""
+    changes = {key: value for key, value in recipe.loss.items() if not key.startswith("perceptual_")}
+    usual = asdict(LOSSES[recipe.codec["kind"]])
+    if "perceptual" not in changes and "perceptual_from" not in recipe.loss:
+        usual["perceptual"] = 0.0  # without a network to look through there is none
+    return cast(CodecLoss, params_from(CodecLoss, {**usual, **changes}, {}, "loss"))
+
+
+def _levels(given: dict[str, Any], decided: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The params of each level of a hierarchical VAE, whose shared keys may stand beside `levels`."""
+    levels, made = given.pop("levels", None), []
+    if not isinstance(levels, list) or not all(isinstance(level, dict) for level in levels):
+        raise UserError("codec.levels must be a list with the params of every level, from the image on.")
+    for level in levels:
+        params = params_from(AutoencoderParams, {**given, **level}, decided, "codec")
+        decided = {"in_channels": params.latent_channels}
+        made.append(asdict(params))
+    return made
+
+
+def _perceptual(recipe: Recipe, loss: CodecLoss) -> Perceptual | None:
+    """What the perceptual term looks through."""
+    allowed = {"perceptual_from", "perceptual_checksum"}
+    for key in recipe.loss:
+        if key.startswith("perceptual_") and key not in allowed:
+            raise UserError(f"the recipe has an unknown key 'loss.{key}': {nearest(key, allowed)}")
+    path = recipe.loss.get("perceptual_from")
+    if not loss.perceptual:
+        return None
+    if path is None:
+        raise UserError(
+            "loss.perceptual is above 0: name a classifier's folder or a file of VGG or LPIPS weights as "
+            "loss.perceptual_from, or set loss.perceptual=0."
+        )
+    if Path(path).is_dir():
+        classifier = Classifier.load(path)
+        return ClassifierFeatures(classifier.network, classifier.clean_network_time)
+    return LPIPS.load(path, recipe.loss.get("perceptual_checksum"))
