@@ -183,6 +183,56 @@ def test_checkpoints_of_one_kind_load_in_the_others(runs: tuple[Path, list[list[
         assert_nearly_same(copy / "checkpoints" / "step-00000006" / "network.safetensors", reached)
 
 
+def shared_out(folder: Path) -> tuple[list[range], int]:
+    """Train two steps that hardly move, with previews and validation; which rows and how many images were ours."""
+    recipe = tiny_recipe(
+        *SHORT,
+        "training.steps=2",
+        "training.learning_rate=1e-12",
+        "training.validate_every=2",
+        "training.validation_images=64",
+        "sampling.count=5",
+    )
+    trainer = Trainer(recipe, folder)
+    rows, images = list[range](), 0
+    preview, at = trainer.task.preview, trainer.held_out.at if trainer.held_out else None
+
+    def own_rows(module: Any, given: range) -> Any:
+        rows.append(given)
+        return preview(module, given)
+
+    def own_images(step: int) -> Any:
+        nonlocal images
+        assert at is not None
+        batch = at(step)
+        images += len(batch)
+        return batch
+
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(trainer.task, "preview", own_rows)
+    monkey.setattr(trainer.held_out, "at", own_images)
+    list(trainer.steps())
+    return rows, images
+
+
+def test_previews_and_validation_are_shared_out_and_come_to_the_same(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    assert shared_out(tmp_path / "one") == ([range(5)] * 2, 64)  # from the mean and from the raw weights
+    told = together(2, shared_out, tmp_path / "two")
+    assert told == [([range(3)] * 2, 32), ([range(3, 6)] * 2, 32)], "each makes its share; the sixth is cut off"
+    one, two = (log_of(tmp_path / name)[-1]["validation"] for name in ("one", "two"))
+    assert two["images"] == one["images"] == 64
+    for key in ("loss", "loss_by_quarter"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)  # float32, other batch sizes in the kernels
+    for kind in ("ema", "raw"):
+        sheets = [Image.open(tmp_path / name / "samples" / f"step-00000002-{kind}.png") for name in ("one", "two")]
+        mine, theirs = (np.asarray(sheet, np.int16) for sheet in sheets)
+        assert mine.shape == theirs.shape
+        assert int(np.abs(mine - theirs).max()) <= 1  # a value on the edge between two levels may fall on either side
+
+
 def refused(folder: Path) -> str:
     try:
         Trainer(tiny_recipe("training.batch_size=15"), folder)
