@@ -112,6 +112,27 @@ def test_another_codec_is_refused_and_both_are_named() -> None:
         assert word in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_trained_on_alone_leaves_every_latent_as_it_was(kind: str) -> None:
+    codec = make(kind)
+    before = content_hash(codec)
+    codec.train_decoder_only()
+    decoder = [p for p in codec.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(decoder, lr=0.1)
+    x = pictures()
+    latents = codec.encode(x).mode()
+    made = codec(x, Noise(0))
+    loss = made.image.square().mean() + (0.0 if made.log_scale is None else made.log_scale**2)
+    loss.backward()
+    optimiser.step()
+    assert torch.equal(codec.encode(x).mode(), latents)
+    after = content_hash(codec)
+    assert after != before
+    assert codecs.same_latents(after, before)
+    codecs.check_same(codec, kind, before, "the model runs/emoji")
+    assert not codecs.same_latents(content_hash(make(kind, seed=1)), before)
+
+
 def test_the_identity_is_a_codec_too(tmp_path: Path) -> None:
     identity: Codec = codecs.Identity()
     codecs.save(identity, tmp_path)

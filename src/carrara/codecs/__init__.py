@@ -8,7 +8,7 @@ from carrara.codecs.kl import DiagonalGaussian, KLAutoencoder
 from carrara.codecs.learned import LearnedCodec, Reconstruction
 from carrara.codecs.quantiser import Codes, QuantiserParams
 from carrara.codecs.scale import measure_latent_scale
-from carrara.codecs.storage import build, check_same, content_hash, load, save
+from carrara.codecs.storage import build, check_same, content_hash, load, same_latents, save
 from carrara.codecs.tiling import Tiled
 from carrara.codecs.vq import VQAutoencoder
 
@@ -34,5 +34,6 @@ __all__ = [
     "content_hash",
     "load",
     "measure_latent_scale",
+    "same_latents",
     "save",
 ]

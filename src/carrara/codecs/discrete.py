@@ -117,7 +117,7 @@ class DiscreteAutoencoder(LearnedCodec):
             one = torch.zeros_like(chosen).scatter_(1, chosen.argmax(1, keepdim=True), 1.0)
             chosen = chosen + (one - chosen).detach()
         latent = torch.einsum("bkhw,kc->bchw", chosen, self.codebook)
-        if self.training and torch.is_grad_enabled():
+        if self.latents_learn:
             self._observe(logits)
         # KL(q ‖ uniform) = ln K - H(q), summed over the positions, per dimension of the image.
         kl = (log_q.exp() * (log_q + math.log(self.choice.codes))).flatten(1).sum(1)

@@ -18,6 +18,8 @@ from carrara.networks.autoencoder import AutoencoderParams, Decoder, Encoder
 from carrara.process.noise import Noise
 
 _HALF = (torch.float16, torch.bfloat16)
+DECODER = ("decoder.", "log_scale")
+"""The weights that no latent depends on."""
 
 
 class Reconstruction(NamedTuple):
@@ -103,6 +105,17 @@ class LearnedCodec(nn.Module):
             x: images [B, C, H, W] in [-1, 1].
             noise: the samples' randomness; its row numbers are the images' global positions in the run.
         """
+
+    def train_decoder_only(self) -> None:
+        """Freeze all but the decoder: it can learn on while every latent stays what it is."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(DECODER))
+
+    @property
+    def latents_learn(self) -> bool:
+        """Whether a training pass is under way in which the latents may change."""
+        learns = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        return learns and self.training and torch.is_grad_enabled()
 
     # ---- the latent scale: multiplied after encoding, divided before decoding (Rombach et al. 2022, §G) ------
 

@@ -19,7 +19,7 @@ from carrara.codecs.base import Codec, Identity
 from carrara.codecs.discrete import DiscreteAutoencoder, DiscreteParams
 from carrara.codecs.hierarchical import HierarchicalVAE
 from carrara.codecs.kl import KLAutoencoder
-from carrara.codecs.learned import LearnedCodec
+from carrara.codecs.learned import DECODER, LearnedCodec
 from carrara.codecs.quantiser import QuantiserParams
 from carrara.codecs.vq import VQAutoencoder
 from carrara.errors import UserError, nearest
@@ -100,20 +100,30 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Codec:
 
 
 def content_hash(codec: Codec) -> str:
-    """What tells one codec from another: 16 hexadecimal digits of the SHA-256 over its config and weights.
+    """What tells one codec from another: hexadecimal digits of the SHA-256 over its config and weights, in two parts,
+    "latents-decoder": what the latents mean (encoder, codebook, latent scale), and what decodes them.
 
-    Statistics of its training (how often each code was chosen) do not count: they change no latent.
+    Statistics of its training (how often each code was chosen) do not count: they change no picture.
     """
-    digest = hashlib.sha256(json.dumps(_config(codec), sort_keys=True).encode())
+    latents = hashlib.sha256(json.dumps(_config(codec), sort_keys=True).encode())
+    decoder = hashlib.sha256()
     for name, value in sorted(_state(codec).items()):
-        if "usage." not in name:
-            digest.update(name.encode())
-            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        if "usage." in name:
+            continue
+        digest = decoder if name.startswith(DECODER) else latents
+        digest.update(name.encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return f"{latents.hexdigest()[:12]}-{decoder.hexdigest()[:8]}"
+
+
+def same_latents(one: str, other: str) -> bool:
+    """Whether the latents of two codecs, told by their hashes, mean the same: they may differ in their decoder, which
+    can be trained further alone."""
+    return one.partition("-")[0] == other.partition("-")[0]
 
 
 def check_same(codec: Codec, kind: str, expected: str, owner: str) -> None:
-    """Whether a codec is the one that a model, or a cache of latents, was made with.
+    """Whether a codec is the one that a model, or a cache of latents, was made with (or one with its latents).
 
     Args:
         codec: the one at hand.
@@ -124,7 +134,7 @@ def check_same(codec: Codec, kind: str, expected: str, owner: str) -> None:
         UserError: it is another one; both are named.
     """
     found = content_hash(codec)
-    if found != expected:
+    if not same_latents(found, expected):
         raise UserError(
             f"{owner} belongs to the codec {expected} ({kind}), not to {found} ({codec.kind}): its latents mean "
             "nothing to another codec, so name its own."

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from carrara.codecs.learned import LearnedCodec, Reconstruction
@@ -59,7 +58,7 @@ class VQAutoencoder(LearnedCodec):
 
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
         latent = self.encoder(x).float()
-        learns = self.training and torch.is_grad_enabled()
+        learns = self.latents_learn
         if learns:
             self.quantiser.prepare(latent, noise)
         indices = self.quantiser.indices(latent)
