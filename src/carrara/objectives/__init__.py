@@ -4,6 +4,7 @@ from carrara.objectives.base import Examples, Objective, Terms
 from carrara.objectives.classifier import ClassifierObjective
 from carrara.objectives.codec import LOSSES, CodecLoss, CodecObjective
 from carrara.objectives.diffusion import DiffusionObjective, Loss
+from carrara.objectives.super_resolution import NoiseAugmentation, SuperResolutionObjective, pairs
 from carrara.objectives.times import (
     CleanTimes,
     LogitNormalTimes,
@@ -26,10 +27,13 @@ __all__ = [
     "LogitNormalTimes",
     "Loss",
     "LossAwareTimes",
+    "NoiseAugmentation",
     "Objective",
+    "SuperResolutionObjective",
     "Terms",
     "TimeSampler",
     "UniformTimes",
     "Weight",
     "WeightKind",
+    "pairs",
 ]
