@@ -13,6 +13,7 @@ from carrara.data.order import Order
 from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.networks.layers import ResidualBlock, SelfAttention
+from carrara.networks.transformer import SpatialTransformer
 from carrara.objectives import CleanTimes, LogitNormalTimes, LogNormalTimes, LossAwareTimes, TimeSampler
 from carrara.process import Schedule
 from carrara.recipe import Recipe
@@ -91,7 +92,7 @@ def labels_of(recipe: Recipe, source: Source) -> Labels | None:
 def spread(networks: Iterable[nn.Module], processes: Processes) -> None:
     """Shard networks over the processes, one attention or residual block at a time."""
     for network in networks:
-        blocks = [m for m in network.modules() if isinstance(m, (ResidualBlock, SelfAttention))]
+        blocks = [m for m in network.modules() if isinstance(m, ResidualBlock | SelfAttention | SpatialTransformer)]
         distributed.shard(network, blocks, processes.device)
 
 
