@@ -91,3 +91,34 @@ def test_a_cascade_is_one_command(
     assert "--upsampler is not" in refused(*words, "--upsampler-steps", "2")
     assert "give it the small images" in refused("sample", upsampler)
     assert "no up-sampler" in refused(*words, "--upsampler", tiny_run)
+
+
+def test_the_table_compares_guidance_with_and_without_a_classifier(
+    carrara: Command, refused: Callable[..., str], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carrara.evaluation.tables.SCALES", (0.0, 2.0))
+    untrained().save(tmp_path / "clf")
+    words = ("evaluate", tiny_run, "--reference", "digits", "-n", "20", "--steps", "2")
+    leader = ("--classifier", tmp_path / "clf")
+    result = carrara(*words, *leader, "--table", "guidance", "--judge", "svc", "--out", tmp_path / "t")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(",") for line in (tmp_path / "t" / "table.csv").read_text().splitlines()[1:]]
+    value = {(line, scale, figure): number for line, scale, figure, number, *_ in rows}
+    assert {line for line, *_ in value} == {"classifier", "classifier-free", "both"}
+    figures = {figure for *_, figure in value}
+    assert {"precision", "recall", "class_accuracy"} <= figures
+    for figure in figures:  # at scale 0 all three are the model that is told nothing
+        assert len({value[line, "0", figure] for line in ("classifier", "classifier-free", "both")}) == 1
+    distance = next(figure for figure in figures if "distance" in figure)
+    assert len({value[line, "2", distance] for line in ("classifier", "classifier-free", "both")}) == 3
+    protocol = json.loads((tmp_path / "t" / "both,_2.json").read_text())
+    assert "classifier_scale" in json.dumps(protocol)
+
+    assert "--classifier-scale" in refused(
+        *words, *leader, "--classifier-scale", "2", "--table", "guidance", "--out", "t"
+    )
+    assert "--classifier-scale belongs to --classifier" in refused(*words, "--classifier-scale", "2")
+    alone = carrara(*words, *leader, "--classifier-scale", "2", "--guidance", "0", "--json")
+    assert alone.returncode == 0, alone.stderr
+    stamped = next(iter(json.loads(alone.stdout).values()))["stamp"]["sampling"]
+    assert (stamped["classifier_scale"], stamped["guidance"]) == (2, 0)

@@ -65,6 +65,8 @@ PerClass = Annotated[bool, Option("--per-class", help="The figures of each class
 Steps = Annotated[Number, Option("--steps", "--num_inference_steps", help="Solver steps.")]
 SolverWord = Annotated[Words, Option("--solver", help="ddpm, ddim, dpm++2m, …")]
 Guidance = Annotated[Real, Option("--guidance", "--guidance_scale", help="1: none.")]
+Leader = Annotated[Words, Option("--classifier", help="A noisy classifier's run or folder, to lead to the classes.")]
+LeaderScale = Annotated[Real, Option("--classifier-scale", "--classifier_scale", help="Its scale; 1 unless said.")]
 Eta = Annotated[Real, Option(help="DDIM's η, 0..1.")]
 Spacing = Annotated[Words, Option(help="trailing, leading, linspace, …")]
 Seed = Annotated[int, Option(help="Of the samples.")]
@@ -113,6 +115,8 @@ class Options:
     steps: int | None
     solver: str | None
     guidance: float | None
+    classifier: str | None
+    classifier_scale: float | None
     eta: float | None
     spacing: str | None
     seed: int
@@ -130,7 +134,8 @@ class Options:
     def sampling(self) -> dict[str, Any]:
         """What `DiffusionModel.sample` is told."""
         names = ("steps", "solver", "guidance", "eta", "spacing", "seed")
-        return {name: getattr(self, name) for name in names}
+        scale = {} if self.classifier_scale is None else {"classifier_scale": self.classifier_scale}
+        return {name: getattr(self, name) for name in names} | scale
 
     @property
     def size(self) -> Size:
@@ -170,6 +175,8 @@ def evaluate(
     steps: Steps = None,
     solver: SolverWord = None,
     guidance: Guidance = None,
+    classifier: Leader = None,
+    classifier_scale: LeaderScale = None,
     eta: Eta = None,
     spacing: Spacing = None,
     seed: Seed = 0,
@@ -219,6 +226,7 @@ class Work:
 
     def __init__(self, options: Options, bar: Progress) -> None:
         from carrara import codecs
+        from carrara.classifier import Classifier
         from carrara.cli.evaluate_refusals import codec_folder, is_model
         from carrara.evaluation.features import open_features
         from carrara.model import DiffusionModel
@@ -233,6 +241,7 @@ class Work:
         elif is_model(self.subject):
             self.model = DiffusionModel.load(self.subject, options.device)
             self.codec = self.model.codec
+        self.leader = None if options.classifier is None else Classifier.load(options.classifier, options.device)
         self.features: Features = open_features(options.features, options.device, checksum=options.checksum)
         self.real: Reference | None = None
         self.known: Reference | None = None
@@ -278,12 +287,17 @@ class Work:
         typed = {name: options.sampling[name] for name in sorted(free) if options.sampling[name] is not None}
         own = {**tables.DEFAULTS.get(options.table, {}), **typed}
         about = {"model": tensors_checksum(model.network.state_dict()), "n": count, **own, **self._protocol(real)}
+        if self.leader is not None:
+            about["classifier"] = tensors_checksum(self.leader.network.state_dict())
+        null = model.labels is not None and model.labels.dropout > 0
+        plan = tables.cells(options.table, model.schedule, self.leader is not None, null)
 
         def measure(cell: Cell) -> Evaluation:
             told = {**own, **cell.choices}
-            return self._measured(model_pictures(model, cell.stem, count, options.batch_size, **told))
+            samples = model_pictures(model, cell.stem, count, options.batch_size, classifier=self.leader, **told)
+            return self._measured(samples)
 
-        filled = tables.fill(options.out, options.table, tables.cells(options.table, model.schedule), about, measure)
+        filled = tables.fill(options.out, options.table, plan, about, measure)
         write_table(filled, self.bar.console)
 
     def _protocol(self, real: Reference) -> dict[str, str | bool | None]:
@@ -385,7 +399,9 @@ class Work:
             found = data_pictures(self.subject, options.split, options.n, options.size)
         else:
             count = samples_wanted(options.n, real)
-            found = model_pictures(self.model, self.subject, count, options.batch_size, **options.sampling)
+            found = model_pictures(
+                self.model, self.subject, count, options.batch_size, classifier=self.leader, **options.sampling
+            )
         if options.captions is not None:
             found = replace(found, captions=lines_for(found, options.captions))
         return found

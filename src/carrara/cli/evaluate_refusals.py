@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from carrara.cli.evaluate import Options
     from carrara.evaluation.pictures import Pictures
 
-SAMPLING = {"steps", "solver", "guidance", "eta", "spacing"}
-MODEL = SAMPLING | {"seed", "batch_size"}
+SAMPLING = {"steps", "solver", "guidance", "classifier", "eta", "spacing"}
+MODEL = SAMPLING | {"classifier_scale", "seed", "batch_size"}
 COMPARING = {"comparison", "varied", "json_output"}
 READING = {"resolution", "channels"}
 ALWAYS = {"n", "out", "json_output", "device", "resize", *READING}
@@ -25,6 +25,7 @@ NEEDS = {
     "captions": {"reference"},
     "features": {"reference"},
     "checksum": {"features"},
+    "classifier_scale": {"classifier"},
     "table": {"reference", "out"},
     "report": {"reference"},
     "tables": {"report"},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from carrara import codecs
+from carrara.classifier import Classifier
 from carrara.codecs import Codec
 from carrara.data import Example, Preprocess, Source, open_source
 from carrara.data.batches import in_threads
@@ -74,21 +75,32 @@ class Size:
 
 
 def model_pictures(
-    model: DiffusionModel, name: str, count: int, batch_size: int = 64, **choices: int | float | str | Solver | None
+    model: DiffusionModel,
+    name: str,
+    count: int,
+    batch_size: int = 64,
+    *,
+    classifier: Classifier | None = None,
+    **choices: int | float | str | Solver | None,
 ) -> Pictures:
-    """Samples of a model; the classes in turn where it knows classes, so that each has as many as any other.
+    """Samples of a model; the classes in turn where it or the classifier knows classes, so that each has as many as
+    any other.
 
     Args:
-        choices: `steps`, `solver`, `guidance`, `seed`, `eta` and `spacing` of `DiffusionModel.sample`.
+        classifier: leads the samples to their classes.
+        choices: `steps`, `solver`, `guidance`, `classifier_scale`, `seed`, `eta` and `spacing` of
+            `DiffusionModel.sample`.
     """
     refuse_fewer_than_one(count)
-    names = None if model.labels is None else model.labels.names
+    led = None if classifier is None else classifier.names
+    names = led if model.labels is None else model.labels.names
+    told_classifier = {"classifier": classifier}
     labels = None if names is None else [names[i % len(names)] for i in range(count)]
     sampling: dict[str, Any] = {}
 
     def make(rows: range) -> Tensor:
         told = None if names is None else [i % len(names) for i in rows]
-        made = model.sample(told, len(rows), first=rows.start, batch_size=len(rows), **choices)  # type: ignore[arg-type]
+        made = model.sample(told, len(rows), first=rows.start, batch_size=len(rows), **told_classifier, **choices)  # type: ignore[arg-type]
         sampling.update({key: made.protocol[key] for key in made.protocol if key not in ("carrara", "first")})
         if names is not None:
             sampling["classes"] = "in turn"

@@ -24,8 +24,14 @@ from carrara.process import Schedule
 from carrara.solvers import DDIM
 
 GUIDANCE = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)
+SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Of the table that compares guidance by a classifier with guidance without."""
 SOLVERS = ("ddpm", "ddim", "euler", "heun", "dpm++2m", "dpm++3m", "unipc", "deis", "plms")
-TABLES = {"ddim": {"solver", "steps", "eta"}, "guidance": {"guidance"}, "solvers": {"solver", "steps", "eta"}}
+TABLES = {
+    "ddim": {"solver", "steps", "eta"},
+    "guidance": {"guidance", "classifier_scale"},
+    "solvers": {"solver", "steps", "eta"},
+}
 """The tables, and the choices of sampling that each makes itself."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {"ddim": {"spacing": "leading"}}
@@ -124,11 +130,23 @@ class Table:
         return next((f[name] for cell, f in self.cells if (cell.line, cell.place) == (line, place)), None)
 
 
-def cells(table: str, schedule: Schedule) -> list[Cell]:
+def cells(table: str, schedule: Schedule, classifier: bool = False, null: bool = True) -> list[Cell]:
     """The cells of a table, line by line.
 
     "ddim" is table 1 of Song et al. 2021: η, and the large noise σ̂, by the number of steps, T among them.
+    "guidance" with a classifier compares three ways to p(x)·p(y|x)^w (Dhariwal & Nichol 2021, table 4 and figure 4):
+    by the classifier, which leads a model that is told nothing; classifier-free; and half of w by each.
+
+    Args:
+        classifier: whether there is one.
+        null: whether the model can be told nothing; if not, the classifier leads it from p(x|y).
     """
+    if table == "guidance" and classifier:
+        led = [Cell("classifier", w, {"guidance": 0.0 if null else 1.0, "classifier_scale": w}) for w in SCALES]
+        if not null:
+            return led
+        free = [Cell("classifier-free", w, {"guidance": w, "classifier_scale": 0.0}) for w in SCALES]
+        return led + free + [Cell("both", w, {"guidance": w / 2, "classifier_scale": w / 2}) for w in SCALES]
     if table == "guidance":
         return [Cell("own solver", scale, {"guidance": scale}) for scale in GUIDANCE]
     last = int(schedule.final_time)

@@ -1,0 +1,152 @@
+"""Runs that train a codec, and diffusion models that work in one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from carrara import codecs
+from carrara.codecs import KLAutoencoder, VQAutoencoder
+from carrara.errors import UserError
+from carrara.model import DiffusionModel
+from carrara.recipe import Recipe, validate
+from carrara.training import Trainer
+from tests.runs import tiny_recipe, train
+from tests.test_classifier import untrained
+
+
+def recipe(kind: str = "kl", **sections: dict[str, Any]) -> Recipe:
+    """A small codec of the digits."""
+    base: dict[str, Any] = {
+        "name": "codec",
+        "kind": "codec",
+        "data": {"path": "digits", "resolution": 8, "channels": 1},
+        "codec": {"kind": kind, "channels": 8, "channel_mult": [1, 2], "blocks_per_level": 1, "latent_channels": 2},
+        "loss": {"adversarial": 0.0},
+        "training": {"steps": 12, "batch_size": 16, "learning_rate": 3e-3, "warmup": 2, "ema": 0.9, "log_every": 4}
+        | {"checkpoint_every": 5, "sample_every": 12, "tracker": "none"},
+        "sampling": {"count": 4},
+    }
+    return validate({**base, **{key: {**base.get(key, {}), **value} for key, value in sections.items()}})
+
+
+def last_line(run: Path) -> dict[str, Any]:
+    *_, last = (run / "log.jsonl").read_text().splitlines()
+    return dict(json.loads(last))
+
+
+def test_a_codec_learns_and_its_latents_are_scaled_to_one(tmp_path: Path) -> None:
+    longer = {"training": {"steps": 120, "batch_size": 32, "validate_every": 60, "log_every": 20}}
+    train(recipe(**longer), tmp_path)
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    last = last_line(tmp_path)
+    assert last["validation"]["psnr"] > first["terms"]["psnr"] + 3
+    assert "loss_by_quarter" not in last
+    assert {"kl", "latent cost", "latent mean 0", "latent std 1"} <= last["terms"].keys()
+    codec = codecs.load(tmp_path / "model")
+    assert isinstance(codec, KLAutoencoder)
+    from carrara.data import Batches, Preprocess, open_source
+    from carrara.process import Noise
+
+    images = Batches(open_source("digits"), Preprocess(8, 8, 1), 0, 256).at(0).images
+    with torch.no_grad():
+        latents = codec.encode(images).sample(Noise(0))
+    # 256 of the 1,437 images that the scale was measured on
+    assert float(latents.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_preview_shows_images_beside_their_reconstructions(tmp_path: Path) -> None:
+    train(recipe(), tmp_path)
+    with Image.open(tmp_path / "samples" / "step-00000012-ema.png") as sheet:
+        width, height = sheet.size
+    assert width > height  # two by two pictures, each twice as wide as high
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "vae", "vq", "dvae", "vqgan"])
+def test_each_rung_trains_resumes_to_the_bit_and_loads(kind: str, tmp_path: Path) -> None:
+    sections: dict[str, dict[str, Any]] = {"codec": {"codes": 16} if kind in ("vq", "vqgan", "dvae") else {}}
+    if kind == "vqgan":
+        sections |= {"loss": {"adversarial": 0.5, "start": 64}, "discriminator": {"layers": 1, "channels": 8}}
+    made = recipe(kind, **sections)
+    train(made, tmp_path / "straight")
+    for progress in Trainer(made, tmp_path / "resumed").steps():
+        if progress.step == 7:  # left unfinished, after the checkpoint of step 5
+            break
+    train(made, tmp_path / "resumed")
+    checkpoint = Path("checkpoints") / "step-00000012"
+    names = ["codec", "ema"] + (["discriminator"] if kind == "vqgan" else [])
+    for part in ("model/codec.safetensors", *(f"{checkpoint}/{name}.safetensors" for name in names)):
+        assert (tmp_path / "straight" / part).read_bytes() == (tmp_path / "resumed" / part).read_bytes(), part
+    codec = codecs.load(tmp_path / "straight" / "model")
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    with torch.no_grad():
+        assert codec.decode(codec.encode(x).mode()).shape == x.shape
+    if kind == "vqgan":
+        terms = last_line(tmp_path / "straight")["terms"]
+        assert {"adversarial", "adaptive weight", "codebook use", "discriminator_logits real"} <= terms.keys()
+        assert terms["discriminator_loss"] > 0
+
+
+def test_a_hierarchical_vae_trains_by_its_levels(tmp_path: Path) -> None:
+    levels = [{"latent_channels": 2, "channel_mult": [1, 2]}, {"latent_channels": 3, "channel_mult": [1]}]
+    base = recipe().model_dump()
+    shared = {"channels": 8, "blocks_per_level": 1}
+    train(validate({**base, "codec": {"kind": "hierarchical", "levels": levels, **shared}}), tmp_path)
+    assert codecs.load(tmp_path / "model").latent_shape(1, 8, 8) == (2, 4, 4)
+
+
+def test_a_perceptual_term_looks_through_a_classifier(tmp_path: Path) -> None:
+    untrained().save(tmp_path / "clf")
+    train(recipe(loss={"perceptual": 1.0, "perceptual_from": str(tmp_path / "clf")}), tmp_path / "run")
+    assert last_line(tmp_path / "run")["terms"]["perceptual"] > 0
+
+
+def test_a_diffusion_model_works_in_the_codec_and_carries_it(tmp_path: Path) -> None:
+    train(recipe("vq", codec={"codes": 16}), tmp_path / "codec")
+    latent = tiny_recipe(f"codec.path={tmp_path / 'codec'}", "network.channel_mult=[1]", "network.attention=[1]")
+    trainer = Trainer(latent, tmp_path / "run")
+    assert trainer.summary()["latent"].startswith("2×4×4 of the vq codec")
+    list(trainer.steps())
+    model = DiffusionModel.load(tmp_path / "run")
+    assert isinstance(model.codec, VQAutoencoder)
+    samples = model.sample([1, 2], steps=2)
+    assert samples.latents.shape == (2, 2, 4, 4)
+    assert samples.images.shape == (2, 1, 8, 8)
+    other = recipe("vq", codec={"codes": 16}).model_copy(update={"seed": 5})
+    train(other, tmp_path / "other")
+    for name in ("config.json", "codec.safetensors"):
+        source = tmp_path / "other" / "model" / name
+        (tmp_path / "run" / "model" / "codec" / name).write_bytes(source.read_bytes())
+    with pytest.raises(UserError, match=r"belongs to the codec .* not to "):
+        DiffusionModel.load(tmp_path / "run")
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    for sections, words in (
+        ({"codec": {"kind": "vqqan"}}, "did you mean 'vqgan'"),
+        ({"codec": {"chanels": 8}}, r"unknown key 'codec\.chanels'"),
+        ({"codec": {"in_channels": 1}}, r"codec\.in_channels follows from the data"),
+        ({"codec": {"codes": 16}}, r"unknown key 'codec\.codes'"),
+        ({"loss": {"perceptual": 1.0}}, r"loss\.perceptual_from"),
+        ({"loss": {"distnce": "l1"}}, r"unknown key 'loss\.distnce'"),
+        ({"discriminator": {"layers": 1}}, r"loss\.adversarial is 0"),
+        ({"loss": {"adversarial": 0.5}}, "leave no patch"),
+        ({"data": {"resolution": 9}}, "9"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Trainer(recipe(**sections), tmp_path / "run")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="kind codec takes nothing in 'network'"):
+        recipe(network={"channels": 8})
+    with pytest.raises(UserError, match=r"give codec\.path alone"):
+        tiny_recipe("codec.path=x", "codec.channels=8")
+    with pytest.raises(UserError, match="no model folder"):
+        Trainer(tiny_recipe(f"codec.path={tmp_path / 'none'}"), tmp_path / "run")
+    late = recipe("vqgan", loss={"adversarial": 0.5, "start": 10**6}, discriminator={"layers": 1}, codec={"codes": 16})
+    trainer = Trainer(late, tmp_path / "late")
+    assert "never take part" in trainer.summary()["notice"]
+    trainer.run.close()
