@@ -169,6 +169,22 @@ def test_a_whole_models_checkpoint_gives_its_part_or_its_running_mean() -> None:
     assert all(torch.equal(back[key], mean[key]) for key in mean)
 
 
+@pytest.mark.parametrize("null", [False, True])
+def test_a_class_embedder_becomes_the_label(null: bool) -> None:
+    arguments = BASE | CONTEXT
+    weights, table = weights_of(arguments), noise(5, 24)
+    whole = {f"model.diffusion_model.{key}": value for key, value in weights.items()}
+    whole["cond_stage_model.embedding.weight"] = table
+    network = compvis_unet.load_unet(whole, class_tokens=True, null_label=null, **arguments).eval()
+    assert (network.params.num_classes, network.params.null_label) == (5 - null, null)
+    x, t, y = noise(2, 4, 8, 8), torch.tensor([3.0, 400.0]), torch.tensor([1, 4])
+    with torch.no_grad():
+        got = network(x, t, Condition(label=y))
+    close(got, ldm_reference.unet(weights, x, t, arguments, table[y][:, None]))
+    with pytest.raises(UserError, match="no class embedder"):
+        compvis_unet.load_unet(weights, class_tokens=True, **arguments)
+
+
 def test_channels_beside_x_come_from_the_condition() -> None:
     arguments = BASE | CONTEXT | {"in_channels": 9}
     weights = weights_of(arguments)
@@ -242,6 +258,7 @@ def test_networks_that_the_original_does_not_know_are_not_written() -> None:
         (context | {"up_heads": 2}, "other heads in the decoder"),
         ({"heads": 1, "vector_channels": 3}, "condition vector"),
         ({"heads": 1, "learned_variance": True}, "learned variance"),
+        (context | {"num_classes": 3, "label_tokens": 1}, "classes as context"),
         ({"heads": 1, "concat_channels": 3, "upsample_concat": True}, "another size"),
     ):
         with torch.device("meta"):

@@ -161,6 +161,7 @@ def test_networks_that_diffusers_does_not_know_are_not_written() -> None:
         (context | {"channels": 48}, "varying groups"),
         (context | {"concat_channels": 3, "upsample_concat": True}, "another size"),
         (context | {"num_classes": 3, "vector_channels": 3}, "class beside"),
+        (context | {"num_classes": 3, "label_tokens": 1}, "classes as context"),
     ):
         with pytest.raises(UserError, match=reason):
             diffusers_unet.config(UNetParams(**changes))

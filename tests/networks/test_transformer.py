@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.errors import UserError
@@ -117,6 +117,7 @@ def test_a_network_without_a_context_takes_none() -> None:
         ({"context_only": (4,)}, r"context_only holds \[4\].*factors \[1, 2\]"),
         ({"projection": "conv"}, "did you mean 'convolution'"),
         ({"vector_layers": 3}, "1 and 2 are possible"),
+        ({"label_tokens": 1}, "label_tokens needs network.num_classes and network.context_channels"),
     ],
 )
 def test_impossible_params_are_refused(changes: dict[str, Any], sentence: str) -> None:
@@ -205,10 +206,21 @@ def test_the_whole_network_compiles_as_one_graph() -> None:
             torch.testing.assert_close(compiled(x, times(2), CONTEXT), network(x, times(2), CONTEXT))
 
 
-def test_a_class_token_is_a_context() -> None:
-    """Latent diffusion's class-conditional models: an embedding of the class, as the only token."""
-    network, table = awake(UNet(LATENT)), nn.Embedding(3, 6)
-    x = noise(1, 4, 8, 8).expand(3, -1, -1, -1)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_classes_can_be_the_context(tokens: int) -> None:
+    network = awake(UNet(replace(LATENT, num_classes=3, null_label=True, label_tokens=tokens)))
+    x = noise(1, 4, 8, 8).expand(4, -1, -1, -1)
+    label = torch.arange(4)
     with torch.no_grad():
-        told = network(x, times(1), Condition(context=table(torch.arange(3))[:, None]))
+        told = network(x, times(1), Condition(label=label))
+        plain = UNet(LATENT).eval()
+        plain.load_state_dict({key: value for key, value in network.state_dict().items() if key != "label.weight"})
+        context = network.label.weight[label].reshape(4, tokens, 6)
+        torch.testing.assert_close(told, plain(x, times(1), Condition(context=context)))
     assert (told[0] - told[1]).abs().max() > 1e-3
+    with pytest.raises(UserError, match="takes no context"):
+        network(x, times(1), Condition(label=label, context=context))
+    with pytest.raises(UserError, match="label 4 is out of range"):
+        network(x, times(1), Condition(label=label + 1))
+    with pytest.raises(UserError, match="needs the condition's label"):
+        network(x, times(1), Condition())

@@ -43,18 +43,31 @@ PART = "model.diffusion_model."
 """Where a latent diffusion model's checkpoint keeps its U-Net."""
 MEAN = "model_ema."
 """Where it keeps the running mean of the U-Net, under names without their dots."""
+CLASSES = "cond_stage_model.embedding.weight"
+"""Where a class-conditional one keeps its embedding of the classes."""
 
 
 # Networks from checkpoints, and back
 
 
-def load_unet(state_dict: StateDict, *, concat_channels: int = 0, ema: bool = False, **arguments: Any) -> UNet:
+def load_unet(
+    state_dict: StateDict,
+    *,
+    concat_channels: int = 0,
+    class_tokens: bool = False,
+    null_label: bool = False,
+    ema: bool = False,
+    **arguments: Any,
+) -> UNet:
     """A U-Net with the checkpoint's weights, from the arguments of the original `UNetModel`.
 
     Args:
         state_dict: the U-Net's own, or that of a whole latent diffusion model, of which its part is taken.
         concat_channels: how many of `in_channels` are laid beside x (mask, small image, depth); they then come from
             `Condition.concat`. The original's U-Net does not know: its caller joins them.
+        class_tokens: take the class embedder of a whole model, too: `Condition.label` is then what is told, in place
+            of the context.
+        null_label: the embedder's last class means "no class".
         ema: take the running mean of the weights that a whole model's checkpoint may hold.
         arguments: the original constructor's; where they say less than it needs, the rest is read from the shapes
             (see `infer_arguments`). With an int as `num_classes`, its `y` is `Condition.label`; with
@@ -67,10 +80,21 @@ def load_unet(state_dict: StateDict, *, concat_channels: int = 0, ema: bool = Fa
     if any(name not in arguments for name in REQUIRED):
         arguments = infer_arguments(weights, **arguments)
     params = unet_params(concat_channels=concat_channels, **arguments)
+    if class_tokens:
+        weights["label_emb.weight"] = _class_table(state_dict)
+        classes = len(weights["label_emb.weight"]) - null_label
+        params = replace(params, num_classes=classes, null_label=null_label, label_tokens=1)
     network = guided_diffusion.load(UNet, params, weights, half=arguments.get("use_fp16", False))
     if arguments.get("use_bf16", False):
         cast_torso(network, torch.bfloat16)
     return network
+
+
+def _class_table(checkpoint: StateDict) -> Tensor:
+    table = strip_prefixes(checkpoint).get(CLASSES)
+    if table is None:
+        raise UserError(f"the checkpoint holds no class embedder ('{CLASSES}'): load it without class_tokens.")
+    return table
 
 
 def unet_state_dict(network: UNet) -> dict[str, Tensor]:
@@ -234,6 +258,8 @@ def _check_exportable(params: UNetParams) -> None:
         unknown = "transformers without a context"
     elif any(params.depths) and params.up_heads is not None:
         unknown = "other heads in the decoder's transformers"
+    elif params.label_tokens:
+        unknown = "classes as context (its class embedder is a model of its own)"
     elif params.upsample_concat:
         unknown = "a concatenated condition of another size"
     elif params.vector_channels and (params.labels or (params.vector_layers == 1 and params.vector_channels > 1)):

@@ -294,6 +294,8 @@ def _check_exportable(params: UNetParams) -> None:
     unknown = None
     if not all(params.depths) or not params.context_channels:
         unknown = "attention without a context"
+    elif params.label_tokens:
+        unknown = "classes as context"
     elif params.dims != 2:
         unknown = f"networks of {params.dims} dimensions"
     elif params.resampling != "convolution":

@@ -6,7 +6,7 @@ Papers: Ho 2020 (DDPM), Nichol & Dhariwal 2021 (Improved DDPM), Dhariwal & Nicho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ class UNetParams(BackboneParams):
         out_channels: channels of one prediction; None: as many as `in_channels`.
         learned_variance: the output holds `out_channels` twice: prediction, then raw variance fraction.
         num_classes: the network is told a class, by an embedding of that many rows.
+        label_tokens: 0 adds the class to the embedding of the time; n makes it the context instead, n tokens of
+            `context_channels` (latent diffusion's class-conditional models have one).
         null_label: one row more, for "no class": the label `num_classes` (classifier-free guidance).
         vector_channels: width of `Condition.vector`, mapped onto the embedding.
         vector_layers: 1 is a linear map; 2 has a hidden layer with SiLU (Stable Diffusion's image embeddings).
@@ -45,6 +47,7 @@ class UNetParams(BackboneParams):
     out_channels: int | None = None
     learned_variance: bool = False
     num_classes: int | None = None
+    label_tokens: int = 0
     null_label: bool = False
     vector_channels: int = 0
     vector_layers: int = 1
@@ -65,6 +68,8 @@ class UNetParams(BackboneParams):
             raise UserError(f"network.vector_layers is {self.vector_layers}: 1 and 2 are possible.")
         if self.null_label and self.num_classes is None:
             raise UserError("network.null_label needs network.num_classes.")
+        if self.label_tokens < 0 or (self.label_tokens and not (self.num_classes and self.context_channels)):
+            raise UserError("network.label_tokens needs network.num_classes and network.context_channels.")
         if self.upsample_concat and not (self.concat_channels and self.dims == 2):
             raise UserError("network.upsample_concat needs network.concat_channels and images.")
         if self.up_heads is not None and self.heads is None:
@@ -99,7 +104,8 @@ class UNet(nn.Module):
         self.params = params
         parts = Parts(params)
         self.time = TimeEmbedding(params.channels, params.embedding)
-        self.label = nn.Embedding(params.labels, params.embedding) if params.labels else None
+        told = params.label_tokens * params.context_channels or params.embedding
+        self.label = nn.Embedding(params.labels, told) if params.labels else None
         self.vector = _vector_map(params) if params.vector_channels else None
         self.encoder = Encoder(params, params.in_channels + params.concat_channels)
         skips = list(self.encoder.skips)
@@ -146,6 +152,9 @@ class UNet(nn.Module):
         self.params.check_size(*x.shape[2:])
         condition = (condition or Condition()).batch(len(x))
         self._check(condition)
+        if self.params.label_tokens and self.label is not None:
+            tokens = self.label(condition.label).unflatten(1, (self.params.label_tokens, -1))
+            condition = replace(condition, context=tokens)
         embedding = F.silu(self._embedding(network_time.reshape(-1).expand(len(x)), condition))
         h, maps = self.encoder(self._input(x, condition), embedding, condition)
         for level in self.decoder:
@@ -158,7 +167,7 @@ class UNet(nn.Module):
 
     def _embedding(self, time: Tensor, condition: Condition) -> Tensor:
         embedding: Tensor = self.time(time)
-        if self.label is not None:
+        if self.label is not None and not self.params.label_tokens:
             embedding = embedding + self.label(condition.label)
         if self.vector is not None:
             embedding = embedding + self.vector(condition.vector)
@@ -177,7 +186,7 @@ class UNet(nn.Module):
     def _check(self, condition: Condition) -> None:
         p = self.params
         takes = {"label": p.labels, "vector": p.vector_channels, "concat": p.concat_channels}
-        check_slots(condition, takes | {"context": p.context_channels})
+        check_slots(condition, takes | {"context": 0 if p.label_tokens else p.context_channels})
         if p.num_classes is not None and condition.label is not None:
             check_labels(condition.label, p.num_classes, p.null_label)
 
