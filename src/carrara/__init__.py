@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from carrara.version import __version__
 
-__all__ = ["DiffusionModel", "__version__"]
+__all__ = ["Classifier", "DiffusionModel", "__version__"]
 
 if TYPE_CHECKING:
+    from carrara.classifier import Classifier
     from carrara.model import DiffusionModel
 
 
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> object:
         from carrara.model import DiffusionModel
 
         return DiffusionModel
+    if name == "Classifier":
+        from carrara.classifier import Classifier
+
+        return Classifier
     raise AttributeError(f"module 'carrara' has no attribute '{name}'")
