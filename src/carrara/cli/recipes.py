@@ -19,4 +19,5 @@ def recipes(
     for known in shipped():
         recipe = load(known)
         side = "×".join(map(str, recipe.data.resolution))
-        print(f"{known:10} {side} pixels, {recipe.data.channels} channels, {recipe.training.steps:,} steps")
+        size = f"{side} pixels, {recipe.data.channels} channels"
+        print(f"{known:18} {recipe.kind:10}  {size}, {recipe.training.steps:,} steps")
