@@ -43,7 +43,7 @@ _REACH = 6
 """So many steps an attempt lives at most, unless it ends: a run is struck several times."""
 _OPERATIONS = 24
 """File operations of two checkpoints, about."""
-_PATIENCE = 120
+_PATIENCE = 3600  # on a machine where everything else goes first
 
 Kind = Literal["step", "moment", "operation"]
 
