@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -33,6 +34,36 @@ def together(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     Raises:
         AssertionError: one failed, or they did not end.
     """
+    members, pipes = _started(world, work, arguments)
+    try:
+        results = [_received(pipe) for pipe in pipes]
+    finally:
+        for member in members:
+            member.join(5)
+            member.kill()
+    for failure, _ in results:
+        assert failure is None, failure
+    return [value for _, value in results]
+
+
+def killed_when(reached: Callable[[], bool], world: int, work: Callable[..., Any], *arguments: Any) -> None:
+    """Start as `together`, and SIGKILL all processes at once as soon as `reached()`.
+
+    Raises:
+        AssertionError: that did not come.
+    """
+    members, _ = _started(world, work, arguments)
+    until = time.monotonic() + _SECONDS
+    while not reached() and time.monotonic() < until and all(member.is_alive() for member in members):
+        time.sleep(0.005)
+    for member in members:
+        member.kill()
+    for member in members:
+        member.join()
+    assert reached(), "the processes ended before they were to be killed"
+
+
+def _started(world: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[list[Any], list[Connection]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -44,15 +75,7 @@ def together(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         there.close()
         pipes.append(here)
         members.append(member)
-    try:
-        results = [_received(pipe) for pipe in pipes]
-    finally:
-        for member in members:
-            member.join(5)
-            member.kill()
-    for failure, _ in results:
-        assert failure is None, failure
-    return [value for _, value in results]
+    return members, pipes
 
 
 def _received(pipe: Connection) -> tuple[str | None, Any]:

@@ -24,7 +24,8 @@ WORDS = (*SMALL, *(word for assignment in SETS for word in ("--set", assignment)
 
 
 def class_folder(root: Path) -> Path:
-    return folder(root, {f"{'cat' if i % 2 else 'dog'}/{i}.png": png(i) for i in range(COUNT)})
+    """Pictures of several sizes, high and wide."""
+    return folder(root, {f"{'cat' if i % 2 else 'dog'}/{i}.png": png(i, 9 + i, 20 - i) for i in range(COUNT)})
 
 
 def side_texts(root: Path) -> Path:
@@ -87,3 +88,40 @@ def test_it_trains_resumes_and_samples(layout: str, tmp_path: Path, carrara: Com
     assert made.returncode == 0, made.stderr
     told = json.loads(made.stdout)
     assert len(list(Path(told["folder"]).glob("*.png"))) >= 3
+
+
+def recipe_file(root: Path, data: Path, *lines: str) -> Path:
+    """A recipe for a folder of data, with more lines of its section `data`."""
+    root.mkdir(exist_ok=True)
+    path = root / "recipe.yaml"
+    section = "".join(f"  {line}\n" for line in (f"path: {data}", "resolution: 8", *lines))
+    path.write_text(f"name: x\ndata:\n{section}training:\n  steps: 2\n  batch_size: 4\nnetwork:\n  channels: 8\n")
+    return path
+
+
+def test_mistakes_about_data_end_in_one_sentence_before_anything_is_written(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    run = tmp_path / "run"
+    texts = metadata(tmp_path / "texts")
+
+    def told(data: Path, *lines: str, words: tuple[str, ...] = ()) -> str:
+        return refused("train", recipe_file(tmp_path / "recipes", data, *lines), "--out", run, *words)
+
+    misspelt = told(texts, "caption_column: txet")
+    assert "metadata.jsonl" in misspelt
+    assert "did you mean 'text'" in misspelt
+    looked = told(folder(tmp_path / "plain", files(COUNT)), "caption_column: text")
+    for word in ("metadata.jsonl", "metadata.csv", "root", "sub-folder"):
+        assert word in looked
+    (texts / "003.png").rename(texts / "three.png")
+    unmatched = told(texts)
+    assert "names without an image: 1 (003.png)" in unmatched
+    assert "images without a row or text: 1 of 12 (three.png)" in unmatched
+    damaged = folder(tmp_path / "damaged", {**files(COUNT), "bad.png": b"hello"})
+    assert "bad.png" in told(damaged)
+    assert "limit of 1.00%" in told(damaged)
+    assert "nearest are" in told(damaged, words=("--resolution", "9"))
+    for rate in ("0", "-1e-4"):
+        assert "training.learning_rate" in told(damaged, words=("--learning_rate", rate))
+    assert not run.exists()

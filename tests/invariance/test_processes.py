@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from carrara.errors import UserError
 from carrara.training import Trainer
 from carrara.training.progress import Outcome
 from carrara.training.step import dropout_seed
-from tests.processes import together
+from tests.processes import killed_when, together
 from tests.runs import tiny_recipe, train
 from tests.training.test_loop import assert_same_bits
 
@@ -148,6 +149,30 @@ def test_two_processes_resume_to_the_same_bits(runs: tuple[Path, list[list[Walk]
     assert_same_bits(folder / "fsdp-whole", folder / "fsdp-broken", 6)
     assert by_kind[4][0].notices == ["going on from the checkpoint of step 3."]
     assert len(by_kind[4][0].outcomes) == 3
+
+
+def announced(folder: Path) -> None:
+    """Train, leaving a file when step 5 is done and the checkpoint of step 3 is written."""
+    trainer = Trainer(tiny_recipe(*SHORT), folder)
+    for progress in trainer.steps():
+        if progress.step == 5:
+            trainer.writer.wait()
+            (folder / f"reached-{os.environ['RANK']}").touch()
+
+
+def test_two_killed_processes_resume_to_the_same_bits(runs: tuple[Path, list[list[Walk]]], tmp_path: Path) -> None:
+    """SIGKILL for both at once, as when a machine goes down, then the same command again."""
+
+    def reached() -> bool:
+        return all((tmp_path / "run" / f"reached-{rank}").exists() for rank in range(2))
+
+    killed_when(reached, 2, announced, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+    for file in (tmp_path / "run").glob("reached-*"):
+        file.unlink()
+    notices = [seen[0].notices for seen in together(2, walks, [(tmp_path / "run", (), None)])]
+    assert notices[0] == ["going on from the checkpoint of step 3."]
+    assert_same_bits(runs[0] / "ddp", tmp_path / "run", 6)
 
 
 def test_network_dropout_differs_between_the_processes() -> None:

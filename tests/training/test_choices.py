@@ -21,7 +21,7 @@ from carrara.training.micro_batch import largest_micro_batch
 from carrara.training.selftest import overfit_one_batch, profile_steps
 from carrara.training.step import LossScale
 from tests.runs import tiny_recipe, train
-from tests.training.test_loop import assert_same_bits, log_of
+from tests.training.test_loop import assert_same_bits, final_state, log_of
 
 FEW = (
     "training.steps=4",
@@ -120,6 +120,16 @@ def test_validation_is_of_the_mean_on_held_out_images_and_always_the_same(tmp_pa
     trainer._validate()
     assert trainer.window.validation == entries[1]
     trainer.run.close()
+
+
+def test_looking_at_a_run_leaves_no_trace_in_it(tmp_path: Path) -> None:
+    """Previews and validation after every step: dropout is off in them, on again afterwards, and no draw is theirs."""
+    plain = tiny_recipe(*FEW, "network.dropout=0.3", "training.sample_every=4")
+    watched = tiny_recipe(*FEW, "network.dropout=0.3", "training.sample_every=1", "training.validate_every=1")
+    train(plain, tmp_path / "plain")
+    train(watched, tmp_path / "watched")
+    mine, theirs = (final_state(tmp_path / name, 4) for name in ("plain", "watched"))
+    assert all(torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(theirs[key])) for key in mine)
 
 
 def test_the_log_tells_speed_and_where_the_time_went(tmp_path: Path) -> None:

@@ -164,9 +164,11 @@ class Writer:
 
 
 def _give_way() -> None:
-    """Let this thread compute only where training leaves a core idle: checksums are in no hurry."""
+    """Let training go first: checksums are in less of a hurry. Not last of all, since training waits for a write that
+    is still under way when the next is due."""
     if sys.platform == "linux":  # where a single thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + 5)
 
 
 def _steps(checkpoints: Path) -> list[int]:
