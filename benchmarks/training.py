@@ -157,7 +157,7 @@ def memory(folder: Path, steps: int) -> None:
 def stall(folder: Path, repeats: int) -> None:
     """How long a checkpoint of about 100 million parameters keeps training from its next step, and how much longer
     the steps beside its writing take."""
-    large = ("network.channels=264", "network.head_channels=66", "training.batch_size=8", "training.steps=1000000")
+    large = ("network.channels=352", "network.head_channels=88", "training.batch_size=8", "training.steps=1000000")
     trainer = Trainer(load("digits", [*QUIET, *large]), folder)
     steps = trainer.steps()
     for _ in range(3):  # in the first, memory is handed out for the copies
