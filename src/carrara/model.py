@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,11 +18,25 @@ from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import Labels
 from carrara.errors import UserError, nearest
-from carrara.guidance import classifier_free, classifier_guidance, static_threshold
+from carrara.guidance import classifier_free, classifier_guidance, interval, static_threshold
 from carrara.networks import UNet, UNetParams
-from carrara.process import Denoiser, Grid, NetworkDenoiser, Noise, Predicts, Schedule, grids, schedules
+from carrara.process import (
+    Denoiser,
+    Grid,
+    Guide,
+    NetworkDenoiser,
+    Noise,
+    NoisyClassifier,
+    Predicts,
+    Schedule,
+    grids,
+    schedules,
+)
 from carrara.solvers import DDIM, Solver, Step, integrate, named
 from carrara.version import __version__
+
+_DROWNED = 2 * math.log(0.01)
+"""Below this log-SNR, a/s = 1 %, a classifier has nothing to say."""
 
 _DEFAULTS: dict[str, Any] = {"solver": "dpm++2m", "steps": 20, "spacing": "trailing", "guidance": 1.0}
 
@@ -229,6 +244,16 @@ class DiffusionModel:
         elif rescale:
             raise UserError(f"a guidance rescale of {rescale:g} changes what guidance did: give a guidance beside 1.")
         return static_threshold()(denoiser) if self.codec.pixels else denoiser
+
+    def _led(self, classifier: NoisyClassifier, scale: float, labels: Tensor) -> Guide:
+        """The classifier's guidance, where the image is not drowned in noise.
+
+        An exact classifier's gradient vanishes with the signal: it moves x̂_0 by s²/a·g = E[x_0|x, y] - E[x_0|x]. A
+        trained one's does not, and what is left of it would be divided by a (5·10⁻⁵ at the cosine schedule's T).
+        """
+        guide = classifier_guidance(classifier, scale, labels, "mean")
+        last = float(self.schedule.time_at(torch.tensor(_DROWNED, dtype=torch.float64)))
+        return interval(guide, 0.0, last)
 
     def _told(
         self,
