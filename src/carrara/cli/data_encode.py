@@ -43,6 +43,7 @@ def encode(
     from carrara.data.encode import encode_latents
     from carrara.data.preprocess import Resize
 
+    _check_device(device)
     height, width = parse_resolution(resolution)
     prepare = Preprocess(height, width, channels, resize=cast(Resize, resize), flip=flip)
     found = open_codec(codec, device)
@@ -72,6 +73,17 @@ def encode(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    from carrara.errors import UserError
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0].rstrip('.')}).") from None
 
 
 def open_codec(path: str, device: str) -> Codec:
