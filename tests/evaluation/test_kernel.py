@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.evaluation import kernel as kernel_module
-from carrara.evaluation import kernel_distance
+from carrara.evaluation import kernel_distance, products
 
 
 def draw(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -30,7 +29,7 @@ def test_the_full_value_is_the_double_sum(monkeypatch: pytest.MonkeyPatch) -> No
     x, y = draw(23, 7, 0), draw(31, 7, 1, 0.2)
     expected = naive(x, y)
     assert kernel_distance(x, y).full == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(kernel_module, "BLOCK", 10)  # blocks that do not divide the rows
+    monkeypatch.setattr(products, "BLOCK", 10)  # blocks that do not divide the rows
     assert kernel_distance(x, y).full == pytest.approx(expected, rel=1e-12)
 
 

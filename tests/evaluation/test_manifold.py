@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.evaluation import density_coverage, neighbours, precision_recall
+from carrara.evaluation import density_coverage, precision_recall, products
 
 
 def draw(n: int, d: int, seed: int) -> Tensor:
@@ -44,7 +44,7 @@ def test_the_definitions(n: int, m: int, k: int, seed: int) -> None:
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = draw(70, 4, 0), draw(50, 4, 1)
     whole = precision_recall(x, y), density_coverage(x, y)
-    monkeypatch.setattr(neighbours, "CHUNK", 13)
+    monkeypatch.setattr(products, "BLOCK", 13)
     assert (precision_recall(x, y), density_coverage(x, y)) == whole
 
 

@@ -9,6 +9,7 @@ dimensions or fewer, the centred data themselves are the factors, and nothing ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 
@@ -38,7 +39,13 @@ def frechet_distance(a: Normal | Rows, b: Normal | Rows) -> float:
     Raises:
         UserError: other dimensions, fewer than 2 rows, NaN.
     """
-    return _distance(_Side(a), _Side(b))
+    return distance_to(b)(a)
+
+
+def distance_to(reference: Normal | Rows) -> Callable[[Normal | Rows], float]:
+    """The Fréchet distance to one reference, which is factored once for many samples."""
+    fixed = _Side(reference)
+    return lambda samples: _distance(_Side(samples), fixed)
 
 
 def frechet_interval(
@@ -52,24 +59,29 @@ def frechet_interval(
     (the linearised ones 1.3 times: `tests/evaluation/test_frechet.py`).
     """
     rows, fixed = as_rows(samples, "samples").cpu(), _Side(reference)
-    value = _distance(_Side(rows), fixed)
-    found = mean_interval(value + _influence(rows, fixed), level, replicates, seed)
+    own = _Side(rows)
+    value = _distance(own, fixed)
+    found = mean_interval(value + _influence(rows, own, fixed), level, replicates, seed)
     return replace(found, low=max(0.0, found.low))
 
 
-def _influence(rows: Tensor, fixed: _Side) -> Tensor:
+def _influence(rows: Tensor, own: _Side, fixed: _Side) -> Tensor:
     """How the distance of rows [N, D] moves with the weight of each, float64 [N], of mean 0.
 
     With c = x - μ₁ it is 2 (μ₁ - μ₂)·c + |c|² - cᵀTc, less its mean, where T carries the first normal
-    distribution onto the second: for Σ₂ = FFᵀ and FᵀΣ₁F = VΛVᵀ, T = F V Λ^-½ Vᵀ Fᵀ.
+    distribution onto the second: for Σ₂ = FFᵀ and FᵀΣ₁F = VΛVᵀ, T = F V Λ^-½ Vᵀ Fᵀ, so that cᵀTc = |Λ^-¼ VᵀFᵀc|².
     """
-    mean = rows.mean(0)
-    centred = rows - mean
-    within = centred @ fixed.factor
-    values, vectors = torch.linalg.eigh(within.T @ within / (len(rows) - 1))
+    if own.covariance is not None:
+        within = fixed.factor.T @ own.covariance @ fixed.factor
+    else:
+        root = fixed.factor.T @ own.factor
+        within = root @ root.T
+    values, vectors = torch.linalg.eigh(within)
     kept = values > 1e-12 * values.max().clamp_min(0) if len(values) else values > 0
-    carried = (within @ vectors[:, kept]).square() @ values[kept].rsqrt()
-    influence: Tensor = 2 * centred @ (mean - fixed.mean) + centred.square().sum(1) - carried
+    carry = fixed.factor @ (vectors[:, kept] * values[kept].pow(-0.25))
+    centred = rows - own.mean
+    carried = (centred @ carry).square().sum(1)
+    influence: Tensor = 2 * centred @ (own.mean - fixed.mean) + centred.square().sum(1) - carried
     return influence - influence.mean()
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from carrara.errors import UserError
 from carrara.evaluation.bootstrap import Interval
-from carrara.evaluation.frechet import frechet_distance
+from carrara.evaluation.frechet import distance_to
 from carrara.evaluation.moments import Moments, Rows, Statistics, as_rows
 
 
@@ -53,25 +54,39 @@ def frechet_infinity(
             f"extrapolating needs more than {dimension} samples with a {groups}th left out, here {fewest}: "
             "add samples, or use features of fewer dimensions."
         )
-    if isinstance(reference, Moments):
-        reference = reference.statistics()
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    parts = [Moments.of(rows[index]) for index in order.tensor_split(groups)]
-
-    def joined(left_out: int | None) -> float:
-        total = Moments(dimension)
-        for number, part in enumerate(parts):
-            if number != left_out:
-                total.merge(part)
-        return frechet_distance(total, reference)
-
-    finite = joined(None)
-    without = torch.tensor([joined(group) for group in range(groups)], dtype=torch.float64)
+    total = Moments.of(rows).statistics()
+    parts = (_statistics(rows[index]) for index in order.tensor_split(groups))
+    to_reference = distance_to(reference)
+    finite = to_reference(total)
+    without = torch.tensor([to_reference(left_out(total, part)) for part in parts], dtype=torch.float64)
     value = groups * finite - (groups - 1) * float(without.mean())
     error = float(((groups - 1) / groups * (without - without.mean()).square().sum()).sqrt())
     reach = _student(level, groups - 1) * error
     slope = count * (groups - 1) * (float(without.mean()) - finite)
     return Extrapolation(value, Interval(value - reach, value + reach, level, groups), finite, slope)
+
+
+def _statistics(rows: Tensor) -> Statistics:
+    """Those of a group, which may be of one row."""
+    if len(rows) > 1:
+        return Moments.of(rows).statistics()
+    return Statistics(rows[0], torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64), 1)
+
+
+def left_out(total: Statistics, part: Statistics) -> Statistics:
+    """The statistics of all rows but those of a part: the update of Chan, Golub & LeVeque backwards.
+
+    The part is a small share, so that no more than a digit is lost.
+    """
+    assert total.count is not None
+    assert part.count is not None
+    count = total.count - part.count
+    mean = (total.count * total.mean - part.count * part.mean) / count
+    shift = part.mean - mean
+    scatter = (total.count - 1) * total.covariance
+    scatter.sub_(part.covariance, alpha=part.count - 1).addr_(shift, shift, alpha=-count * part.count / total.count)
+    return Statistics(mean, scatter.div_(count - 1), count)
 
 
 def _student(level: float, freedom: int) -> float:

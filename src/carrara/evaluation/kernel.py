@@ -17,8 +17,7 @@ from torch import Tensor
 from carrara.errors import UserError
 from carrara.evaluation.bootstrap import Interval, percentile, weights
 from carrara.evaluation.moments import Rows, as_rows
-
-BLOCK = 2048
+from carrara.evaluation.products import Block, Sets
 
 
 @dataclass(frozen=True)
@@ -54,33 +53,92 @@ def kernel_distance(
     Raises:
         UserError: other dimensions, fewer than 2 rows, NaN.
     """
-    x, y = as_rows(x, "samples"), as_rows(y, "reference features")
-    if x.shape[1] != y.shape[1]:
+    sets = Sets.of(*as_pair(x, y))
+    estimate = KernelEstimate(sets, subsets, subset_size, seed, replicates)
+    sets.walk(estimate)
+    return estimate.result(level)
+
+
+def as_pair(x: Rows, y: Rows) -> tuple[Tensor, Tensor]:
+    """Samples and reference as float64 matrices of one dimension.
+
+    Raises:
+        UserError: other dimensions, NaN, no rows.
+    """
+    a, b = as_rows(x, "samples"), as_rows(y, "reference features")
+    if a.shape[1] != b.shape[1]:
         raise UserError(
-            f"features of dimensions {x.shape[1]} and {y.shape[1]} cannot be compared: "
+            f"features of dimensions {a.shape[1]} and {b.shape[1]} cannot be compared: "
             "take both from one feature network at one image size."
         )
-    n, m = len(x), len(y)
-    if min(n, m) < 2:
-        raise UserError(f"a kernel distance needs at least 2 images a side, here {n} and {m}: add images.")
-    size = min(subset_size, n, m)
-    chosen_x, chosen_y = _subsets(n, m, subsets, size, seed)
-    all_x, all_y = x.new_ones(1, n), x.new_ones(1, m)
-    drawn = weights(n, replicates, seed).to(x)
-    values = _weighted_mmd(
-        x,
-        y,
-        torch.cat([all_x, chosen_x.to(x), drawn]),
-        torch.cat([all_y, chosen_y.to(x), all_y.expand(replicates, m)]),
-    ).cpu()
-    full, parts, bootstrap = values.split([1, subsets, replicates])
-    return KernelDistance(
-        mean=float(parts.mean()),
-        spread=float(parts.std(correction=0)),
-        full=float(full),
-        subset_size=size,
-        interval=percentile(bootstrap, level),
-    )
+    return a, b
+
+
+class KernelEstimate:
+    """The estimate of all rows, of random subsets and of bootstrap replicates, gathered block by block.
+
+    Each is a weighting of the samples w [R, N] beside one of the reference v [R, M]; the replicates hold the
+    reference fixed, so that only the first rows of v differ.
+    """
+
+    def __init__(
+        self, sets: Sets, subsets: int = 100, subset_size: int = 1000, seed: int = 0, replicates: int = 200
+    ) -> None:
+        n, m = len(sets.samples), len(sets.reference)
+        if min(n, m) < 2:
+            raise UserError(f"a kernel distance needs at least 2 images a side, here {n} and {m}: add images.")
+        self.size, self._sets = min(subset_size, n, m), sets
+        self._counts = (1, subsets, replicates)
+        chosen_x, chosen_y = _subsets(n, m, subsets, self.size, seed)
+        like = sets.samples.rows
+        self._w = torch.cat([like.new_ones(1, n), chosen_x.to(like), weights(n, replicates, seed).to(like)])
+        self._v = torch.cat([like.new_ones(1, m), chosen_y.to(like)])
+        self._sums = {
+            "samples": like.new_zeros(len(self._w)),
+            "reference": like.new_zeros(len(self._v)),
+            "between": like.new_zeros(len(self._w)),
+        }
+
+    def visit(self, block: Block) -> None:
+        """Add Σ wᵢvⱼ k(xᵢ, yⱼ) of a block, without the pairs of a row with itself."""
+        kernel = self._kernel(block)
+        first = self._v if block.which == "reference" else self._w
+        part = first[:, block.rows] @ kernel
+        if block.which == "between":
+            second = self._fixed(self._v[:, block.columns])
+            self._sums[block.which] += (part * second).sum(1)
+            return
+        if block.diagonal:
+            part -= first[:, block.rows] * kernel.diagonal()
+        # A block above the diagonal stands for the one below it, too.
+        self._sums[block.which] += (part * first[:, block.columns]).sum(1) * (1 if block.diagonal else 2)
+
+    def result(self, level: float = 0.95) -> KernelDistance:
+        """The distance, once all blocks were seen."""
+        w, v = self._w, self._v
+        within = self._sums["samples"] / (w.sum(1).square() - w.square().sum(1))
+        others = self._fixed(self._sums["reference"] / (v.sum(1).square() - v.square().sum(1)))
+        cross = self._sums["between"] / (w.sum(1) * self._fixed(v.sum(1)))
+        full, parts, bootstrap = (within + others - 2 * cross).cpu().split(self._counts)
+        return KernelDistance(
+            mean=float(parts.mean()),
+            spread=float(parts.std(correction=0)),
+            full=float(full),
+            subset_size=self.size,
+            interval=percentile(bootstrap, level),
+        )
+
+    def _fixed(self, values: Tensor) -> Tensor:
+        """Values for each row of v [S, …] as values for each row of w [R, …]: the replicates take the first."""
+        return torch.cat([values, values[:1].expand(self._counts[2], *values.shape[1:])])
+
+    def _kernel(self, block: Block) -> Tensor:
+        """(x·y/D + 1)³."""
+        dimension = block.first.rows.shape[1]
+        along = block.first.along[block.rows, None] + (
+            block.second.along[None, block.columns] + self._sets.centre_square
+        )
+        return along.add_(block.products).div_(dimension).add_(1).pow_(3)
 
 
 def _subsets(n: int, m: int, subsets: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -91,29 +149,3 @@ def _subsets(n: int, m: int, subsets: int, size: int, seed: int) -> tuple[Tensor
         chosen_x[k, torch.randperm(n, generator=generator)[:size]] = 1
         chosen_y[k, torch.randperm(m, generator=generator)[:size]] = 1
     return chosen_x, chosen_y
-
-
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return torch.addmm(x.new_ones(()), x, y.T, alpha=1 / x.shape[1]).pow_(3)
-
-
-def _weighted_mmd(x: Tensor, y: Tensor, w: Tensor, v: Tensor) -> Tensor:
-    """The unbiased estimate [R] for each pair of row weights w [R, N] of x and v [R, M] of y."""
-    cross = x.new_zeros(len(w))
-    for i in range(0, len(x), BLOCK):
-        for j in range(0, len(y), BLOCK):
-            block = _kernel(x[i : i + BLOCK], y[j : j + BLOCK])
-            cross += (w[:, i : i + BLOCK] @ block * v[:, j : j + BLOCK]).sum(1)
-    return _within(x, w) + _within(y, v) - 2 * cross / (w.sum(1) * v.sum(1))
-
-
-def _within(x: Tensor, w: Tensor) -> Tensor:
-    """Σ_{i≠j} wᵢwⱼ k(xᵢ,xⱼ) / Σ_{i≠j} wᵢwⱼ for each row of weights, from the upper blocks alone."""
-    total = x.new_zeros(len(w))
-    for i in range(0, len(x), BLOCK):
-        for j in range(i, len(x), BLOCK):
-            block = _kernel(x[i : i + BLOCK], x[j : j + BLOCK])
-            if i == j:
-                block.fill_diagonal_(0)
-            total += (w[:, i : i + BLOCK] @ block * w[:, j : j + BLOCK]).sum(1) * (1 if i == j else 2)
-    return total / (w.sum(1).square() - w.square().sum(1))

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from carrara.errors import UserError
 from carrara.evaluation.bootstrap import Interval, mean_interval
-from carrara.evaluation.moments import Rows, as_rows
-from carrara.evaluation.neighbours import radii, squared_distances
+from carrara.evaluation.kernel import as_pair
+from carrara.evaluation.moments import Rows
+from carrara.evaluation.products import Block, Nearest, Sets
 
 
 @dataclass(frozen=True)
@@ -60,36 +61,54 @@ def fidelity_diversity(
     Raises:
         UserError: other dimensions, no more rows than neighbours, NaN.
     """
-    x, y = _pair(samples, reference, max(precision_k, density_k))
-    (radius_x,) = radii(x, precision_k)
-    precise_y, dense_y = radii(y, precision_k, density_k)
-    inside, holding = x.new_empty(len(x)), x.new_empty(len(x))
-    reached, covered = (torch.zeros(len(y), dtype=torch.bool, device=x.device) for _ in range(2))
-    for part, squared in squared_distances(x, y):
-        inside[part] = (squared <= precise_y).any(1).double()
-        reached |= (squared <= radius_x[part, None]).any(0)
-        held = squared <= dense_y
-        holding[part] = held.sum(1).double() / density_k
-        covered |= held.any(0)
-
-    def share(values: Tensor) -> tuple[float, Interval]:
-        return float(values.double().mean()), mean_interval(values, seed=seed)
-
-    (precision, over_samples), (recall, over_reference) = share(inside), share(reached)
-    (density, density_interval), (coverage, coverage_interval) = share(holding), share(covered)
-    return (
-        PrecisionRecall(precision, recall, over_samples, over_reference),
-        DensityCoverage(density, coverage, density_interval, coverage_interval),
-    )
+    sets = Sets.of(*as_pair(samples, reference))
+    balls = Balls(sets, precision_k, density_k)
+    sets.walk(balls)
+    return balls.result(seed)
 
 
-def _pair(samples: Rows, reference: Rows, k: int) -> tuple[Tensor, Tensor]:
-    x, y = as_rows(samples, "samples"), as_rows(reference, "reference features")
-    if x.shape[1] != y.shape[1]:
-        raise UserError(
-            f"features of dimensions {x.shape[1]} and {y.shape[1]} cannot be compared: "
-            "take both from one feature network at one image size."
+class Balls:
+    """Which samples lie in which balls around the reference and the other way round, gathered block by block."""
+
+    def __init__(self, sets: Sets, precision_k: int = 3, density_k: int = 5) -> None:
+        k, x, y = max(precision_k, density_k), sets.samples, sets.reference
+        if min(len(x), len(y)) <= k:
+            raise UserError(f"{k} nearest neighbours need more than {k} images a side, here {len(x)} and {len(y)}.")
+        self._ks = precision_k, density_k
+        self._near = Nearest(x, "samples", precision_k), Nearest(y, "reference", k)
+        self._radii: tuple[Tensor, Tensor, Tensor] | None = None
+        self._inside, self._reached, self._covered = (
+            torch.zeros(len(side), dtype=torch.bool, device=side.rows.device) for side in (x, y, y)
         )
-    if min(len(x), len(y)) <= k:
-        raise UserError(f"{k} nearest neighbours need more than {k} images a side, here {len(x)} and {len(y)}.")
-    return x, y
+        self._holding = x.rows.new_zeros(len(x))
+
+    def visit(self, block: Block) -> None:
+        """Nearest neighbours within both sets come first, then the balls they make."""
+        squared = block.squared_distances()
+        if block.which != "between":
+            for near in self._near:
+                near.visit(block, squared)
+            return
+        precision_k, density_k = self._ks
+        if self._radii is None:
+            own, others = self._near
+            self._radii = own.radius(precision_k), others.radius(precision_k), others.radius(density_k)
+        around_samples, precise, dense = self._radii
+        held = squared <= dense[block.columns]
+        self._inside[block.rows] |= (squared <= precise[block.columns]).any(1)
+        self._reached[block.columns] |= (squared <= around_samples[block.rows, None]).any(0)
+        self._holding[block.rows] += held.sum(1).double() / density_k
+        self._covered[block.columns] |= held.any(0)
+
+    def result(self, seed: int = 0) -> tuple[PrecisionRecall, DensityCoverage]:
+        """The four shares, once all blocks were seen."""
+
+        def share(values: Tensor) -> tuple[float, Interval]:
+            return float(values.double().mean()), mean_interval(values, seed=seed)
+
+        (precision, over_samples), (recall, over_reference) = share(self._inside), share(self._reached)
+        (density, density_interval), (coverage, coverage_interval) = share(self._holding), share(self._covered)
+        return (
+            PrecisionRecall(precision, recall, over_samples, over_reference),
+            DensityCoverage(density, coverage, density_interval, coverage_interval),
+        )

@@ -16,10 +16,11 @@ from carrara.evaluation.frechet import frechet_distance, frechet_interval
 from carrara.evaluation.inception_score import inception_score
 from carrara.evaluation.infinity import frechet_infinity
 from carrara.evaluation.judge import class_accuracy
-from carrara.evaluation.kernel import kernel_distance
-from carrara.evaluation.manifold import fidelity_diversity
+from carrara.evaluation.kernel import KernelEstimate, as_pair
+from carrara.evaluation.manifold import Balls
 from carrara.evaluation.memorisation import class_spread, class_spread_interval, memorisation
 from carrara.evaluation.moments import Rows, Statistics
+from carrara.evaluation.products import Sets
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp
 
 FID_FEATURES = "inception-2015"
@@ -83,8 +84,10 @@ def measure_pairs(samples: Collected, reference: Collected, stamp: Stamp, seed: 
     same_pictures(samples, reference)
     x, y = samples.rows, reference.rows
     stamp = stamp.with_settings(rows=len(x), reference_rows=len(y))
-    kernel = kernel_distance(x, y, seed=seed)
-    manifold, cover = fidelity_diversity(x, y, seed=seed)
+    sets = Sets.of(*as_pair(x, y))
+    estimate, balls = KernelEstimate(sets, seed=seed), Balls(sets)
+    sets.walk(estimate, balls)  # one walk for both: the products are nearly all of the work
+    kernel, (manifold, cover) = estimate.result(), balls.result(seed)
     subsets = stamp.with_settings(subset_size=kernel.subset_size)
     three, five = stamp.with_settings(k=3), stamp.with_settings(k=5)
     return {

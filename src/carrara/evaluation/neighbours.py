@@ -42,14 +42,5 @@ def nearest(x: Tensor, y: Tensor, same: bool = False) -> tuple[Tensor, Tensor]:
     return index, distance
 
 
-def radii(x: Tensor, *ks: int) -> list[Tensor]:
-    """For each of `ks`, the squared distance of each row of x [N, D] to its k-th nearest other row, float64 [N]."""
-    result = x.new_empty(len(x), max(ks))
-    for part, squared in squared_distances(x, x):
-        _forget_self(part, squared)
-        result[part] = squared.topk(max(ks), dim=1, largest=False).values
-    return [result[:, k - 1] for k in ks]
-
-
 def _forget_self(part: slice, squared: Tensor) -> None:
     squared[:, part].fill_diagonal_(torch.inf)
