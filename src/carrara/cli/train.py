@@ -142,13 +142,15 @@ def run(trainer: Trainer, reasons: list[str], json_lines: bool = False) -> None:
         json_lines: machine-readable lines in place of the bar.
     """
     import json
+    import sys
 
     from carrara.cli.console import console, progress_bar, table
 
     summary: dict[str, Any] = trainer.summary()
     if not trainer.processes.first:  # the first speaks for all
-        for _ in trainer.steps():
-            pass
+        for state in trainer.steps():
+            if state.notice and state.notice not in trainer.notices:  # what only this process has met
+                print(f"carrara, process {trainer.processes.rank}: {state.notice}", file=sys.stderr, flush=True)
         return
     if json_lines:
         print(json.dumps({"start": summary, "reasons": reasons, "run": str(trainer.run.folder)}), flush=True)
