@@ -33,6 +33,9 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 _AVERAGE: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
+_DOUBLING = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+"""Takes three weights w to those of the flipped kernel convolved with [1, 1]: [w₂, w₂ + w₁, w₁ + w₀, w₀]."""
+
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -147,14 +150,24 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     Returns:
         [B, C', *2S] (of three dimensions, the first keeps its size).
     """
-    spatial = tuple(range(2, weight.ndim))
-    doubled = spatial[-2:]
-    kernel = weight.transpose(0, 1).flip(spatial)
-    for axis in doubled:
-        edge = torch.zeros_like(kernel.narrow(axis, 0, 1))
-        kernel = torch.cat([kernel, edge], axis) + torch.cat([edge, kernel], axis)
-    strides = tuple(2 if axis in doubled else 1 for axis in spatial)
-    return _TRANSPOSED[len(strides)](x, kernel, bias, strides, 1)
+    dims = weight.ndim - 2
+    strides = (1, 2, 2) if dims == 3 else (2,) * dims
+    return _TRANSPOSED[dims](x, _doubled(weight), bias, strides, 1)
+
+
+def _doubled(weight: Tensor) -> Tensor:
+    """The kernel [C, C', 4, …] of that transposed convolution, laid out in memory as the weight is."""
+    if weight.ndim == 3:
+        line: Tensor = weight @ _DOUBLING.to(weight)
+        return line.transpose(0, 1)
+    taps = torch.kron(_DOUBLING, _DOUBLING).to(weight)
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+        kernel: Tensor = taps.T @ weight.permute(1, 2, 3, 0).flatten(1, 2)  # [C, 16, C']
+        return kernel.reshape(len(kernel), 4, 4, -1).permute(0, 3, 1, 2)
+    if weight.ndim == 5:  # frames are not doubled, but the operation is transposed
+        weight = weight.flip(2)
+    kernel = weight.flatten(-2) @ taps
+    return kernel.reshape(*kernel.shape[:-1], 4, 4).transpose(0, 1)
 
 
 class Downsample(nn.Module):
