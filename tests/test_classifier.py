@@ -72,11 +72,12 @@ def test_what_a_classifier_says_of_pure_noise_is_not_blown_up(model: DiffusionMo
     reached: list[float] = []
     model.sample(
         [1, 2],
-        steps=5,
+        steps=20,
         seed=0,
         guidance=1.0,
         solver="ddim",
         classifier=untrained(),
+        classifier_scale=20.0,
         on_step=lambda step, low: reached.append(float(step.x.abs().max())),
     )
     assert max(reached) < 6  # noise of unit variance: five standard deviations and a picture's range

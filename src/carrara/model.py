@@ -203,9 +203,7 @@ class DiffusionModel:
                     x = x.to(device=self.device, dtype=torch.float32)
                     guided = denoiser
                     if judge is not None and asked is not None:
-                        guided = classifier_guidance(judge, classifier_scale, asked[part].to(x.device), "mean")(
-                            denoiser
-                        )
+                        guided = self._led(judge, classifier_scale, asked[part].to(x.device))(denoiser)
                     told = condition.rows(part).to(self.device)
                     for step in integrate(guided, self.schedule, method, grid, x, told, own):
                         if on_step is not None:
