@@ -143,6 +143,23 @@ def in_turn(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[R
             yield result
 
 
+def all_or_none(function: Callable[[], Result], device: torch.device) -> Result:
+    """What the function gives on this process, where it gives something on every one.
+
+    Raises:
+        UserError: on all processes, where it is raised on any, so that none is left waiting for it.
+    """
+    failure: UserError | None = None
+    result: list[Result] = []
+    try:
+        result.append(function())
+    except UserError as error:
+        failure = error
+    if any_of(failure is not None, device):
+        raise failure or UserError("another process cannot go on: its own message says why.")
+    return result[0]
+
+
 # ---- modules over processes --------------------------------------------------------------------------------
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from carrara.data import batches
+from carrara.data import Batch, batches
 from carrara.errors import UserError
 from carrara.recipe import Recipe
 from carrara.training import Trainer
 from tests.data.builders import files, folder, png, tarred
+from tests.processes import together
 from tests.runs import tiny_recipe, train
 from tests.training.test_loop import assert_same_bits
 
@@ -110,6 +111,31 @@ def test_a_shard_that_vanishes_mid_run(workers: int, tmp_path: Path) -> None:
     assert (tmp_path / "broken" / "checkpoints" / "step-00000004").exists() or workers
     train(recipe, tmp_path / "broken")
     assert_same_bits(tmp_path / "straight", tmp_path / "broken", LAST)
+
+
+def met(data: Path, run: Path) -> str:
+    """Train on the second process's half of a data set that is partly gone; what this process says."""
+    batches._fits = lambda *arguments: False
+    trainer = Trainer(recipe_of(data), run)
+    honest = trainer.batches.at
+
+    def at(step: int) -> Batch:
+        if step == 3 and trainer.processes.rank == 1:
+            raise UserError("the shard 1.tar is gone: put it back, then continue.")
+        return honest(step)
+
+    trainer.batches.at = at  # type: ignore[method-assign]
+    try:
+        list(trainer.steps())
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_fault_of_one_process_stops_all_so_that_none_waits(tmp_path: Path) -> None:
+    first, second = together(2, met, folder(tmp_path / "data", files(12)), tmp_path / "run")
+    assert second.startswith("the shard 1.tar is gone")
+    assert first == "another process cannot go on: its own message says why."
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -203,7 +203,7 @@ class Trainer:
         batches, unreadable = self.batches.iterate(self.step), set(self.source.unreadable)
         while self.step < training.steps and not self._stopping():
             with self.phases("reading data"):
-                batch = next(batches)
+                batch = distributed.all_or_none(lambda: next(batches), self.processes.device)
             for index in sorted(self.source.unreadable.keys() - unreadable):
                 unreadable.add(index)
                 name, reason = self.source.pictures.name(index), self.source.unreadable[index]
