@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carrara.evaluation import Moments, collect, frechet_distance
+from carrara.evaluation import Collected, Moments, collect, frechet_distance
 from carrara.evaluation.features import Inception
 from carrara.evaluation.features.inception_network import InceptionNetwork
 from carrara.evaluation.measure import measure_frechet, measure_pairs
@@ -26,12 +26,14 @@ from carrara.evaluation.stamp import Stamp
 PARTS = ["moments", "distance", "shares"]
 
 
-def interleaved(repeats: int, *contestants: Callable[[], object]) -> list[list[float]]:
-    """Seconds of each contestant, `repeats` times in turn, after one warm-up round.
+def our_clock() -> Callable[[], float]:
+    """Processor time on one thread, which a busy machine stretches least; else wall clock."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
-    On one thread these are seconds of processor time, which a busy machine does not stretch; else wall clock.
-    """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+def interleaved(repeats: int, *contestants: Callable[[], object]) -> list[list[float]]:
+    """Seconds of each contestant by `our_clock`, `repeats` times in turn, after one warm-up round."""
+    clock = our_clock()
     times: list[list[float]] = [[] for _ in contestants]
     for turn in range(repeats + 1):
         for number, run in enumerate(contestants):
@@ -101,41 +103,47 @@ def distance(dimension: int, repeats: int) -> None:
 
 def shares(images: int, count: int) -> None:
     """How much of an evaluation of `count` 32×32 samples is the network's, on this machine."""
-    network = InceptionNetwork()
-    for module in network.modules():  # random weights cost the same
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    inception = Inception(network, "random", official=False)
+    inception = Inception(random_network(), "random", official=False)
     pictures = torch.rand(images, 3, 32, 32) * 2 - 1
     inception(pictures[:8])
-    start = time.perf_counter()
-    for part in pictures.split(32):
-        inception(part)
-    forward = (time.perf_counter() - start) / images * count
-    start = time.perf_counter()
-    rows = features(count, 2048, 0)
-    collected = collect((torch.zeros(100, 3, 32, 32) for _ in range(count // 100)), Replay(rows), rows=count)
-    streaming = time.perf_counter() - start
-    reference = collect((torch.zeros(100, 3, 32, 32) for _ in range(count // 100)), Replay(features(count, 2048, 1)))
+    forward = seconds(lambda: [inception(part) for part in pictures.split(32)]) / images * count
+    rows = [features(count, 2048, seed) for seed in (0, 1)]
+    collected, reference = (seen(own) for own in rows)
     stamp = Stamp(n=count, features="inception")
-    start = time.perf_counter()
-    frechet_distance(collected.moments, reference.moments)
-    alone = time.perf_counter() - start
-    start = time.perf_counter()
-    measure_frechet(collected, reference, stamp)
-    frechet = time.perf_counter() - start
-    start = time.perf_counter()
-    measure_pairs(collected, reference, stamp)
-    pairs = time.perf_counter() - start
-    rest = streaming + alone
+    streaming = seconds(lambda: seen(rows[0]))
+    alone = seconds(lambda: frechet_distance(collected.moments, reference.moments))
+    frechet = seconds(lambda: measure_frechet(collected, reference, stamp))
+    pairs = seconds(lambda: measure_pairs(collected, reference, stamp))
     print(f"{count:,} samples of 32×32, the network extrapolated from {images}:")
     print(f"  network {forward:.0f} s, moments and hash {streaming:.1f} s, distance {alone:.1f} s:", end=" ")
-    print(f"{forward / (forward + rest):.1%} in the network")
+    print(f"{forward / (forward + streaming + alone):.1%} in the network")
     print(
         f"  interval and extrapolation {frechet:.0f} s, kernel and manifold figures with intervals {pairs:.0f} s:",
         end=" ",
     )
     print(f"{forward / (forward + streaming + frechet + pairs):.1%} in the network with all figures")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes, by `our_clock`."""
+    clock = our_clock()
+    start = clock()
+    work()
+    return clock() - start
+
+
+def random_network() -> InceptionNetwork:
+    """Random weights cost the same as trained ones."""
+    network = InceptionNetwork()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return network
+
+
+def seen(rows: Tensor) -> Collected:
+    """What an evaluation knows of pictures with these features, without the network's work."""
+    return collect((torch.zeros(100, 3, 32, 32) for _ in range(len(rows) // 100)), Replay(rows))
 
 
 class Replay:

@@ -194,12 +194,20 @@ def evaluate(
 
     `torchrun` shares the work among several processes; the figures stay the same.
     """
+    given = {name for name in context.params if _typed(context, name)}
+    run(Options(**context.params), given)
+
+
+def run(options: Options, given: set[str]) -> None:
+    """What the command does.
+
+    Args:
+        given: the names of the options that were typed.
+    """
     from carrara import distributed
     from carrara.cli import evaluate_show
     from carrara.cli.evaluate_refusals import refuse
 
-    given = {name for name in context.params if _typed(context, name)}
-    options = Options(**context.params)
     refuse(options, given)
     if options.comparison is not None:
         evaluate_show.comparison(options.comparison, options.varied or [], options.json_output)
@@ -209,10 +217,8 @@ def evaluate(
         work = Work(options, shown)
         if options.table is not None:
             work.table()
-            distributed.finish()
-            return
-        figures = work.figures()
-    if first:
+        figures = work.figures() if options.table is None else {}
+    if first and figures:
         evaluate_show.figures(figures, options.out, options.json_output)
     distributed.finish()
 

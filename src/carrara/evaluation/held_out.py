@@ -44,9 +44,8 @@ def measure_held_out(
 ) -> Measurements:
     """The variational bound over every level, its parts, and the flow's likelihood, in bits per dimension.
 
-    Batches go over the processes in turn; picture k has row k of the seed, so that the figures are the same for any
-    number of them. The intervals are over the pictures. A model that is told classes is told each picture's own, or
-    nothing where the pictures have none.
+    Batches go over the processes in turn; picture k has row k of the seed. The intervals are over the pictures. A
+    model that is told classes is told each picture's own, or nothing where the pictures have none.
 
     Args:
         pictures: ones the model never saw, with exactly the levels it was trained on (`data_pictures(rounded=False)`).
@@ -61,26 +60,11 @@ def measure_held_out(
 
     def work(rows: range) -> tuple[Bound, Likelihood, bytes]:
         images = pictures.make(rows)
-        if tuple(images.shape[1:]) != tuple(model.shape):
-            ours, theirs = ("×".join(map(str, shape)) for shape in (images.shape[1:], model.shape))
-            raise UserError(
-                f"the held-out images {pictures.name} are {ours} (channels, height, width) and the model makes "
-                f"{theirs}: bring them to it with --resolution and --channels."
-            )
-        own = condition.rows(slice(rows.start, rows.stop)).to(model.device)
-        x = images.to(model.device)
-        bound = bits_per_dimension(
-            model, x, condition=own, variance=variance, noise=Noise(seed).rows(rows), batch_size=len(rows)
-        )
-        flow = flow_likelihood(
-            model,
-            x,
-            steps=steps,
-            probes=probes,
-            condition=own,
-            noise=Noise(seed + 1).rows(rows),
-            batch_size=len(rows),
-        )
+        _refuse_other_shape(pictures.name, tuple(images.shape[1:]), tuple(model.shape))
+        own, x = condition.rows(slice(rows.start, rows.stop)).to(model.device), images.to(model.device)
+        alike: dict[str, Any] = {"condition": own, "batch_size": len(rows)}
+        bound = bits_per_dimension(model, x, variance=variance, noise=Noise(seed).rows(rows), **alike)
+        flow = flow_likelihood(model, x, steps=steps, probes=probes, noise=Noise(seed + 1).rows(rows), **alike)
         return bound, flow, hashlib.blake2b(to_uint8(images).numpy().tobytes(), digest_size=16).digest()
 
     found = []
@@ -108,6 +92,15 @@ def measure_held_out(
             **_flow_figure(estimates, stamp.with_settings(steps=steps, trace="hutchinson", probes=probes)),
         }
     )
+
+
+def _refuse_other_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        ours, theirs = ("×".join(map(str, sides)) for sides in (shape, wanted))
+        raise UserError(
+            f"the held-out images {name} are {ours} (channels, height, width) and the model makes {theirs}: "
+            "bring them to it with --resolution and --channels."
+        )
 
 
 def _condition(model: DiffusionModel, pictures: Pictures) -> tuple[Condition, str]:
