@@ -260,7 +260,8 @@ class Recipe(_Section):
             what the network predicts are then that model's; `network` may change `dropout` and `checkpointing`.
         network: fields of `UNetParams`, or of `EncoderClassifierParams`, without those that data and conditioning
             decide.
-        codec: of a diffusion model, `path`: the run or folder of the codec it works in. Of a codec, its `kind`
+        codec: of a diffusion model, `path`: the run or folder of the codec it works in, and `cache`: the folder where
+            `carrara data encode` has put the latents. Of a codec, its `kind`
             (autoencoder, vae, kl, vq, vqgan, dvae, hierarchical) and the fields of `AutoencoderParams`,
             `QuantiserParams` or `DiscreteParams`.
         loss: of a codec, fields of `CodecLoss` where they differ from its kind's own, and `perceptual_from`, a
@@ -328,8 +329,15 @@ class Recipe(_Section):
             if given != nothing[key]:
                 rest = f" but {key}.{but[key]}" if key in but else ""
                 raise UserError(f"a recipe of kind {self.kind} takes nothing in '{key}'{rest}: leave it out.")
-        if self.kind == "diffusion" and self.codec.keys() - {"path"}:
-            raise UserError("a diffusion model takes a codec that is trained: give codec.path alone.")
+        if (
+            self.kind == "diffusion"
+            and self.codec
+            and (self.codec.keys() - {"path", "cache"} or "path" not in self.codec)
+        ):
+            raise UserError(
+                "a diffusion model takes a codec that is trained: give codec.path, and codec.cache where its latents "
+                "are cached."
+            )
         if self.objective.times.kind == "clean" and self.kind != "classifier":
             raise UserError("objective.times of kind 'clean' holds no noise to learn from: it is for kind: classifier.")
         if self.start is not None and self.kind == "codec":

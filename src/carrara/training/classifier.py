@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from carrara.classifier import Classifier
 from carrara.condition import Condition
-from carrara.data import Batch, Source
+from carrara.data import Batch, Batches, LatentBatch, Source
 from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.networks import EncoderClassifier
@@ -55,12 +55,17 @@ class ClassifierTask:
             "noise levels": recipe.objective.times.kind,
         } | ({"starts from": recipe.start} if recipe.start else {})
 
+    def walked(self, images: Batches) -> Batches:
+        """The images."""
+        return images
+
     def objective(self, modules: Mapping[str, nn.Module]) -> ClassifierObjective:
         """Cross-entropy at random noise levels."""
         return ClassifierObjective(modules["network"], self.schedule, make_times(self.recipe, self.schedule))
 
-    def examples(self, batch: Batch, draw: Noise) -> Examples:
+    def examples(self, batch: Batch | LatentBatch, draw: Noise) -> Examples:
         """The images and their classes."""
+        assert isinstance(batch, Batch)  # `walked` gives images
         return Examples(batch.images.to(self.device), Condition(label=batch.label).to(self.device))
 
     def blank(self) -> Examples:

@@ -14,7 +14,7 @@ from carrara import codecs
 from carrara.classifier import Classifier
 from carrara.codecs import DiscreteParams, LearnedCodec, QuantiserParams
 from carrara.codecs.perceptual import LPIPS, ClassifierFeatures, Perceptual
-from carrara.data import Batch, Batches, Preprocess, Source
+from carrara.data import Batch, Batches, LatentBatch, Preprocess, Source
 from carrara.distributed import Processes
 from carrara.errors import UserError, nearest
 from carrara.networks.autoencoder import AutoencoderParams
@@ -74,12 +74,17 @@ class CodecTask:
         if notices:
             self.summary["notice"] = " ".join(notices)
 
+    def walked(self, images: Batches) -> Batches:
+        """The images."""
+        return images
+
     def objective(self, modules: Mapping[str, nn.Module]) -> CodecObjective:
         """Reconstruction, the latent's cost, and the recipe's other terms."""
         return CodecObjective(modules[CODEC], self.loss, self.perceptual, modules.get(DISCRIMINATOR))
 
-    def examples(self, batch: Batch, draw: Noise) -> Examples:
+    def examples(self, batch: Batch | LatentBatch, draw: Noise) -> Examples:
         """The images alone."""
+        assert isinstance(batch, Batch)  # `walked` gives images
         return Examples(batch.images.to(self.device))
 
     def blank(self) -> Examples:

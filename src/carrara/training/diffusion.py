@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from carrara import codecs, weights
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
-from carrara.data import Batch, Source
+from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source, open_latents
 from carrara.distributed import Processes
 from carrara.model import DiffusionModel
 from carrara.networks import UNet
@@ -75,6 +75,30 @@ class DiffusionTask:
         if recipe.start is not None:
             self.summary["starts from"] = recipe.start + (f" ({', '.join(anew)} anew)" if anew else "")
 
+    def walked(self, images: Batches) -> Batches | LatentBatches:
+        """The images, or the latents of them that `codec.cache` holds.
+
+        Raises:
+            UserError: the cache is of another codec, other images or another preparation.
+        """
+        if "cache" not in self.recipe.codec:
+            return images
+        latents = open_latents(
+            self.recipe.codec["cache"],
+            codecs.content_hash(self.codec),
+            prepare=images.prepare,
+            source=images.source,
+        )
+        return LatentBatches(
+            latents,
+            images.seed,
+            images.batch_size,
+            images.rank,
+            images.world,
+            flip=self.recipe.data.flip,
+            order=images.order,
+        )
+
     def objective(self, modules: Mapping[str, nn.Module]) -> DiffusionObjective:
         """The recipe's loss."""
         choice, schedule, labels = self.recipe.objective, self.model.schedule, self.labels
@@ -96,10 +120,14 @@ class DiffusionTask:
             vlb_weight=choice.vlb_weight,
         )
 
-    def examples(self, batch: Batch, draw: Noise) -> Examples:
+    def examples(self, batch: Batch | LatentBatch, draw: Noise) -> Examples:
         """The latents of a batch, and what the network is told of them."""
         with torch.no_grad():
-            latents = self.codec.encode(batch.images.to(self.device)).sample(draw.at(draw.draw + 1))
+            if isinstance(batch, LatentBatch):
+                posterior = batch.posterior
+            else:
+                posterior = self.codec.encode(batch.images.to(self.device))
+            latents = posterior.sample(draw.at(draw.draw + 1)).to(self.device)
         return Examples(latents, (Condition(label=batch.label) if self.labels else Condition()).to(self.device))
 
     def blank(self) -> Examples:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import carrara
 from carrara import distributed
 from carrara import images as pictures
-from carrara.data import Batch
+from carrara.data import Batch, LatentBatch
 from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.objectives import Examples
@@ -67,9 +67,10 @@ class Trainer:
         self.recipe = recipe
         self.phases = Phases()
         self.processes: Processes = distributed.start()
-        self.source, self.batches = open_batches(recipe, self.processes)
+        self.source, images = open_batches(recipe, self.processes)
         self.held_out = open_held_out(recipe, self.processes)
         self.task = make_task(recipe, self.source, self.processes)
+        self.batches = self.task.walked(images)
         self.network = next(iter(self.task.modules.values()))
         self.means = {name: EMA(self.network, decay) for name, decay in _decays(recipe).items()}
         self.step, self.bad_steps, self.window = 0, 0, Window()
@@ -200,7 +201,8 @@ class Trainer:
 
     def _walk(self) -> Iterator[Progress]:
         training, first, began = self.recipe.training, self.step, self.phases.clock()
-        batches, unreadable = self.batches.iterate(self.step), set(self.source.unreadable)
+        batches: Iterator[Batch | LatentBatch] = self.batches.iterate(self.step)
+        unreadable = set(self.source.unreadable)
         while self.step < training.steps and not self._stopping():
             with self.phases("reading data"):
                 batch = distributed.all_or_none(lambda: next(batches), self.processes.device)
@@ -256,11 +258,11 @@ class Trainer:
 
     # ---- one step ----------------------------------------------------------------------------------------
 
-    def examples(self, batch: Batch) -> Examples:
+    def examples(self, batch: Batch | LatentBatch) -> Examples:
         """What the objective learns from a batch."""
         return self.task.examples(batch, Stepper.draws(self.recipe.seed, batch.positions))
 
-    def one_step(self, batch: Batch) -> float:
+    def one_step(self, batch: Batch | LatentBatch) -> float:
         """One optimiser step of every player; returns the first player's loss."""
         outcomes = self.stepper.step(self.examples(batch), batch.positions, self.step)
         if all(outcome.finite for outcome in outcomes):
@@ -274,7 +276,7 @@ class Trainer:
         self.step += 1
         return outcomes[0].loss
 
-    def _skip(self, batch: Batch, outcome: Outcome) -> None:
+    def _skip(self, batch: Batch | LatentBatch, outcome: Outcome) -> None:
         """Write down what a step held that was not taken, and give up after too many in a row."""
         names = distributed.gather_lists(batch.names)
         broken = ~torch.isfinite(outcome.per_sample)

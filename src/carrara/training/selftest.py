@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from carrara.data import Batch, LatentBatch
 from carrara.training.loop import Trainer
 
 GOAL = 0.1
@@ -42,7 +43,7 @@ def profile_steps(trainer: Trainer, steps: int = 10, warm_up: int = 3) -> dict[s
         `images_per_s`, `flops_per_s`, `seconds_per_step`, the `shares` of the phases, `peak_memory_mb`, and the ten
         most expensive `operations` with their shares of the time within operations.
     """
-    batches = trainer.batches.iterate(0)
+    batches: Iterator[Batch | LatentBatch] = trainer.batches.iterate(0)
     for _ in range(warm_up):
         trainer.one_step(next(batches))
     trainer.phases.seconds.clear()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from carrara.data import Batch, Source
+from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source
 from carrara.distributed import Processes
 from carrara.objectives import Examples, Objective
 from carrara.process import Noise
@@ -32,11 +32,15 @@ class Task(Protocol):
     summary: dict[str, Any]
     pictures: int
 
+    def walked(self, images: Batches) -> Batches | LatentBatches:
+        """What the run walks over: the images, or cached latents of them at the same positions."""
+        ...
+
     def objective(self, modules: Mapping[str, nn.Module]) -> Objective:
         """What is minimised, around the modules or what stands for them (spread over processes, averaged)."""
         ...
 
-    def examples(self, batch: Batch, draw: Noise) -> Examples:
+    def examples(self, batch: Batch | LatentBatch, draw: Noise) -> Examples:
         """What the objective learns from.
 
         Args:
