@@ -96,7 +96,7 @@ def test_a_first_stage_within_a_whole_checkpoint() -> None:
     alone = compvis.load_autoencoder(weights | {"loss.logvar": torch.zeros(())}, **arguments)
     whole = {f"first_stage_model.{key}": value for key, value in weights.items()}
     whole |= {"model.diffusion_model.out.2.bias": torch.zeros(4), "first_stage_model.loss.logvar": torch.zeros(())}
-    within = compvis.load_autoencoder(whole, **SMALL, embed_dim=4, scale_factor=0.18215)
+    within = compvis.load_autoencoder(whole, **SMALL, embed_dim=4, monitor="val/rec_loss", scale_factor=0.18215)
     x = pictures(size=16)
     with torch.no_grad():
         torch.testing.assert_close(within.encode(x).mode(), 0.18215 * alone.encode(x).mode(), rtol=1e-6, atol=1e-7)

@@ -168,6 +168,21 @@ def test_every_codec_is_trained_and_what_matters_is_logged(kind: str) -> None:
     assert not any(value.requires_grad for value in terms.scalars.values())
 
 
+@pytest.mark.parametrize("kind", sorted(CODECS))
+def test_the_pass_in_bfloat16_is_the_pass_but_for_its_rounding(kind: str) -> None:
+    objective = CodecObjective(make(kind), CodecLoss(adversarial=0.5, latent=0.1), None, critic())
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = objective.terms(examples(), at(0), CODEC)
+        narrow.per_sample.mean().backward()
+        judged = objective.terms(examples(), at(0), DISCRIMINATOR)
+    wide = CodecObjective(make(kind), CodecLoss(adversarial=0.5, latent=0.1), None, critic()).terms(
+        examples(), at(0), CODEC
+    )
+    assert narrow.per_sample.dtype == judged.per_sample.dtype == torch.float32
+    # 8 bits of mantissa through some ten layers; a code here and there is another.
+    torch.testing.assert_close(narrow.scalars["reconstruction"], wide.scalars["reconstruction"], rtol=0.1, atol=0.02)
+
+
 def test_psnr_is_per_image_with_peak_2() -> None:
     codec = make("autoencoder")
     batch = examples()

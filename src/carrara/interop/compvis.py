@@ -45,7 +45,20 @@ SHAPE_DEFAULTS: dict[str, Any] = {
 }
 """What `ddconfig` may leave out."""
 SHAPE_REQUIRED = ("ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
-ASIDE = ("lossconfig", "image_key", "colorize_nlabels", "monitor", "ckpt_path", "ignore_keys", "batch_resize_range")
+ASIDE = (
+    "lossconfig",
+    "image_key",
+    "colorize_nlabels",
+    "monitor",
+    "ckpt_path",
+    "ignore_keys",
+    "batch_resize_range",
+    "scheduler_config",
+    "lr_g_factor",
+    "use_ema",
+    "ema_decay",
+    "learn_logvar",
+)
 """Arguments of the original constructors that concern its training and not the codec."""
 TRAINING_KEYS = ("loss.", "model_ema.", "colorize")
 """Where the original's checkpoints keep what is no part of the codec: loss networks, moving means, a colour map."""
@@ -62,6 +75,7 @@ def load_autoencoder(state_dict: StateDict, **arguments: Any) -> KLAutoencoder |
             Loss networks and moving means are left out.
         arguments: the original constructor's; the entries of `ddconfig` may also stand among them. `scale_factor`,
             an argument of the latent diffusion model (0.18215 for Stable Diffusion), becomes the latent scale.
+            Indices are always [B, h, w], whatever `sane_index_shape` says.
 
     Raises:
         UserError: an argument is unknown or missing, or the checkpoint does not fit the arguments.
