@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from carrara.condition import Attend, Condition
 from carrara.errors import UserError
-from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice, check_slots
-from carrara.networks.layers import GroupNorm, attention, channels_last, count_heads, split_heads, zeroed
+from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice, check_slots, laid_out
+from carrara.networks.layers import GroupNorm, attention, count_heads, split_heads, zeroed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,6 @@ class EncoderClassifier(nn.Module):
         condition = condition or Condition()
         check_slots(condition, {})
         embedding = F.silu(self.time(network_time.reshape(-1).expand(len(x))))
-        h, maps = self.encoder(channels_last(x), embedding, condition)
+        h, maps = self.encoder(laid_out(x, self.params.channels), embedding, condition)
         logits: Tensor = self.pool([m.to(embedding.dtype) for m in (*maps, h)], condition.attend)
         return logits.to(x.dtype)

@@ -22,8 +22,9 @@ from carrara.networks.backbone import (
     TimeEmbedding,
     attention_sites,
     check_slots,
+    laid_out,
 )
-from carrara.networks.layers import GroupNorm, Upsample, activated, channels_last, convolution, count_heads, zeroed
+from carrara.networks.layers import GroupNorm, Upsample, activated, convolution, count_heads, zeroed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +176,13 @@ class UNet(nn.Module):
 
     def _input(self, x: Tensor, condition: Condition) -> Tensor:
         if condition.concat is None:
-            return channels_last(x)
+            return laid_out(x, self.params.channels)
         beside = condition.concat.to(x.dtype)
         if self.params.upsample_concat:
             beside = F.interpolate(beside, x.shape[2:], mode="bilinear")
         elif beside.shape[2:] != x.shape[2:]:
             raise UserError(f"the condition's concat is of size {tuple(beside.shape[2:])}, x of {tuple(x.shape[2:])}.")
-        return channels_last(torch.cat([x, beside], dim=1))
+        return laid_out(torch.cat([x, beside], dim=1), self.params.channels)
 
     def _check(self, condition: Condition) -> None:
         p = self.params
