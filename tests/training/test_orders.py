@@ -100,6 +100,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_buckets_are_for_diffusion_models_of_pixels(tmp_path: Path) -> None:
+    recipe = recipe_of(mixed(tmp_path / "data"), "data.buckets=auto", "codec.path=somewhere")
+    with pytest.raises(UserError, match="for diffusion models of pixels"):
+        Trainer(recipe, tmp_path / "run")
+
+
 def test_another_order_is_another_run(tmp_path: Path) -> None:
     data = folder(tmp_path / "data", files(8))
     train(recipe_of(data, "training.steps=1"), tmp_path / "run")

@@ -44,6 +44,8 @@ def order_of(recipe: Recipe, source: Source) -> Order | None:
         return ShuffledShards(source.shard_sizes)
     if data.buckets is None:
         return None
+    if recipe.kind != "diffusion" or recipe.codec:
+        raise UserError("data.buckets are for diffusion models of pixels: latents and other networks take one size.")
     factor = recipe.network_params(classes=2).factors[-1]
     sizes = None if data.buckets == "auto" else data.buckets
     buckets = aspect_buckets(source, data.resolution, recipe.training.batch_size, factor, sizes=sizes)
