@@ -13,6 +13,7 @@ from torch import Tensor
 
 from carrara.errors import UserError
 from carrara.networks.layers import (
+    FEW_PLACES,
     GroupNorm,
     ResidualBlock,
     SelfAttention,
@@ -77,8 +78,10 @@ def test_group_norm_takes_any_channel_count_and_half_types_in_float32(channels: 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("out", [4, 6])
-def test_the_upsampled_convolution_is_the_convolution_of_the_repeated_map(dims: int, out: int) -> None:
-    size = (3, 4, 5)[-dims:]
+@pytest.mark.parametrize("large", [False, True])
+def test_the_upsampled_convolution_is_the_convolution_of_the_repeated_map(dims: int, out: int, large: bool) -> None:
+    size = {1: (70,), 2: (8, 9), 3: (3, 6, 5)}[dims] if large else (3, 4, 5)[-dims:]
+    assert (math.prod(size) >= FEW_PLACES) is large
     conv = convolution(dims, 4, out).double()
     factors = (1.0, 2.0, 2.0) if dims == 3 else (2.0,) * dims
     gradients = []

@@ -30,11 +30,16 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
     2: F.conv_transpose2d,
     3: F.conv_transpose3d,
 }
+_PLAIN: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _AVERAGE: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 _DOUBLING = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
 """Takes three weights w to those of the flipped kernel convolved with [1, 1]: [w₂, w₂ + w₁, w₁ + w₀, w₀]."""
+
+FEW_PLACES = 64
+"""In a map of fewer places, making the doubled kernel costs more than it spares. (Told by the map alone: a sample's
+numbers must not depend on its company.)"""
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -152,6 +157,9 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     """
     dims = weight.ndim - 2
     strides = (1, 2, 2) if dims == 3 else (2,) * dims
+    if math.prod(x.shape[2:]) < FEW_PLACES:
+        repeated = F.interpolate(x, scale_factor=tuple(map(float, strides)), mode="nearest")
+        return _PLAIN[dims](repeated, weight, bias, padding=1)
     return _TRANSPOSED[dims](x, _doubled(weight), bias, strides, 1)
 
 
