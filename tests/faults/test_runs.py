@@ -122,7 +122,9 @@ def met(data: Path, run: Path) -> str:
     def at(step: int) -> Batch:
         if step == 3 and trainer.processes.rank == 1:
             raise UserError("the shard 1.tar is gone: put it back, then continue.")
-        return honest(step)
+        batch = honest(step)
+        assert isinstance(batch, Batch)
+        return batch
 
     trainer.batches.at = at  # type: ignore[method-assign]
     try:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from carrara import DiffusionModel
-from carrara.data import Batch
+from carrara.data import Batch, LatentBatch
 from carrara.errors import UserError
 from carrara.training import Trainer
 from carrara.training.loop import BAD_STEPS
@@ -162,7 +162,8 @@ def poisoned(trainer: Trainer, bad: set[int]) -> Trainer:
     """The trainer with NaN images in some steps."""
     honest = trainer.one_step
 
-    def one_step(batch: Batch) -> float:
+    def one_step(batch: Batch | LatentBatch) -> float:
+        assert isinstance(batch, Batch)
         if trainer.step in bad:
             batch.images.fill_(float("nan"))
         return honest(batch)

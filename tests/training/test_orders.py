@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from carrara.data import Batch
 from carrara.errors import UserError
 from carrara.recipe import Recipe
 from carrara.training import Trainer
@@ -66,7 +67,9 @@ def test_it_trains_and_resumes_to_the_same_bits(order: str, tmp_path: Path) -> N
 
 def test_every_batch_is_of_one_of_the_sizes_asked_for(tmp_path: Path) -> None:
     trainer = Trainer(recipe_of(mixed(tmp_path / "data"), "data.buckets=[[8,8],[6,10],[10,6]]"), tmp_path / "run")
-    assert {tuple(trainer.batches.at(step).images.shape[2:]) for step in range(30)} == {(8, 8), (6, 10), (10, 6)}
+    walked = [batch for batch in map(trainer.batches.at, range(30)) if isinstance(batch, Batch)]
+    assert len(walked) == 30
+    assert {tuple(batch.images.shape[2:]) for batch in walked} == {(8, 8), (6, 10), (10, 6)}
     assert any("6×10 (8 images), 8×8 (8 images), 10×6 (8 images)" in notice for notice in trainer.notices)
     trainer.run.close()
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carrara import weights
 from carrara.codecs.autoencoder import Autoencoder
 from carrara.codecs.base import Codec, Identity
 from carrara.codecs.discrete import DiscreteAutoencoder, DiscreteParams
@@ -23,12 +24,9 @@ from carrara.codecs.learned import DECODER, LearnedCodec
 from carrara.codecs.quantiser import QuantiserParams
 from carrara.codecs.vq import VQAutoencoder
 from carrara.errors import UserError, nearest
-from carrara.files import write_whole
 from carrara.networks.autoencoder import AutoencoderParams
 
-FORMAT = 1
-"""The version of a codec's `config.json`; a newer one is refused."""
-CONFIG, WEIGHTS = "config.json", "codec.safetensors"
+WEIGHTS = "codec.safetensors"
 KINDS = ("identity", "autoencoder", "kl", "vq", "discrete", "hierarchical")
 """The words that `kind` may be."""
 
@@ -42,7 +40,7 @@ def build(config: dict[str, Any]) -> Codec:
     kind = config.get("kind", "")
     if kind not in KINDS:
         raise UserError(f"codec.kind is '{kind}': {nearest(str(kind), KINDS)}")
-    rest = {key: value for key, value in config.items() if key not in ("kind", "format", "carrara")}
+    rest = {key: value for key, value in config.items() if key != "kind"}
     try:
         return _made(kind, rest)
     except TypeError as error:
@@ -69,13 +67,10 @@ def save(codec: Codec, folder: str | Path) -> str:
     Returns:
         Its hash.
     """
-    from safetensors.torch import save as packed
-
-    folder = Path(folder)
-    write_whole(folder / WEIGHTS, packed(_state(codec)))
-    described = {"format": FORMAT, **_config(codec), "hash": content_hash(codec)}
-    write_whole(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
-    return str(described["hash"])
+    told = content_hash(codec)
+    modules = {"codec": codec} if isinstance(codec, torch.nn.Module) else {}
+    weights.save(folder, "codec", {"codec": _config(codec), "hash": told}, modules)
+    return told
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Codec:
@@ -85,15 +80,16 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Codec:
         UserError: a missing, cut or changed file, or a config of a newer version.
     """
     folder = Path(folder)
-    config = _read(folder / CONFIG)
-    expected = config.pop("hash", None)
-    codec = build(config)
+    config = weights.read_config(folder, "codec")
+    if not isinstance(config.get("codec"), dict) or "hash" not in config:
+        raise UserError(f"{folder / 'config.json'} does not describe a codec: copy it again.")
+    codec, expected = build(config["codec"]), config["hash"]
     if isinstance(codec, torch.nn.Module):
-        _fill(codec, folder / WEIGHTS)
+        weights.load_weights(codec, folder / WEIGHTS)
         codec.eval().to(device)
     if content_hash(codec) != expected:
         raise UserError(
-            f"the weights in {folder} are not those of its {CONFIG} (hash {content_hash(codec)} where {expected} is "
+            f"the weights in {folder} are not those of its config.json (hash {content_hash(codec)} where {expected} is "
             "written): copy both files again."
         )
     return codec
@@ -149,36 +145,3 @@ def _state(codec: Codec) -> dict[str, Tensor]:
     if not isinstance(codec, torch.nn.Module):
         return {}
     return {name: value.detach().cpu().contiguous() for name, value in codec.state_dict().items()}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path.parent} holds no {CONFIG}: it is not a codec's folder.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(config, dict) or not isinstance(config.get("format"), int) or "kind" not in config:
-        raise UserError(f"{path} does not describe a codec of Carrara.")
-    if config["format"] > FORMAT:
-        raise UserError(f"{path} was written by a newer Carrara (format {config['format']}): upgrade this one.")
-    return config
-
-
-def _fill(codec: torch.nn.Module, path: Path) -> None:
-    """Load weights, every key of the file and of the codec used."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise UserError(f"the weights file {path} is missing: copy it again.")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the weights file {path} is cut short or damaged ({error}): copy it again.") from None
-    own = codec.state_dict()
-    for key in sorted(own.keys() | state.keys()):
-        if key not in state or key not in own or own[key].shape != state[key].shape:
-            shapes = [None if side is None else tuple(side.shape) for side in (state.get(key), own.get(key))]
-            raise UserError(f"{path}: '{key}' is {shapes[0]} in the file and {shapes[1]} in the codec of its {CONFIG}.")
-    codec.load_state_dict(state)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from carrara.codecs import Codes, DiagonalGaussian, Exact, Posterior
+from carrara.codecs import Codes, DiagonalGaussian, Exact, Posterior, same_latents
 from carrara.data.preprocess import Preprocess
 from carrara.errors import UserError
 from carrara.files import write_whole
@@ -98,7 +98,7 @@ class Index:
         Raises:
             UserError: they are not; both sides are named.
         """
-        if codec_hash is not None and codec_hash != self.codec["hash"]:
+        if codec_hash is not None and not same_latents(codec_hash, self.codec["hash"]):
             raise UserError(
                 f"the latents in {where} are those of the codec {self.codec['hash']} ({self.codec['kind']}), not of "
                 f"{codec_hash}: {advice}."
