@@ -52,6 +52,7 @@ def test_a_codec_learns_and_its_latents_are_scaled_to_one(tmp_path: Path) -> Non
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     last = last_line(tmp_path)
     assert last["validation"]["psnr"] > first["terms"]["psnr"] + 3
+    assert 0.3 < last["validation"]["ssim"] <= 1
     assert "loss_by_quarter" not in last
     assert {"kl", "latent cost", "latent mean 0", "latent std 1"} <= last["terms"].keys()
     codec = codecs.load(tmp_path / "model")

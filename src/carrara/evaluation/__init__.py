@@ -16,7 +16,7 @@ from carrara.evaluation.memorisation import class_spread, class_spread_interval,
 from carrara.evaluation.moments import Moments, Statistics
 from carrara.evaluation.pictures import Pictures, data_pictures, decoded_pictures, model_pictures
 from carrara.evaluation.protocol import Evaluation, Reference, evaluate, reconstruction
-from carrara.evaluation.reconstruction import likeness, psnr, ssim
+from carrara.evaluation.reconstruction import likeness
 from carrara.evaluation.reference import cached_statistics, read_images, read_statistics, write_statistics
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp, compare
 
@@ -56,11 +56,9 @@ __all__ = [
     "memorisation",
     "model_pictures",
     "precision_recall",
-    "psnr",
     "read_images",
     "read_statistics",
     "reconstruction",
     "retrieval",
-    "ssim",
     "write_statistics",
 ]

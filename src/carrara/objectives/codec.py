@@ -23,6 +23,7 @@ from carrara.distributed import any_of, gather
 from carrara.errors import UserError, nearest
 from carrara.objectives.base import Examples, Terms
 from carrara.process.noise import Noise
+from carrara.similarity import ssim
 
 Distance = Literal["l1", "l2"]
 GAN = Literal["hinge", "logarithmic"]
@@ -181,6 +182,8 @@ class CodecObjective:
             "reconstruction": distance.detach(),
             "psnr": 10 * torch.log10(4 / squares.detach().clamp(min=1e-12)),  # peak 2 on [-1, 1], for each image
         }
+        if not torch.is_grad_enabled():  # on held-out images only: it costs more than all else here
+            scalars["ssim"] = ssim(image, x)
         if self.loss.perceptual and self.perceptual is not None:
             seen = self.perceptual(image, x)
             scalars["perceptual"] = seen.detach()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.evaluation import psnr, ssim
+from carrara.similarity import psnr, ssim
 
 
 def pair(size: int = 32) -> tuple[Tensor, Tensor]:
