@@ -55,12 +55,15 @@ class NormSiLU(torch.autograd.Function):
         m, r = (value.repeat_interleave(each, dim=1) for value in (mean, rstd))  # [B, C]
         d = torch.addcmul(_column(offset - m * r * gain, x), x, _column(r * gain, x))  # y
         torch.ops.aten.silu_backward.grad_input(gradient, d, grad_input=d)
+        if len(gain) == 1:  # PyTorch's own backward pass knows one gain for the whole batch, and is faster
+            shape = (len(x), x.shape[1], math.prod(x.shape[2:]), groups)
+            wanted = [True, True, True]
+            d_x, d_gain, d_offset = torch.ops.aten.native_group_norm_backward(d, x, mean, rstd, gain[0], *shape, wanted)
+            return d_x, d_gain[None], d_offset[None], None, None
         places = tuple(range(2, x.ndim))
         work: Tensor = d * x
         with_x, alone = work.sum(places), d.sum(places)  # Σ d·x, Σ d over the places, [B, C]
         d_gain, d_offset = (with_x - alone * m) * r, alone
-        if len(gain) == 1:
-            d_gain, d_offset = d_gain.sum(0, keepdim=True), d_offset.sum(0, keepdim=True)
         count = each * math.prod(x.shape[2:])
 
         def total(value: Tensor) -> Tensor:
