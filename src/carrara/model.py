@@ -180,8 +180,8 @@ class DiffusionModel:
             UserError: a label out of range, guidance of a model that knows no null condition, a classifier of another
                 schedule, size or classes, steps outside 1..T.
         """
-        given = {"solver": solver, "steps": steps, "spacing": spacing, "guidance": guidance}
-        choices = _DEFAULTS | self.sampling | {key: value for key, value in given.items() if value is not None}
+        said = {"solver": solver, "steps": steps, "spacing": spacing, "guidance": guidance}
+        choices = _DEFAULTS | self.sampling | {key: value for key, value in said.items() if value is not None}
         method, scale = _solver(choices["solver"], eta), float(choices["guidance"])
         grid = self.grid(int(choices["steps"]), choices["spacing"])
         denoiser = self._guided(scale, rescale)
@@ -189,7 +189,8 @@ class DiffusionModel:
         if classifier is not None:
             names = self.labels.names if self.labels else None
             judge = classifier.to(self.device).guide_of(self.schedule, self.shape, names)
-        condition, asked, total = self._told(labels, count, classifier, small if small is not None else start)
+        given = {"starting noises": start, "small images": small}
+        condition, asked, total = self._told(labels, count, classifier, given)
         condition = self._enlarging(condition, small)
         noise, parts = Noise(seed), []
         was_training = self.network.training
@@ -258,20 +259,21 @@ class DiffusionModel:
         labels: Sequence[int | str] | Tensor | None,
         count: int | None,
         classifier: Classifier | None,
-        rows: Tensor | None,
+        given: dict[str, Tensor | None],
     ) -> tuple[Condition, Tensor | None, int]:
         """What the network is told, the labels as numbers (for it, or for the classifier alone), and how many pictures
         were asked for.
 
         Args:
-            rows: something given for each picture, from which their number follows where nothing else says it.
+            given: what was given for each picture, by name; their number follows from it where nothing else says it.
         """
         known = self.labels or (Labels(classifier.names) if classifier else None)
         condition, asked = Condition(), None
         if known is None:
             if labels is not None:
                 raise UserError("this model was trained without labels: leave them out and give count.")
-            total = count if count is not None else (1 if rows is None else len(rows))
+            lengths = [len(rows) for rows in given.values() if rows is not None]
+            total = count if count is not None else next(iter(lengths), 1)
         else:
             if labels is None:
                 who = "this model is told a class" if self.labels else "a classifier leads to a class"
@@ -285,8 +287,9 @@ class DiffusionModel:
                 raise UserError(f"{total} labels were given for a count of {count}: give one label for each picture.")
         if total < 1:
             raise UserError("at least one picture must be asked for.")
-        if rows is not None and len(rows) != total:
-            raise UserError(f"{len(rows)} starting noises or small images were given for {total} pictures.")
+        for name, rows in given.items():
+            if rows is not None and len(rows) != total:
+                raise UserError(f"{len(rows)} {name} were given for {total} pictures.")
         return condition, asked, total
 
     def _enlarging(self, condition: Condition, small: Tensor | None) -> Condition:
