@@ -169,10 +169,10 @@ def _congruent_eigenvalues(lower: Tensor, covariance: Tensor) -> Tensor:
     """The eigenvalues of LᵀΣL, ascending, float64 [D].
 
     LAPACK's `sygst` skips what is zero in L and what is mirrored: a quarter of the multiplications of two plain
-    products. `syev` without vectors is one reduction to three diagonals and little else.
+    products. `syevd` without vectors is one reduction to three diagonals and little else.
     """
     from scipy.linalg import eigh, lapack
 
     product, _ = lapack.dsygst(covariance.numpy().T, lower.numpy().T, itype=2, lower=0)
-    values = eigh(product, lower=False, eigvals_only=True, driver="ev", check_finite=False, overwrite_a=True)
+    values = eigh(product, lower=False, eigvals_only=True, driver="evd", check_finite=False, overwrite_a=True)
     return torch.from_numpy(values)
