@@ -1,0 +1,147 @@
+"""A whole run as one validated piece of data, and what in it must go together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from carrara.errors import UserError
+from carrara.recipe.params import params_from
+from carrara.recipe.sections import (
+    Conditioning,
+    Data,
+    ObjectiveChoice,
+    Sampling,
+    ScheduleChoice,
+    Section,
+    Training,
+)
+
+
+class Recipe(Section):
+    """A whole run.
+
+    Attributes:
+        name: what the run folder is called by default.
+        kind: what is trained: a "diffusion" model, a "classifier" of noisy images that guides one, or a "codec" for
+            one to work in.
+        seed: of the weights, the order, and every draw.
+        start: a model or classifier folder whose weights the run begins from (fine-tuning). Network, schedule and
+            what the network predicts are then that model's; `network` may change `dropout` and `checkpointing`.
+        network: fields of `UNetParams`, or of `EncoderClassifierParams`, without those that data and conditioning
+            decide.
+        codec: of a diffusion model, `path`: the run or folder of the codec it works in, and `cache`: the folder where
+            `carrara data encode` has put the latents. Of a codec, its `kind`
+            (autoencoder, vae, kl, vq, vqgan, dvae, hierarchical) and the fields of `AutoencoderParams`,
+            `QuantiserParams` or `DiscreteParams`.
+        loss: of a codec, fields of `CodecLoss` where they differ from its kind's own, and `perceptual_from`, a
+            classifier's folder or a file of VGG/LPIPS weights, with the file's `perceptual_checksum`.
+        discriminator: of a codec, fields of `DiscriminatorParams`.
+    """
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    kind: Literal["diffusion", "classifier", "codec"] = "diffusion"
+    seed: int = Field(0, ge=0)
+    start: str | None = None
+    data: Data
+    conditioning: Conditioning = Conditioning()
+    codec: dict[str, Any] = Field(default_factory=dict)
+    network: dict[str, Any] = Field(default_factory=dict)
+    loss: dict[str, Any] = Field(default_factory=dict)
+    discriminator: dict[str, Any] = Field(default_factory=dict)
+    schedule: ScheduleChoice = ScheduleChoice()
+    objective: ObjectiveChoice = ObjectiveChoice()
+    training: Training
+    sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        from carrara import solvers
+        from carrara.process import schedules
+
+        schedules.build(self.schedule.spec())
+        solvers.named(self.sampling.solver)
+        if self.sampling.guidance != 1 and (self.conditioning.kind == "none" or self.conditioning.dropout == 0):
+            raise UserError(
+                f"sampling.guidance={self.sampling.guidance:g} needs a condition that training drops now and then: "
+                "set sampling.guidance=1, or conditioning.kind=labels with conditioning.dropout=0.1."
+            )
+        self._refuse_other_kinds_keys()
+        if self.kind == "codec":
+            return self
+        if self.start is not None:
+            self._refuse_what_the_start_decides()
+        elif "path" not in self.codec:
+            self.network_params(2 if self.kind == "classifier" or self.conditioning.kind == "labels" else None)
+        return self
+
+    def _refuse_other_kinds_keys(self) -> None:
+        """What this kind of run does not take is not silently ignored."""
+        nothing: dict[str, Any] = {
+            "conditioning": Conditioning(),
+            "codec": {},
+            "network": {},
+            "loss": {},
+            "discriminator": {},
+            "schedule": ScheduleChoice(),
+            "objective": ObjectiveChoice(),
+            "sampling": Sampling(),
+        }
+        takes, but = {
+            "diffusion": ({"conditioning", "codec", "network", "schedule", "objective", "sampling"}, {}),
+            "classifier": ({"network", "schedule"}, {"objective": "times"}),
+            "codec": ({"codec", "loss", "discriminator"}, {"sampling": "count"}),
+        }[self.kind]
+        for key in nothing.keys() - takes:
+            given = getattr(self, key)
+            if key in but:
+                given = given.model_copy(update={but[key]: getattr(nothing[key], but[key])})
+            if given != nothing[key]:
+                rest = f" but {key}.{but[key]}" if key in but else ""
+                raise UserError(f"a recipe of kind {self.kind} takes nothing in '{key}'{rest}: leave it out.")
+        if (
+            self.kind == "diffusion"
+            and self.codec
+            and (self.codec.keys() - {"path", "cache"} or "path" not in self.codec)
+        ):
+            raise UserError(
+                "a diffusion model takes a codec that is trained: give codec.path, and codec.cache where its latents "
+                "are cached."
+            )
+        if self.objective.times.kind == "clean" and self.kind != "classifier":
+            raise UserError("objective.times of kind 'clean' holds no noise to learn from: it is for kind: classifier.")
+        if self.start is not None and self.kind == "codec":
+            raise UserError("a codec's run cannot start from another yet: leave out 'start'.")
+
+    def _refuse_what_the_start_decides(self) -> None:
+        decided = [f"network.{key}" for key in self.network if key not in ("dropout", "checkpointing")]
+        decided += ["schedule"] if self.schedule != ScheduleChoice() else []
+        decided += ["objective.predicts"] if self.objective.predicts != ObjectiveChoice().predicts else []
+        if decided:
+            raise UserError(
+                f"{decided[0]} follows from the model that the run starts from, {self.start}: leave it out."
+            )
+
+    def network_params(self, classes: int | None, latent: tuple[int, int, int] | None = None) -> Any:
+        """The network's params for this recipe's images and a number of classes.
+
+        Args:
+            latent: [C', H', W'] of the codec's latents; None works on the images themselves.
+
+        Raises:
+            UserError: an unknown or decided-elsewhere key, a wrong type, or a size that does not fit.
+        """
+        from carrara.networks import EncoderClassifierParams, UNetParams
+
+        channels, *size = latent or (self.data.channels, *self.data.resolution)
+        decided = {"image_size": tuple(size), "in_channels": channels, "num_classes": classes}
+        if self.kind == "classifier":
+            return params_from(EncoderClassifierParams, self.network, decided)
+        null = classes is not None and self.conditioning.dropout > 0
+        return params_from(UNetParams, self.network, {**decided, "null_label": null})
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `load` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
