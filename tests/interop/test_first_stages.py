@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from carrara.codecs import DiscreteAutoencoder, HierarchicalVAE, KLAutoencoder, LearnedCodec, VQAutoencoder
 from carrara.errors import UserError
 from carrara.interop import compvis, diffusers_codec, diffusers_layout, taming
+from carrara.interop.diffusers_folder import OLD_ATTENTION, WEIGHTS
 from carrara.interop.published_codecs import PUBLISHED, recognise, shapes
 from tests.codecs.small import make, params, pictures
 from tests.interop.first_stage_keys import first_stage
@@ -236,17 +237,19 @@ def test_published_shapes_are_covered_in_diffusers_own_modules(name: str) -> Non
     assert found == {key: value.shape for key, value in peer.state_dict().items()}
 
 
-def test_old_folders_of_diffusers_are_read() -> None:
+def test_old_folders_of_diffusers_are_read(tmp_path: Path) -> None:
     """Before 0.18 attention layers had other names."""
     peer = peer_kl()
-    old = {new: before for before, new in diffusers_codec.OLD_ATTENTION.items()}
+    old = {new: before for before, new in OLD_ATTENTION.items()}
     renamed = {}
     for key, value in peer.state_dict().items():
         for new, before in old.items():
             key = key.replace(f".{new}.", f".{before}.") if ".attentions." in key else key
         renamed[key] = value
     assert renamed.keys() != peer.state_dict().keys()
-    codec = diffusers_codec.from_state_dict(renamed, vq=False, **peer.config)
+    peer.save_config(tmp_path)
+    torch.save(renamed, tmp_path / WEIGHTS[1])
+    codec = diffusers_layout.load_codec(tmp_path)
     back = diffusers_codec.state_dict(codec)
     assert all(torch.equal(back[key], value) for key, value in peer.state_dict().items())
 

@@ -21,9 +21,9 @@ from carrara.codecs.vq import VQAutoencoder
 from carrara.errors import UserError, nearest
 from carrara.interop import layout
 from carrara.interop.compvis_unet import load_unet, unet_state_dict
-from carrara.interop.layout import Place, leaf
+from carrara.interop.layout import Place, leaf, residual_block
 from carrara.networks import UNet
-from carrara.networks.autoencoder import AutoencoderParams, Block, Level, Middle
+from carrara.networks.autoencoder import AutoencoderParams, Level, Middle
 from carrara.networks.layers import SelfAttention
 
 __all__ = ["load", "load_autoencoder", "load_unet", "own_weights", "places", "state_dict", "untrained"]
@@ -62,6 +62,8 @@ ASIDE = (
 """Arguments of the original constructors that concern its training and not the codec."""
 TRAINING_KEYS = ("loss.", "model_ema.", "colorize")
 """Where the original's checkpoints keep what is no part of the codec: loss networks, moving means, a colour map."""
+SKIP = "nin_shortcut"
+"""The name of the convolution beside a residual block."""
 PART = "first_stage_model."
 """Where a latent diffusion model's checkpoint keeps its first stage."""
 
@@ -231,34 +233,21 @@ def _levels(codec: nn.Module, half: str, theirs: str, resample: str) -> Iterator
     """The middle and the levels of one half. Theirs count from the highest resolution, in both halves."""
     middle = codec.get_submodule(f"{half}.middle")
     assert isinstance(middle, Middle)
-    yield from _block(codec, f"{half}.middle.block_in", f"{half}.mid.block_1")
+    yield from residual_block(codec, f"{half}.middle.block_in", f"{half}.mid.block_1", SKIP)
     if middle.attention is not None:
         yield from _attention(codec, f"{half}.middle.attention", f"{half}.mid.attn_1")
-    yield from _block(codec, f"{half}.middle.block_out", f"{half}.mid.block_2")
+    yield from residual_block(codec, f"{half}.middle.block_out", f"{half}.mid.block_2", SKIP)
     levels = list(codec.get_submodule(f"{half}.levels").children())
     for place, level in enumerate(levels):
         assert isinstance(level, Level)
         mine = f"{half}.levels.{place}"
         other = f"{half}.{theirs}.{place if half == 'encoder' else len(levels) - 1 - place}"
         for index in range(len(level.blocks)):
-            yield from _block(codec, f"{mine}.blocks.{index}", f"{other}.block.{index}")
+            yield from residual_block(codec, f"{mine}.blocks.{index}", f"{other}.block.{index}", SKIP)
         for index in range(len(level.attentions)):
             yield from _attention(codec, f"{mine}.attentions.{index}", f"{other}.attn.{index}")
         if level.resample is not None and level.resample.conv is not None:
             yield from leaf(codec, f"{mine}.resample.conv", f"{other}.{resample}.conv")
-
-
-def _block(codec: nn.Module, mine: str, theirs: str) -> Iterator[Place]:
-    assert isinstance(codec.get_submodule(mine), Block)
-    pairs = (
-        ("norm_in", "norm1"),
-        ("conv_in", "conv1"),
-        ("norm_out", "norm2"),
-        ("conv_out", "conv2"),
-        ("skip", "nin_shortcut"),
-    )
-    for own, other in pairs:
-        yield from leaf(codec, f"{mine}.{own}", f"{theirs}.{other}")
 
 
 def _attention(codec: nn.Module, mine: str, theirs: str) -> Iterator[Place]:

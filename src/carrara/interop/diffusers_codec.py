@@ -6,7 +6,6 @@ are latent diffusion's (see `carrara.interop.compvis`) under other names.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,12 @@ from carrara.codecs.learned import LearnedCodec
 from carrara.codecs.quantiser import QuantiserParams
 from carrara.codecs.vq import VQAutoencoder
 from carrara.errors import UserError, nearest
-from carrara.files import write_whole
 from carrara.interop.compvis import filled
-from carrara.interop.files import read_checkpoint
-from carrara.interop.layout import Place, leaf, to_ours, to_theirs
+from carrara.interop.diffusers_folder import CONFIG, SKIP, attention, read_json, read_weights, write_model
+from carrara.interop.layout import Place, leaf, residual_block, to_ours, to_theirs
 from carrara.networks.autoencoder import AutoencoderParams, Level, Middle
 
 KL, VQ = "AutoencoderKL", "VQModel"
-CONFIG = "config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 DEFAULTS: dict[str, Any] = {
     "in_channels": 3,
@@ -58,8 +54,6 @@ VQ_DEFAULTS = DEFAULTS | {
 }
 ASIDE = ("sample_size", "force_upcast")
 """Entries that concern pipelines and not the codec."""
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""What attention layers were called before diffusers 0.18, whose folders are still about."""
 
 
 def load_codec(folder: str | Path) -> KLAutoencoder | VQAutoencoder:
@@ -73,12 +67,11 @@ def load_codec(folder: str | Path) -> KLAutoencoder | VQAutoencoder:
             the weights do not fit it.
     """
     folder = Path(folder)
-    config = _read(folder / CONFIG)
+    config = read_json(folder / CONFIG, "codec")
     kind = config.get("_class_name")
     if kind not in (KL, VQ):
         raise UserError(f"{folder / CONFIG} describes a {kind}: {KL} or {VQ} is expected.")
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
-    return from_state_dict(read_checkpoint(weights), vq=kind == VQ, **config)
+    return from_state_dict(read_weights(folder), vq=kind == VQ, **config)
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor], *, vq: bool, **config: Any) -> KLAutoencoder | VQAutoencoder:
@@ -93,15 +86,14 @@ def from_state_dict(state_dict: Mapping[str, Tensor], *, vq: bool, **config: Any
         UserError: see `load_codec`.
     """
     c = _complete(config, VQ_DEFAULTS if vq else KL_DEFAULTS)
-    own = {_renamed(key): value for key, value in state_dict.items()}
     codec: KLAutoencoder | VQAutoencoder
     if vq:
         quantiser = QuantiserParams(codes=c["num_vq_embeddings"], legacy=True, decay=None, restart=0.0)
         params = _params(c, c["vq_embed_dim"])
-        codec = filled(lambda: VQAutoencoder(params, quantiser), lambda made: to_ours(own, made, places(made)))
+        codec = filled(lambda: VQAutoencoder(params, quantiser), lambda made: to_ours(state_dict, made, places(made)))
     else:
         params = _params(c, None)
-        codec = filled(lambda: KLAutoencoder(params), lambda made: to_ours(own, made, places(made)))
+        codec = filled(lambda: KLAutoencoder(params), lambda made: to_ours(state_dict, made, places(made)))
     _set_scale(codec, c)
     return codec
 
@@ -112,13 +104,8 @@ def save_codec(codec: LearnedCodec, folder: str | Path) -> None:
     Raises:
         UserError: the codec has something that diffusers does not know.
     """
-    from safetensors.torch import save
-
-    folder = Path(folder)
     described = config(codec)
-    state = {key: value.detach().cpu().contiguous() for key, value in state_dict(codec).items()}
-    write_whole(folder / WEIGHTS[0], save(state, {"format": "pt"}))
-    write_whole(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+    write_model(Path(folder), described, state_dict(codec))
 
 
 def state_dict(codec: LearnedCodec) -> dict[str, Tensor]:
@@ -256,27 +243,7 @@ def _check_exportable(codec: LearnedCodec) -> None:
         raise UserError(f"diffusers knows no {unknown}, so this codec cannot be written in its layout.")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"there is no {CONFIG} in {path.parent}: name the folder of the codec itself.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not describe a model of diffusers.")
-    return config
-
-
 # Keys
-
-
-def _renamed(key: str) -> str:
-    """Today's name of an attention layer that older folders call otherwise."""
-    if ".attentions." not in key:
-        return key
-    before, name, part = key.rsplit(".", 2)
-    return f"{before}.{OLD_ATTENTION.get(name, name)}.{part}"
 
 
 def places(codec: LearnedCodec) -> Iterator[Place]:
@@ -289,9 +256,9 @@ def places(codec: LearnedCodec) -> Iterator[Place]:
             assert isinstance(level, Level)
             mine, theirs = f"{half}.levels.{number}", f"{half}.{blocks}.{number}"
             for index in range(len(level.blocks)):
-                yield from _block(codec, f"{mine}.blocks.{index}", f"{theirs}.resnets.{index}")
+                yield from residual_block(codec, f"{mine}.blocks.{index}", f"{theirs}.resnets.{index}", SKIP)
             for index in range(len(level.attentions)):
-                yield from _attention(codec, f"{mine}.attentions.{index}", f"{theirs}.attentions.{index}")
+                yield from attention(codec, f"{mine}.attentions.{index}", f"{theirs}.attentions.{index}")
             if level.resample is not None:
                 yield from leaf(codec, f"{mine}.resample.conv", f"{theirs}.{resample}.0.conv")
         yield from leaf(codec, f"{half}.norm", f"{half}.conv_norm_out")
@@ -305,19 +272,7 @@ def places(codec: LearnedCodec) -> Iterator[Place]:
 def _middle(codec: LearnedCodec, half: str) -> Iterator[Place]:
     middle = codec.get_submodule(f"{half}.middle")
     assert isinstance(middle, Middle)
-    yield from _block(codec, f"{half}.middle.block_in", f"{half}.mid_block.resnets.0")
+    yield from residual_block(codec, f"{half}.middle.block_in", f"{half}.mid_block.resnets.0", SKIP)
     if middle.attention is not None:
-        yield from _attention(codec, f"{half}.middle.attention", f"{half}.mid_block.attentions.0")
-    yield from _block(codec, f"{half}.middle.block_out", f"{half}.mid_block.resnets.1")
-
-
-def _block(codec: LearnedCodec, mine: str, theirs: str) -> Iterator[Place]:
-    for own, other in (("norm_in", "norm1"), ("conv_in", "conv1"), ("norm_out", "norm2"), ("conv_out", "conv2")):
-        yield from leaf(codec, f"{mine}.{own}", f"{theirs}.{other}")
-    yield from leaf(codec, f"{mine}.skip", f"{theirs}.conv_shortcut")
-
-
-def _attention(codec: LearnedCodec, mine: str, theirs: str) -> Iterator[Place]:
-    yield from leaf(codec, f"{mine}.norm", f"{theirs}.group_norm")
-    yield from leaf(codec, f"{mine}.qkv", *(f"{theirs}.{name}" for name in ("to_q", "to_k", "to_v")), matrix=True)
-    yield from leaf(codec, f"{mine}.out", f"{theirs}.to_out.0", matrix=True)
+        yield from attention(codec, f"{half}.middle.attention", f"{half}.mid_block.attentions.0")
+    yield from residual_block(codec, f"{half}.middle.block_out", f"{half}.mid_block.resnets.1", SKIP)

@@ -6,7 +6,6 @@ is latent diffusion's (see `carrara.interop.compvis_unet`) under other names.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,14 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.files import write_whole
-from carrara.interop.files import read_checkpoint
-from carrara.interop.layout import Place, leaf, to_ours, to_theirs
+from carrara.interop.diffusers_folder import CONFIG, SKIP, read_json, read_weights, write_model
+from carrara.interop.layout import Place, leaf, residual_block, to_ours, to_theirs
 from carrara.interop.unet_keys import TRANSFORMER_BLOCK
 from carrara.networks import UNet, UNetParams
 from carrara.networks.backbone import Level, Stage
-from carrara.networks.layers import ResidualBlock
 from carrara.networks.transformer import SpatialTransformer
 
 CLASS = "UNet2DConditionModel"
-CONFIG = "config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 DEFAULTS: dict[str, Any] = {
     "sample_size": None,
@@ -101,14 +96,8 @@ def load_unet(folder: str | Path, *, concat_channels: int = 0) -> UNet:
         UserError: a file is missing or damaged, the config has what we do not, or the weights do not fit it.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError:
-        raise UserError(f"there is no {CONFIG} in '{folder}': name the folder of the U-Net itself.") from None
-    except ValueError as error:
-        raise UserError(f"'{folder / CONFIG}' is no JSON ({error}): fetch it again.") from None
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
-    return from_state_dict(read_checkpoint(path), unet_params(config, concat_channels=concat_channels))
+    config = read_json(folder / CONFIG, "U-Net")
+    return from_state_dict(read_weights(folder), unet_params(config, concat_channels=concat_channels))
 
 
 def save_unet(network: UNet, folder: str | Path) -> None:
@@ -117,13 +106,8 @@ def save_unet(network: UNet, folder: str | Path) -> None:
     Raises:
         UserError: the network has something that diffusers does not know, or the disk is full.
     """
-    from safetensors.torch import save
-
     described = config(network.params)
-    weights = {key: value.contiguous() for key, value in unet_state_dict(network).items()}
-    folder = Path(folder)
-    write_whole(folder / WEIGHTS[0], save(weights, metadata={"format": "pt"}))
-    write_whole(folder / CONFIG, (json.dumps(described, indent=2, sort_keys=True) + "\n").encode())
+    write_model(Path(folder), described, unet_state_dict(network))
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor], params: UNetParams) -> UNet:
@@ -325,9 +309,9 @@ def places(network: UNet) -> Iterator[Place]:
     yield from leaf(network, "time.out", "time_embedding.linear_2")
     yield from leaf(network, "encoder.stem", "conv_in")
     yield from _halves(network)
-    yield from _block(network, "encoder.middle.block_in", "mid_block.resnets.0")
+    yield from residual_block(network, "encoder.middle.block_in", "mid_block.resnets.0", SKIP)
     yield from _transformer(network, "encoder.middle.attention", "mid_block.attentions.0")
-    yield from _block(network, "encoder.middle.block_out", "mid_block.resnets.1")
+    yield from residual_block(network, "encoder.middle.block_out", "mid_block.resnets.1", SKIP)
     yield from leaf(network, "norm", "conv_norm_out")
     yield from leaf(network, "out", "conv_out")
     if network.label is not None:
@@ -346,25 +330,11 @@ def _halves(network: UNet) -> Iterator[Place]:
             mine, theirs = f"{half}.{number}", f"{blocks}.{number}"
             for index, stage in enumerate(level.stages):
                 assert isinstance(stage, Stage)
-                yield from _block(network, f"{mine}.stages.{index}.block", f"{theirs}.resnets.{index}")
+                yield from residual_block(network, f"{mine}.stages.{index}.block", f"{theirs}.resnets.{index}", SKIP)
                 if stage.attention is not None:
                     yield from _transformer(network, f"{mine}.stages.{index}.attention", f"{theirs}.attentions.{index}")
             if level.resample is not None:
                 yield from leaf(network, f"{mine}.resample.conv", f"{theirs}.{change}samplers.0.conv")
-
-
-def _block(network: UNet, mine: str, theirs: str) -> Iterator[Place]:
-    assert isinstance(network.get_submodule(mine), ResidualBlock)
-    pairs = (
-        ("norm_in", "norm1"),
-        ("conv_in", "conv1"),
-        ("embed", "time_emb_proj"),
-        ("norm_out", "norm2"),
-        ("conv_out", "conv2"),
-        ("skip", "conv_shortcut"),
-    )
-    for own, other in pairs:
-        yield from leaf(network, f"{mine}.{own}", f"{theirs}.{other}")
 
 
 def _transformer(network: UNet, mine: str, theirs: str) -> Iterator[Place]:

@@ -51,6 +51,21 @@ def leaf(network: nn.Module, mine: str, *theirs: str, matrix: bool = False, axes
         yield Place(f"{mine}.{name}", keys, (2 if matrix else axes) if name == "weight" else 0)
 
 
+def residual_block(network: nn.Module, mine: str, theirs: str, skip: str) -> Iterator[Place]:
+    """The places of a residual block by the names that CompVis' first stages and all models of diffusers give.
+
+    Args:
+        network: holds the block.
+        mine, theirs: the block's names.
+        skip: their name of the convolution beside.
+    """
+    pairs = {"norm_in": "norm1", "conv_in": "conv1", "norm_out": "norm2", "conv_out": "conv2", "skip": skip}
+    if hasattr(network.get_submodule(mine), "embed"):
+        pairs["embed"] = "time_emb_proj"
+    for own, other in pairs.items():
+        yield from leaf(network, f"{mine}.{own}", f"{theirs}.{other}")
+
+
 def strip_prefixes(checkpoint: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
     """The same tensors without what wrappers, or the model that the network was a part of, put before every key.
 

@@ -1,0 +1,83 @@
+"""What the model folders of diffusers share: `config.json` beside the weights, and the names of common layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from carrara.errors import UserError
+from carrara.files import write_whole
+from carrara.interop.files import read_checkpoint
+from carrara.interop.layout import Place, leaf
+
+CONFIG = "config.json"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+"""Today's name of the weights, and that of older folders."""
+SKIP = "conv_shortcut"
+"""The name of the convolution beside a residual block."""
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What attention layers were called before diffusers 0.18, whose folders are still about."""
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A config file of diffusers.
+
+    Args:
+        path: the file.
+        what: whose folder to name where there is none.
+
+    Raises:
+        UserError: it is missing, or no JSON object.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no {path.name} in '{path.parent}': name the folder of the {what} itself.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is no JSON ({error}): fetch it again.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"'{path}' does not describe anything of diffusers: fetch it again.")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """A model folder's weights, under today's names.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
+    return {_renamed(key): value for key, value in read_checkpoint(path).items()}
+
+
+def write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write a model folder, each file whole or not at all."""
+    from safetensors.torch import save
+
+    state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    write_whole(folder / WEIGHTS[0], save(state, {"format": "pt"}))
+    write_json(folder / CONFIG, config)
+
+
+def write_json(path: Path, config: Mapping[str, Any]) -> None:
+    """Write a config file, whole or not at all."""
+    write_whole(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _renamed(key: str) -> str:
+    """Today's name of an attention layer that older folders call otherwise."""
+    if ".attentions." not in key:
+        return key
+    before, name, part = key.rsplit(".", 2)
+    return f"{before}.{OLD_ATTENTION.get(name, name)}.{part}"
+
+
+def attention(network: nn.Module, mine: str, theirs: str) -> Iterator[Place]:
+    """The places of self-attention over a map, whose projections are matrices there."""
+    yield from leaf(network, f"{mine}.norm", f"{theirs}.group_norm")
+    yield from leaf(network, f"{mine}.qkv", *(f"{theirs}.{name}" for name in ("to_q", "to_k", "to_v")), matrix=True)
+    yield from leaf(network, f"{mine}.out", f"{theirs}.to_out.0", matrix=True)
