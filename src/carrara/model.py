@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from carrara.conditioning import Labels
 from carrara.errors import UserError, nearest
 from carrara.guidance import classifier_free, classifier_guidance, interval, static_threshold
 from carrara.networks import UNet, UNetParams
+from carrara.objectives import Upsampling, shrunk_size
 from carrara.process import (
     Denoiser,
     Grid,
     Guide,
     NetworkDenoiser,
     Noise,
-    NoisyClassifier,
     Predicts,
     Schedule,
     grids,
@@ -37,6 +38,9 @@ from carrara.version import __version__
 
 _DROWNED = 2 * math.log(0.01)
 """Below this log-SNR, a/s = 1 %, a classifier has nothing to say."""
+
+_WHITE = 1.001
+"""The largest value of an image, but for rounding."""
 
 _DEFAULTS: dict[str, Any] = {"solver": "dpm++2m", "steps": 20, "spacing": "trailing", "guidance": 1.0}
 
@@ -84,6 +88,8 @@ class DiffusionModel:
         labels: the classes, or None for a model that is told nothing.
         levels: how many values a channel of the training images had (256; the scanned digits have 17).
         codec: pixels to latents and back; the identity for a pixel model.
+        upsampling: of an up-sampler, how much smaller its small images are, and the noise that they had in training;
+            None for other models, and for up-samplers of others, which do not say.
         sampling: default `solver`, `steps`, `spacing` and `guidance`.
         origin: where the weights come from, for protocols ("EMA of step 1200").
     """
@@ -95,6 +101,7 @@ class DiffusionModel:
     labels: Labels | None = None
     levels: int = 256
     codec: Codec = field(default_factory=Identity)
+    upsampling: Upsampling | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
 
@@ -143,6 +150,7 @@ class DiffusionModel:
         classifier: Classifier | None = None,
         classifier_scale: float = 1.0,
         small: Tensor | None = None,
+        small_noise: float = 0.0,
         seed: int = 0,
         eta: float | None = None,
         spacing: str | None = None,
@@ -165,6 +173,9 @@ class DiffusionModel:
             classifier: of noisy images, trained for this model's schedule and size, that leads to the labels.
             classifier_scale: its w; 0 asks it nothing.
             small: what an up-sampler enlarges, float32 [N, C, h, w] in [-1, 1].
+            small_noise: noise that is laid on it, and that the network is told of, as a share of its schedule: 0
+                trusts every pixel, as befits a real picture; what another model made is better trusted less (0.1,
+                say). At most what training had.
             seed: of all noise.
             eta: DDIM's η, 0..1.
             spacing: "trailing", "leading", "linspace", "quadratic", "karras" or "log_snr".
@@ -178,42 +189,33 @@ class DiffusionModel:
 
         Raises:
             UserError: a label out of range, guidance of a model that knows no null condition, a classifier of another
-                schedule, size or classes, steps outside 1..T.
+                schedule, size or classes, small images of another size or with more noise than training had, steps
+                outside 1..T.
         """
         said = {"solver": solver, "steps": steps, "spacing": spacing, "guidance": guidance}
         choices = _DEFAULTS | self.sampling | {key: value for key, value in said.items() if value is not None}
         method, scale = _solver(choices["solver"], eta), float(choices["guidance"])
         grid = self.grid(int(choices["steps"]), choices["spacing"])
-        denoiser = self._guided(scale, rescale)
-        judge = None
-        if classifier is not None:
-            names = self.labels.names if self.labels else None
-            judge = classifier.to(self.device).guide_of(self.schedule, self.shape, names)
+        denoiser, leader = self._guided(scale, rescale), self._leader(classifier, classifier_scale)
         given = {"starting noises": start, "small images": small}
         condition, asked, total = self._told(labels, count, classifier, given)
-        condition = self._enlarging(condition, small)
-        noise, parts = Noise(seed), []
-        was_training = self.network.training
-        self.network.eval()
-        try:
-            with torch.no_grad():
-                for low in range(0, total, batch_size):
-                    part = slice(low, min(low + batch_size, total))
-                    own = noise.rows(range(first + part.start, first + part.stop))
-                    x = self._begin(grid, own, part.stop - low) if start is None else start[part]
-                    x = x.to(device=self.device, dtype=torch.float32)
-                    guided = denoiser
-                    if judge is not None and asked is not None:
-                        guided = self._led(judge, classifier_scale, asked[part].to(x.device))(denoiser)
-                    told = condition.rows(part).to(self.device)
-                    for step in integrate(guided, self.schedule, method, grid, x, told, own):
-                        if on_step is not None:
-                            on_step(step, low)
-                    parts.append(step.x)
-                latents = torch.cat(parts)
-                decoded = torch.cat([self.codec.decode(z) for z in latents.split(batch_size)])
-        finally:
-            self.network.train(was_training)
+        beside = self._enlarging(small, small_noise)
+        noise = Noise(seed)
+
+        def walked(part: slice) -> Tensor:
+            own = noise.rows(range(first + part.start, first + part.stop))
+            x = self._begin(grid, own, part.stop - part.start) if start is None else start[part]
+            guided = denoiser if leader is None or asked is None else leader(asked[part].to(self.device))(denoiser)
+            told = beside(condition.rows(part), part, own).to(self.device)
+            for step in integrate(guided, self.schedule, method, grid, x.to(self.device, torch.float32), told, own):
+                if on_step is not None:
+                    on_step(step, part.start)
+            return step.x
+
+        with torch.no_grad(), _resting(self.network):
+            parts = [slice(low, min(low + batch_size, total)) for low in range(0, total, batch_size)]
+            latents = torch.cat([walked(part) for part in parts])
+            decoded = torch.cat([self.codec.decode(z) for z in latents.split(batch_size)])
         protocol = {
             "carrara": __version__,
             "weights": self.origin,
@@ -224,12 +226,23 @@ class DiffusionModel:
             "seed": seed,
             "first": first,
         }
-        if rescale:
-            protocol["rescale"] = rescale
+        protocol |= {"rescale": rescale} if rescale else {}
+        protocol |= {"small_noise": small_noise} if self.upsampling is not None else {}
         if classifier is not None:
             protocol |= {"classifier": classifier.origin, "classifier_scale": classifier_scale}
         indices = None if asked is None else asked.tolist()
         return Samples(decoded.float().clamp(-1, 1).cpu(), latents.cpu(), indices, protocol)
+
+    def with_codec(self, codec: Codec) -> DiffusionModel:
+        """The model with another decoder for its latents: a codec whose decoder alone learned on.
+
+        Raises:
+            UserError: a model of pixels, or a codec whose latents are others than the model's; both are named.
+        """
+        if self.codec.pixels:
+            raise UserError("this model works on pixels: it takes no codec.")
+        codecs.check_same(codec, self.codec.kind, codecs.content_hash(self.codec), "the model")
+        return replace(self, codec=codec, origin=f"{self.origin}, codec {codecs.content_hash(codec)}")
 
     def _guided(self, scale: float, rescale: float) -> Denoiser:
         """network → classifier-free → threshold: the documented order (MATH §6); a classifier comes last."""
@@ -244,15 +257,18 @@ class DiffusionModel:
             raise UserError(f"a guidance rescale of {rescale:g} changes what guidance did: give a guidance beside 1.")
         return static_threshold()(denoiser) if self.codec.pixels else denoiser
 
-    def _led(self, classifier: NoisyClassifier, scale: float, labels: Tensor) -> Guide:
-        """The classifier's guidance, where the image is not drowned in noise.
+    def _leader(self, classifier: Classifier | None, scale: float) -> Callable[[Tensor], Guide] | None:
+        """The classifier's guidance to some labels, where the image is not drowned in noise.
 
         An exact classifier's gradient vanishes with the signal: it moves x̂_0 by s²/a·g = E[x_0|x, y] - E[x_0|x]. A
         trained one's does not, and what is left of it would be divided by a (5·10⁻⁵ at the cosine schedule's T).
         """
-        guide = classifier_guidance(classifier, scale, labels, "mean")
+        if classifier is None:
+            return None
+        names = self.labels.names if self.labels else None
+        judge = classifier.to(self.device).guide_of(self.schedule, self.shape, names)
         last = float(self.schedule.time_at(torch.tensor(_DROWNED, dtype=torch.float64)))
-        return interval(guide, 0.0, last)
+        return lambda labels: interval(classifier_guidance(judge, scale, labels, "mean"), 0.0, last)
 
     def _told(
         self,
@@ -292,22 +308,41 @@ class DiffusionModel:
                 raise UserError(f"{len(rows)} {name} were given for {total} pictures.")
         return condition, asked, total
 
-    def _enlarging(self, condition: Condition, small: Tensor | None) -> Condition:
-        """The condition with the small images of an up-sampler."""
+    def _enlarging(self, small: Tensor | None, share: float) -> Callable[[Condition, slice, Noise], Condition]:
+        """What lays the small images of an up-sampler, with their noise, beside what a part of the pictures is told."""
         params = getattr(self.network, "params", None)
         channels = getattr(params, "concat_channels", 0) if getattr(params, "upsample_concat", False) else 0
-        if not channels and small is None:
-            return condition
+        if not channels:
+            if small is not None or share:
+                raise UserError("this model is no up-sampler: it takes no small images.")
+            return lambda condition, part, noise: condition
         if small is None:
             raise UserError("this model is an up-sampler: give it the small images, or use it after a base model.")
-        if not channels:
-            raise UserError("this model is no up-sampler: it takes no small images.")
-        if small.ndim != 4 or small.shape[1] != channels or any(self.shape[1 + i] % small.shape[2 + i] for i in (0, 1)):
+        self._check_small(small, channels)
+        pictures = small.to(torch.float32)
+        if self.upsampling is None:
+            if share:
+                raise UserError("this up-sampler knows no noise on its small images: leave it at 0.")
+            return lambda condition, part, noise: replace(condition, concat=pictures[part])
+        augmentation = self.upsampling.augmentation
+        level = augmentation.level(share)
+        return lambda condition, part, noise: augmentation.condition(pictures[part], level, noise, condition)
+
+    def _check_small(self, small: Tensor, channels: int) -> None:
+        """Whether these are what an up-sampler enlarges."""
+        if self.upsampling is not None:
+            wanted = (channels, *shrunk_size(self.upsampling.factor, *self.shape[1:]))
+            fits, told = small.shape[1:] == wanted, f"{'×'.join(map(str, wanted))}"
+        else:
+            fits = small.ndim == 4 and not any(self.shape[i] % small.shape[i + 1] for i in (1, 2))
+            fits, told = fits and small.shape[1] == channels, f"{channels} channels whose sides divide its own"
+        if not fits:
             raise UserError(
-                f"this up-sampler makes images of {'×'.join(map(str, self.shape))} from smaller ones of {channels} "
-                f"channels whose sides divide its own, not from {'×'.join(map(str, small.shape[1:]))}."
+                f"this up-sampler makes images of {'×'.join(map(str, self.shape))} from smaller ones of {told}, not "
+                f"from {'×'.join(map(str, small.shape[1:]))}."
             )
-        return replace(condition, concat=small.to(torch.float32))
+        if not bool((small.abs() <= _WHITE).all()):
+            raise UserError("the small images lie outside of [-1, 1]: make them with carrara.images.from_uint8, say.")
 
     def _begin(self, grid: Grid, noise: Noise, count: int) -> Tensor:
         """Pure noise at the grid's first time, s(t)·ε, float32 [count, C', H', W']."""
@@ -330,6 +365,7 @@ class DiffusionModel:
             "labels": labels,
             "levels": self.levels,
             "codec": {"kind": self.codec.kind, "hash": codecs.content_hash(self.codec)},
+            "upsampling": None if self.upsampling is None else self.upsampling.config(),
             "sampling": self.sampling,
             "origin": self.origin,
         }
@@ -365,6 +401,7 @@ class DiffusionModel:
                 labels=labels and Labels(tuple(labels["names"]), labels["dropout"]),
                 levels=config["levels"],
                 codec=codec,
+                upsampling=Upsampling.of(config["upsampling"]) if config.get("upsampling") else None,
                 sampling=config["sampling"],
                 origin=config["origin"],
             )
@@ -375,6 +412,17 @@ class DiffusionModel:
         weights.load_weights(network, folder / "network.safetensors")
         network.eval()
         return model.to(device)
+
+
+@contextmanager
+def _resting(network: nn.Module) -> Iterator[None]:
+    """The network as it samples, without dropout; then as it was."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def _solver(choice: str | Solver, eta: float | None) -> Solver:

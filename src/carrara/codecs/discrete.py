@@ -108,7 +108,8 @@ class DiscreteAutoencoder(LearnedCodec):
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
         logits = self.logits(self.encoder(x)).float()
         log_q = logits.log_softmax(1)  # [B, K, h, w]
-        temperature = self.choice.temperature_at(max(noise.ids or (0,)))
+        seen = self.choice.anneal if self.decoder_only else max(noise.ids or (0,))  # a trained choice is cold
+        temperature = self.choice.temperature_at(seen)
         uniform = noise.uniform(logits.shape, dtype=torch.float32, device=logits.device)
         # A uniform number may round to 1, whose Gumbel number would be infinite.
         gumbel = -torch.log(-torch.log(uniform.clamp(max=1 - 2**-24)))

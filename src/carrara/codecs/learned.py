@@ -52,6 +52,9 @@ class LearnedCodec(nn.Module):
     Args:
         params: the shape of encoder and decoder.
         moments: 1, or 2 where the encoder tells mean and log-variance.
+
+    Attributes:
+        decoder_only: whether only the decoder may learn (see `train_decoder_only`).
     """
 
     kind: ClassVar[str]
@@ -60,6 +63,7 @@ class LearnedCodec(nn.Module):
     def __init__(self, params: AutoencoderParams, moments: int = 1) -> None:
         super().__init__()
         self.params = params
+        self.decoder_only = False
         self.encoder = Encoder(params, moments)
         self.decoder = Decoder(params)
         self.register_buffer("latent_shift", torch.zeros(params.latent_channels))
@@ -108,6 +112,7 @@ class LearnedCodec(nn.Module):
 
     def train_decoder_only(self) -> None:
         """Freeze all but the decoder: it can learn on while every latent stays what it is."""
+        self.decoder_only = True
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(DECODER))
 

@@ -64,9 +64,12 @@ def check_scale(scale: float) -> None:
 
 def null_at(null: Null, t: Time, condition: Condition) -> Condition:
     """The null condition at time t, on the condition's device and with its attention seam; what lies beside x (the
-    small image of an up-sampler) is there either way."""
+    small image of an up-sampler) is there either way, and with it the vector that tells its noise."""
     nothing = null(t) if callable(null) else null
     for tensor in condition.tensors().values():
         nothing = nothing.to(tensor.device)
-    concat = condition.concat if nothing.concat is None else nothing.concat
-    return replace(nothing, attend=condition.attend, concat=concat)
+    nothing = replace(nothing, attend=condition.attend)
+    if condition.concat is None:
+        return nothing
+    kept = {name: getattr(condition, name) for name in ("concat", "vector") if getattr(nothing, name) is None}
+    return replace(nothing, **kept)

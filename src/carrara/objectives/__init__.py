@@ -4,7 +4,13 @@ from carrara.objectives.base import Examples, Objective, Terms
 from carrara.objectives.classifier import ClassifierObjective
 from carrara.objectives.codec import LOSSES, CodecLoss, CodecObjective
 from carrara.objectives.diffusion import DiffusionObjective, Loss
-from carrara.objectives.super_resolution import NoiseAugmentation, SuperResolutionObjective, pairs
+from carrara.objectives.super_resolution import (
+    NoiseAugmentation,
+    SuperResolutionObjective,
+    Upsampling,
+    pairs,
+    shrunk_size,
+)
 from carrara.objectives.times import (
     CleanTimes,
     LogitNormalTimes,
@@ -33,7 +39,9 @@ __all__ = [
     "Terms",
     "TimeSampler",
     "UniformTimes",
+    "Upsampling",
     "Weight",
     "WeightKind",
     "pairs",
+    "shrunk_size",
 ]

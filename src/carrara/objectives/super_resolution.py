@@ -9,6 +9,7 @@ autoencoder (MATH §8): large images from small ones, or latents of the large fr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from carrara.errors import UserError, nearest
 from carrara.objectives.base import Examples, Terms
 from carrara.objectives.diffusion import DROPOUT, DiffusionObjective
 from carrara.objectives.times import draw_uniform
+from carrara.process import schedules
 from carrara.process.noise import Noise
 from carrara.process.schedules import Discrete, Schedule, Time
 from carrara.process.transitions import diffuse
@@ -61,12 +63,44 @@ class NoiseAugmentation:
         if self.told == "label" and not isinstance(self.schedule, Discrete):
             raise UserError("levels are told by labels on a discrete schedule only: use told='vector'.")
 
+    @classmethod
+    def up_to(cls, share: float) -> NoiseAugmentation:
+        """Levels up to a share of the cosine schedule, told as such a share: whatever schedule the large image has,
+        the noise is a·small + s·ε with a = cos(share·π/2) (but for the schedule's offset) and a² + s² = 1.
+
+        Raises:
+            UserError: a share outside 0..1.
+        """
+        schedule = schedules.cosine(1000)
+        return cls(schedule, share * schedule.final_time)
+
+    @property
+    def share(self) -> float:
+        """The highest level as a share of the schedule's final time."""
+        return self.highest / self.schedule.final_time
+
     def levels(self, uniform: Tensor) -> Tensor:
         """Levels of uniform numbers in (0, 1): schedule times [B] up to the highest, the lowest of them no noise; of
         labels whole times from 1."""
         if self.told == "label":
             return 1 + (uniform * int(self.highest)).floor()
-        times = uniform * self.highest
+        return self._audible(uniform * self.highest)
+
+    def level(self, share: float) -> Tensor:
+        """The level of a share of the schedule's final time, for sampling: a schedule time [1], as `levels` gives them.
+
+        Raises:
+            UserError: more noise than training had, or less than none.
+        """
+        if not 0 <= share <= self.share:
+            raise UserError(
+                f"the noise on the small images was up to {self.share:g} in training, {share:g} was never learned from."
+            )
+        times = torch.tensor([share * self.schedule.final_time], dtype=torch.float64)
+        return times.round().clamp(min=1) if self.told == "label" else self._audible(times)
+
+    def _audible(self, times: Tensor) -> Tensor:
+        """No noise below the schedule's first level."""
         return torch.where(times < self.schedule.first_time, 0.0, times)
 
     def condition(
@@ -140,6 +174,32 @@ class SuperResolutionObjective(DiffusionObjective):
         return condition.mix(keep, replace(self.null.batch(size), **kept))
 
 
+@dataclass(frozen=True)
+class Upsampling:
+    """What an up-sampler was trained for.
+
+    Attributes:
+        factor: how many times smaller each side of the small image is than the large image's.
+        augmentation: the noise that the small images had.
+    """
+
+    factor: int
+    augmentation: NoiseAugmentation
+
+    def config(self) -> dict[str, Any]:
+        """Plain data that `of` makes it of again."""
+        noise = self.augmentation
+        told = {"schedule": noise.schedule.spec, "highest": noise.highest, "told": noise.told}
+        return {"factor": self.factor, "noise": told}
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Upsampling:
+        """From what `config` gave."""
+        noise = config["noise"]
+        schedule = schedules.build(noise["schedule"])
+        return cls(config["factor"], NoiseAugmentation(schedule, noise["highest"], noise["told"]))
+
+
 def pairs(images: Tensor, factor: int, condition: Condition | None = None) -> Examples:
     """Large images and what is left of them at 1/factor of their size, as examples for super-resolution.
 
@@ -151,8 +211,17 @@ def pairs(images: Tensor, factor: int, condition: Condition | None = None) -> Ex
     Raises:
         UserError: a side that the factor does not divide; the nearest sizes that fit are named.
     """
-    height, width = images.shape[2:]
+    shrunk_size(factor, *images.shape[2:])
+    return Examples(images, replace(condition or Condition(), concat=F.avg_pool2d(images, factor)))
+
+
+def shrunk_size(factor: int, height: int, width: int) -> tuple[int, int]:
+    """The height and width of an image that is made `factor` times smaller.
+
+    Raises:
+        UserError: a side that the factor does not divide; the nearest sizes that fit are named.
+    """
     if factor < 1 or height % factor or width % factor:
         below = [max(side // max(factor, 1), 1) * max(factor, 1) for side in (height, width)]
         raise UserError(f"images of {height}×{width} cannot be shrunk {factor} times: {below[0]}×{below[1]} can, say.")
-    return Examples(images, replace(condition or Condition(), concat=F.avg_pool2d(images, factor)))
+    return height // factor, width // factor

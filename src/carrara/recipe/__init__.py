@@ -10,6 +10,7 @@ from carrara.recipe.sections import (
     ScheduleChoice,
     TimesChoice,
     Training,
+    Upsampling,
     WeightChoice,
 )
 from carrara.recipe.whole import Recipe
@@ -23,6 +24,7 @@ __all__ = [
     "ScheduleChoice",
     "TimesChoice",
     "Training",
+    "Upsampling",
     "WeightChoice",
     "load",
     "override",

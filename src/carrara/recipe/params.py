@@ -23,7 +23,7 @@ def params_from(kind: type, given: Mapping[str, Any], decided: Mapping[str, Any]
     known = {field.name for field in dataclasses.fields(kind)}
     for key in given:
         if key in decided:
-            raise UserError(f"{section}.{key} follows from the data and the conditioning: leave it out.")
+            raise UserError(f"{section}.{key} follows from the data and the rest of the recipe: leave it out.")
         if key not in known:
             raise UserError(f"the recipe has an unknown key '{section}.{key}': {nearest(key, known - decided.keys())}")
     try:

@@ -77,6 +77,21 @@ class Conditioning(Section):
     dropout: float = Field(0.1, ge=0, lt=1)
 
 
+class Upsampling(Section):
+    """Super-resolution: the model makes an image of `data.resolution` of one that is smaller.
+
+    Attributes:
+        factor: how many times smaller each side of the small image is: each of its pixels is the mean of
+            factor × factor pixels. In a codec's latents at least the codec's reduction.
+        noise: the most noise that the small images get in training, so that the model does not trust every pixel of
+            what another one made: a share of the cosine schedule, 0 none, 1 nothing but noise. Sampling may take any
+            level up to it (`DiffusionModel.sample(small_noise=…)`).
+    """
+
+    factor: int = Field(4, ge=2)
+    noise: float = Field(0.25, ge=0, le=1)
+
+
 class ScheduleChoice(Section):
     """The noise schedule; arguments that its kind does not take are refused."""
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from carrara.errors import UserError
+from carrara.errors import UserError, nearest
 from carrara.recipe.params import params_from
 from carrara.recipe.sections import (
     Conditioning,
@@ -17,7 +17,11 @@ from carrara.recipe.sections import (
     ScheduleChoice,
     Section,
     Training,
+    Upsampling,
 )
+
+LEARN = ("all", "decoder")
+"""What of a codec may learn on."""
 
 
 class Recipe(Section):
@@ -28,14 +32,17 @@ class Recipe(Section):
         kind: what is trained: a "diffusion" model, a "classifier" of noisy images that guides one, or a "codec" for
             one to work in.
         seed: of the weights, the order, and every draw.
-        start: a model or classifier folder whose weights the run begins from (fine-tuning). Network, schedule and
-            what the network predicts are then that model's; `network` may change `dropout` and `checkpointing`.
+        start: the run or folder of a model, classifier or codec whose weights the run begins from (fine-tuning). What
+            it is made for follows from it: network, schedule, prediction, codec and up-sampling of a model, all but
+            `learn` of a codec. `network` may change `dropout` and `checkpointing`, where the network has them.
         network: fields of `UNetParams`, or of `EncoderClassifierParams`, without those that data and conditioning
             decide.
         codec: of a diffusion model, `path`: the run or folder of the codec it works in, and `cache`: the folder where
             `carrara data encode` has put the latents. Of a codec, its `kind`
             (autoencoder, vae, kl, vq, vqgan, dvae, hierarchical) and the fields of `AutoencoderParams`,
-            `QuantiserParams` or `DiscreteParams`.
+            `QuantiserParams` or `DiscreteParams`; with `start`, what of it shall `learn`: "all", or the "decoder"
+            alone, so that every latent stays what it is.
+        upsampling: of a diffusion model that is to enlarge small images.
         loss: of a codec, fields of `CodecLoss` where they differ from its kind's own, and `perceptual_from`, a
             classifier's folder or a file of VGG/LPIPS weights, with the file's `perceptual_checksum`.
         discriminator: of a codec, fields of `DiscriminatorParams`.
@@ -48,6 +55,7 @@ class Recipe(Section):
     data: Data
     conditioning: Conditioning = Conditioning()
     codec: dict[str, Any] = Field(default_factory=dict)
+    upsampling: Upsampling | None = None
     network: dict[str, Any] = Field(default_factory=dict)
     loss: dict[str, Any] = Field(default_factory=dict)
     discriminator: dict[str, Any] = Field(default_factory=dict)
@@ -59,6 +67,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         from carrara import solvers
+        from carrara.objectives import shrunk_size
         from carrara.process import schedules
 
         schedules.build(self.schedule.spec())
@@ -69,11 +78,12 @@ class Recipe(Section):
                 "set sampling.guidance=1, or conditioning.kind=labels with conditioning.dropout=0.1."
             )
         self._refuse_other_kinds_keys()
-        if self.kind == "codec":
-            return self
+        self._refuse_codec_keys()
         if self.start is not None:
             self._refuse_what_the_start_decides()
-        elif "path" not in self.codec:
+        if self.upsampling is not None:
+            shrunk_size(self.upsampling.factor, *self.data.resolution)
+        if self.kind != "codec" and self.start is None and not self.codec:
             self.network_params(2 if self.kind == "classifier" or self.conditioning.kind == "labels" else None)
         return self
 
@@ -82,6 +92,7 @@ class Recipe(Section):
         nothing: dict[str, Any] = {
             "conditioning": Conditioning(),
             "codec": {},
+            "upsampling": None,
             "network": {},
             "loss": {},
             "discriminator": {},
@@ -90,7 +101,7 @@ class Recipe(Section):
             "sampling": Sampling(),
         }
         takes, but = {
-            "diffusion": ({"conditioning", "codec", "network", "schedule", "objective", "sampling"}, {}),
+            "diffusion": (nothing.keys() - {"loss", "discriminator"}, {}),
             "classifier": ({"network", "schedule"}, {"objective": "times"}),
             "codec": ({"codec", "loss", "discriminator"}, {"sampling": "count"}),
         }[self.kind]
@@ -101,27 +112,34 @@ class Recipe(Section):
             if given != nothing[key]:
                 rest = f" but {key}.{but[key]}" if key in but else ""
                 raise UserError(f"a recipe of kind {self.kind} takes nothing in '{key}'{rest}: leave it out.")
-        if (
-            self.kind == "diffusion"
-            and self.codec
-            and (self.codec.keys() - {"path", "cache"} or "path" not in self.codec)
-        ):
+        if self.objective.times.kind == "clean" and self.kind != "classifier":
+            raise UserError("objective.times of kind 'clean' holds no noise to learn from: it is for kind: classifier.")
+
+    def _refuse_codec_keys(self) -> None:
+        """Of a trained codec there is nothing to choose but which, and what of it learns on."""
+        named = not self.codec or ("path" in self.codec and not self.codec.keys() - {"path", "cache"})
+        if self.kind == "diffusion" and self.start is None and not named:
             raise UserError(
                 "a diffusion model takes a codec that is trained: give codec.path, and codec.cache where its latents "
                 "are cached."
             )
-        if self.objective.times.kind == "clean" and self.kind != "classifier":
-            raise UserError("objective.times of kind 'clean' holds no noise to learn from: it is for kind: classifier.")
-        if self.start is not None and self.kind == "codec":
-            raise UserError("a codec's run cannot start from another yet: leave out 'start'.")
+        if self.kind == "codec" and "learn" in self.codec:
+            if self.start is None:
+                raise UserError("codec.learn says what of a trained codec learns on: give that codec as 'start'.")
+            if self.codec["learn"] not in LEARN:
+                raise UserError(f"codec.learn is '{self.codec['learn']}': {nearest(str(self.codec['learn']), LEARN)}")
 
     def _refuse_what_the_start_decides(self) -> None:
         decided = [f"network.{key}" for key in self.network if key not in ("dropout", "checkpointing")]
+        kept = {"diffusion": "cache", "codec": "learn"}.get(self.kind)
+        decided += [f"codec.{key}" for key in self.codec if key != kept]
+        decided += ["upsampling"] if self.upsampling is not None else []
         decided += ["schedule"] if self.schedule != ScheduleChoice() else []
         decided += ["objective.predicts"] if self.objective.predicts != ObjectiveChoice().predicts else []
         if decided:
+            begun = "codec" if self.kind == "codec" else "model"
             raise UserError(
-                f"{decided[0]} follows from the model that the run starts from, {self.start}: leave it out."
+                f"{decided[0]} follows from the {begun} that the run starts from, {self.start}: leave it out."
             )
 
     def network_params(self, classes: int | None, latent: tuple[int, int, int] | None = None) -> Any:
@@ -136,11 +154,14 @@ class Recipe(Section):
         from carrara.networks import EncoderClassifierParams, UNetParams
 
         channels, *size = latent or (self.data.channels, *self.data.resolution)
-        decided = {"image_size": tuple(size), "in_channels": channels, "num_classes": classes}
+        decided: dict[str, Any] = {"image_size": tuple(size), "in_channels": channels, "num_classes": classes}
         if self.kind == "classifier":
             return params_from(EncoderClassifierParams, self.network, decided)
-        null = classes is not None and self.conditioning.dropout > 0
-        return params_from(UNetParams, self.network, {**decided, "null_label": null})
+        decided["null_label"] = classes is not None and self.conditioning.dropout > 0
+        enlarges = self.upsampling is not None
+        decided["concat_channels"] = self.data.channels if enlarges else 0
+        decided |= {"upsample_concat": enlarges, "vector_channels": int(enlarges)}  # the vector tells the noise's level
+        return params_from(UNetParams, self.network, decided)
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load` reads back to an equal one."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from carrara import distributed
 from carrara.conditioning import Labels
-from carrara.data import Batches, Preprocess, ShuffledShards, Source, aspect_buckets, open_source
+from carrara.data import Batch, Batches, Preprocess, ShuffledShards, Source, aspect_buckets, open_source
 from carrara.data.order import Order
 from carrara.distributed import Processes
 from carrara.errors import UserError
@@ -47,6 +49,8 @@ def order_of(recipe: Recipe, source: Source) -> Order | None:
     if recipe.kind != "diffusion" or recipe.codec:
         raise UserError("data.buckets are for diffusion models of pixels: latents and other networks take one size.")
     factor = recipe.network_params(classes=2).factors[-1]
+    if recipe.upsampling is not None:
+        factor = math.lcm(factor, recipe.upsampling.factor)
     sizes = None if data.buckets == "auto" else data.buckets
     buckets = aspect_buckets(source, data.resolution, recipe.training.batch_size, factor, sizes=sizes)
     source.notices.append(buckets.sentence)
@@ -73,6 +77,22 @@ def open_held_out(recipe: Recipe, processes: Processes) -> Batches | None:
             f"some of {processes.world} processes: raise training.validation_images or take fewer processes."
         )
     return Batches(source, prepare, recipe.seed, size, processes.rank, processes.world)
+
+
+def shown_batch(recipe: Recipe, source: Source, rows: range) -> Batch:
+    """The images that previews show, the same at every step: those that come first in an order of single images."""
+    data = recipe.data
+    prepare = Preprocess(*data.resolution, data.channels, resize=data.resize)
+    every = Batches(source, prepare, recipe.seed, 1, cache_bytes=0)  # a few images need no cache of all
+    found = [every.at(row % len(source)) for row in rows]
+    label = None if source.labels is None else torch.cat([batch.label for batch in found if batch.label is not None])
+    return Batch(
+        images=torch.cat([batch.images for batch in found]),
+        label=label,
+        captions=None,
+        positions=torch.cat([batch.positions for batch in found]),
+        names=[name for batch in found for name in batch.names],
+    )
 
 
 def labels_of(recipe: Recipe, source: Source) -> Labels | None:

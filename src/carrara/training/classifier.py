@@ -19,7 +19,7 @@ from carrara.objectives import ClassifierObjective, Examples
 from carrara.process import Noise, schedules
 from carrara.recipe import Recipe
 from carrara.training.assembly import make_times
-from carrara.training.start import begun_from
+from carrara.training.start import begun_from, begun_sentence
 
 
 class ClassifierTask:
@@ -40,20 +40,23 @@ class ClassifierTask:
         self.recipe, self.device = recipe, processes.device
         self.names = tuple(source.class_names)
         self.schedule = schedules.build(recipe.schedule.spec())
+        anew: list[str] = []
         if recipe.start is None:
             torch.manual_seed(recipe.seed)
             network = EncoderClassifier(recipe.network_params(len(self.names)))
         else:
             base = Classifier.load(recipe.start)
             self.schedule = base.schedule
-            network, _ = begun_from(base.network, recipe, len(self.names))
+            size = (recipe.data.channels, *recipe.data.resolution)
+            network, anew = begun_from(base.network, recipe, len(self.names), size)
         self.params = network.params
         self.modules: dict[str, nn.Module] = {"network": network.to(self.device)}
         self.summary: dict[str, Any] = {
             "image": "×".join(map(str, (recipe.data.channels, *recipe.data.resolution))),
             "classes": len(self.names),
             "noise levels": recipe.objective.times.kind,
-        } | ({"starts from": recipe.start} if recipe.start else {})
+        } | ({"starts from": begun_sentence(recipe.start, anew)} if recipe.start else {})
+        self.notices: list[str] = []
 
     def walked(self, images: Batches) -> Batches:
         """The images."""
@@ -79,12 +82,8 @@ class ClassifierTask:
         return logits
 
     def preview(self, module: nn.Module, rows: range) -> tuple[Tensor, dict[str, Any]]:
-        """A classifier makes no pictures.
-
-        Raises:
-            UserError: always; `pictures` is 0.
-        """
-        raise UserError("a classifier makes no pictures.")
+        """A classifier makes no pictures: `pictures` is 0, and these are none, [0, C, H, W]."""
+        return torch.zeros(0, self.params.in_channels, *self.params.image_size), {}
 
     def save(self, module: nn.Module, folder: Path, origin: str) -> None:
         """The classifier with its schedule and classes."""

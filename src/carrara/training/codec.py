@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from carrara import codecs
+from carrara import codecs, weights
 from carrara.classifier import Classifier
 from carrara.codecs import DiscreteParams, LearnedCodec, QuantiserParams
 from carrara.codecs.perceptual import LPIPS, ClassifierFeatures, Perceptual
@@ -23,6 +23,7 @@ from carrara.objectives import Examples
 from carrara.objectives.codec import CODEC, DISCRIMINATOR, LOSSES, CodecLoss, CodecObjective
 from carrara.process import Noise
 from carrara.recipe import Recipe, params_from
+from carrara.training.assembly import shown_batch
 
 KINDS = {
     "autoencoder": "autoencoder",
@@ -52,7 +53,7 @@ class CodecTask:
         torch.manual_seed(recipe.seed)
         codec = make_codec(recipe)
         latent = codec.latent_shape(recipe.data.channels, *recipe.data.resolution)
-        self.loss = make_loss(recipe)
+        self.loss = make_loss(recipe, codec)
         self.perceptual = _perceptual(recipe, self.loss)
         if isinstance(self.perceptual, nn.Module):
             self.perceptual.to(self.device).requires_grad_(False)
@@ -67,12 +68,13 @@ class CodecTask:
         self.summary: dict[str, Any] = {
             "image": "×".join(map(str, (recipe.data.channels, *recipe.data.resolution))),
             "latent": "×".join(map(str, latent)),
-            "codec": recipe.codec["kind"],
+            "codec": recipe.codec.get("kind", codec.kind),
         }
+        if recipe.start is not None:
+            self.summary["starts from"] = recipe.start
+            self.summary["learns"] = "the decoder alone: latents stay what they are" if codec.decoder_only else "all"
         images = recipe.training.steps * recipe.training.batch_size
-        notices = self.objective(self.modules).notices(images)
-        if notices:
-            self.summary["notice"] = " ".join(notices)
+        self.notices = self.objective(self.modules).notices(images)
 
     def walked(self, images: Batches) -> Batches:
         """The images."""
@@ -102,37 +104,32 @@ class CodecTask:
         codec = cast(LearnedCodec, module)
         training = codec.training
         codec.eval()
-        found = [self._images(row % len(self.source)) for row in rows]
-        images = torch.cat(found).to(self.device)
+        images = shown_batch(self.recipe, self.source, rows).images.to(self.device)
         again = codec.decode(codec.encode(images).mode()).clamp(-1, 1)
         codec.train(training)
         return torch.cat([images, again], dim=3), {"left": "image", "right": "reconstruction"}
 
     def save(self, module: nn.Module, folder: Path, origin: str) -> None:
-        """The codec with its latent scale, measured on the training images."""
+        """The codec with its latent scale, measured on the training images; with a decoder that learned alone the old
+        scale stays, as models of its latents rely on it."""
         codec = cast(LearnedCodec, module)
-        size = self.recipe.training.batch_size
-        prepare = self._prepare()
-        batches = Batches(self.source, prepare, self.recipe.seed, min(size, len(self.source)))
-        count = max(1, min(SCALE_IMAGES, len(self.source)) // batches.batch_size)
-        codecs.measure_latent_scale(codec, (batches.at(number).images for number in range(count)))
+        if not codec.decoder_only:
+            data, count = self.recipe.data, len(self.source)
+            prepare = Preprocess(*data.resolution, data.channels, resize=data.resize)
+            batches = Batches(self.source, prepare, self.recipe.seed, min(self.recipe.training.batch_size, count))
+            steps = max(1, min(SCALE_IMAGES, count) // batches.batch_size)
+            codecs.measure_latent_scale(codec, (batches.at(step).images for step in range(steps)))
         codecs.save(codec, folder)
-
-    def _prepare(self) -> Preprocess:
-        data = self.recipe.data
-        return Preprocess(*data.resolution, data.channels, resize=data.resize)
-
-    def _images(self, row: int) -> Tensor:
-        """The image that comes first in step `row` of an order of single images."""
-        return Batches(self.source, self._prepare(), self.recipe.seed, 1).at(row).images
 
 
 def make_codec(recipe: Recipe) -> LearnedCodec:
-    """The recipe's codec with random weights.
+    """The recipe's codec: with random weights, or the one that the run starts from.
 
     Raises:
         UserError: no kind or an unknown one, an unknown key, or one that the data decide.
     """
+    if recipe.start is not None:
+        return _begun(recipe.start, recipe.codec.get("learn") == "decoder")
     given = dict(recipe.codec)
     word = given.pop("kind", None)
     if word not in KINDS:
@@ -152,10 +149,22 @@ def make_codec(recipe: Recipe) -> LearnedCodec:
     return cast(LearnedCodec, codecs.build(config))
 
 
-def make_loss(recipe: Recipe) -> CodecLoss:
-    """The loss of the codec's kind, with the recipe's changes."""
+def _begun(start: str, decoder_only: bool) -> LearnedCodec:
+    """A trained codec, all or the decoder of which is to learn on."""
+    codec = codecs.load(weights.find(start))
+    if not isinstance(codec, LearnedCodec):
+        raise UserError(f"{start} is the {codec.kind} codec, which has nothing to learn: name another as 'start'.")
+    if decoder_only:
+        codec.train_decoder_only()
+    return codec
+
+
+def make_loss(recipe: Recipe, codec: LearnedCodec) -> CodecLoss:
+    """The usual loss of the recipe's kind of codec, or of the one it starts from, with the recipe's changes."""
+    likelihood = getattr(codec, "log_scale", None) is not None
+    usually = {"kl": "vae" if likelihood else "kl", "discrete": "dvae"}.get(codec.kind, codec.kind)
     changes = {key: value for key, value in recipe.loss.items() if not key.startswith("perceptual_")}
-    usual = asdict(LOSSES[recipe.codec["kind"]])
+    usual = asdict(LOSSES[recipe.codec.get("kind", usually)])
     if "perceptual" not in changes and "perceptual_from" not in recipe.loss:
         usual["perceptual"] = 0.0  # without a network to look through there is none
     return cast(CodecLoss, params_from(CodecLoss, {**usual, **changes}, {}, "loss"))

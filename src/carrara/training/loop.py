@@ -74,7 +74,7 @@ class Trainer:
         self.network = next(iter(self.task.modules.values()))
         self.means = {name: EMA(self.network, decay) for name, decay in _decays(recipe).items()}
         self.step, self.bad_steps, self.window = 0, 0, Window()
-        self.notices: list[str] = list(self.source.warnings)
+        self.notices = [*self.source.warnings, *self.task.notices]
         self._stop = False
         self.log: Log | None = None  # only the first process has one
         self.writer = checkpoint.Writer()

@@ -14,7 +14,9 @@ from carrara.recipe import Recipe
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def begun_from(base: Network, recipe: Recipe, classes: int | None) -> tuple[Network, list[str]]:
+def begun_from(
+    base: Network, recipe: Recipe, classes: int | None, shape: tuple[int, int, int]
+) -> tuple[Network, list[str]]:
     """A network with the weights of another, for other images or classes.
 
     Weights of the same shape are taken over. A table of classes keeps its rows where a null label is added behind
@@ -22,25 +24,24 @@ def begun_from(base: Network, recipe: Recipe, classes: int | None) -> tuple[Netw
 
     Args:
         base: a network whose `params` say its shape.
-        recipe: says the images, and may change `network.dropout` and `network.checkpointing`.
+        recipe: may change `network.dropout` and `network.checkpointing`.
         classes: of the data, or None for a model that is told nothing.
+        shape: [C, H, W] of the images, or of their latents, that it is for.
 
     Returns:
         The network, and the names of the weights that start anew.
 
     Raises:
-        UserError: the network takes another number of channels, or something beside images and classes.
+        UserError: the network takes another number of channels.
     """
     params: Any = base.params
-    data = recipe.data
-    if params.in_channels != data.channels:
+    channels, *size = shape
+    if params.in_channels != channels:
         raise UserError(
-            f"{recipe.start} makes images of {params.in_channels} channels, the data have {data.channels}: "
+            f"{recipe.start} makes images of {params.in_channels} channels, the data have {channels}: "
             f"set data.channels={params.in_channels}."
         )
-    if getattr(params, "concat_channels", 0):
-        raise UserError(f"{recipe.start} is an up-sampler, which is not trained from a folder of images.")
-    changes: dict[str, Any] = {"image_size": data.resolution, "num_classes": classes, **recipe.network}
+    changes: dict[str, Any] = {"image_size": tuple(size), "num_classes": classes, **recipe.network}
     if recipe.kind == "diffusion":
         changes["null_label"] = classes is not None and recipe.conditioning.dropout > 0
     torch.manual_seed(recipe.seed)
@@ -56,3 +57,8 @@ def begun_from(base: Network, recipe: Recipe, classes: int | None) -> tuple[Netw
         else:
             anew.append(name)
     return network, anew
+
+
+def begun_sentence(start: str, anew: list[str]) -> str:
+    """Where a run starts from, for its summary."""
+    return start + (f" ({', '.join(anew)} anew)" if anew else "")

@@ -25,11 +25,13 @@ class Task(Protocol):
         modules: what learns, by the names of the objective's players, with the same first weights on every
             process. Running means are kept of the first.
         summary: what is said of it once at the start.
+        notices: what the user should know before it begins.
         pictures: how many a preview shows; 0 for what makes none.
     """
 
     modules: dict[str, nn.Module]
     summary: dict[str, Any]
+    notices: list[str]
     pictures: int
 
     def walked(self, images: Batches) -> Batches | LatentBatches:
