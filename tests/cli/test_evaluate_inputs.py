@@ -142,7 +142,31 @@ def test_a_codec_is_measured_by_what_it_leaves(
     assert found["stamp"]["sampling"]["codec"] == kind
     assert found["stamp"]["sampling"]["codec_hash"] == codecs.content_hash(codec)
     assert "draws nothing by itself" in refused("evaluate", tmp_path, "--reference", square)
+    distance = told(carrara, tmp_path, "--originals", square, "--reference", square)["frechet_distance"]
+    save_npz(tmp_path / "left.npz", left)
+    assert distance["value"] == pytest.approx(
+        told(carrara, tmp_path / "left.npz", "--reference", square)["frechet_distance"]["value"], rel=1e-6
+    )
     assert "works on the pixels themselves" in refused("evaluate", tiny_run, "--originals", "digits", "--n", "4")
+
+
+def test_a_codebook_is_measured_by_its_use(square: Path, tmp_path: Path, carrara: Command) -> None:
+    """Indices take log₂ K bits each; a continuous latent takes its float32 numbers."""
+    codec = make("vq").eval()
+    codecs.save(codec, tmp_path / "vq")
+    images = torch.cat(list(data_pictures(str(square)).batches()))
+    with torch.no_grad():
+        indices = codec.encode(images).indices  # type: ignore[attr-defined]
+    entries = codec.code_usage.share.numel()  # type: ignore[union-attr]
+    share = torch.bincount(indices.flatten()).double() / indices.numel()
+    found = told(carrara, tmp_path / "vq", "--originals", square)
+    assert found["codebook_use"]["value"] == pytest.approx(len(indices.unique()) / entries)
+    assert found["codebook_perplexity"]["value"] == pytest.approx(float(torch.special.entr(share).sum().exp()))
+    assert found["latent_bytes"]["value"] == pytest.approx(indices[0].numel() * np.log2(entries) / 8)
+    codecs.save(make("kl"), tmp_path / "kl")
+    found = told(carrara, tmp_path / "kl", "--originals", square)
+    assert found["latent_bytes"]["value"] == 4 * make("kl").encode(images[:1]).mode().numel()
+    assert "codebook_use" not in found
 
 
 # ---- captions -------------------------------------------------------------------------------------------------

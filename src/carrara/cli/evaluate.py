@@ -247,6 +247,7 @@ class Work:
         elif is_model(self.subject):
             self.model = DiffusionModel.load(self.subject, options.device)
             self.codec = self.model.codec
+        self.judge = self._judge(options.judge)
         self.leader = None if options.classifier is None else Classifier.load(options.classifier, options.device)
         self.features: Features = open_features(options.features, options.device, checksum=options.checksum)
         self.real: Reference | None = None
@@ -318,9 +319,8 @@ class Work:
         from carrara.evaluation.protocol import evaluate as measure
 
         assert self.real is not None
-        judge = self._judge(self.options.judge)
         progress = self._progress("samples", samples.count)
-        return measure(samples, self.real, self.features, self.known, judge, self.options.per_class, progress)
+        return measure(samples, self.real, self.features, self.known, self.judge, self.options.per_class, progress)
 
     def _judge(self, word: str | None) -> JudgeOf | None:
         """An SVC, or the classifier in a folder."""
@@ -344,9 +344,11 @@ class Work:
         return measure_held_out(model, pictures, variance=variance, seed=options.seed, progress=progress)
 
     def _reconstruction(self, path: str) -> Measurements:
+        from carrara.codecs import LearnedCodec
         from carrara.codecs.perceptual import LPIPS
         from carrara.errors import UserError
         from carrara.evaluation.features.checksum import file_checksum
+        from carrara.evaluation.latents import measure_latents
         from carrara.evaluation.pictures import data_pictures, decoded_pictures
         from carrara.evaluation.protocol import reconstruction
 
@@ -363,7 +365,10 @@ class Work:
         else:
             pictures = decoded_pictures(self.codec, originals, self.subject, options.device)
         progress = self._progress("pairs", originals.count)
-        return reconstruction(pictures, originals, perceptual, checksum, progress)
+        figures = reconstruction(pictures, originals, perceptual, checksum, progress)
+        if isinstance(self.codec, LearnedCodec):
+            figures |= measure_latents(self.codec, originals, figures["psnr"].stamp, options.device)
+        return figures
 
     # ---- what is opened --------------------------------------------------------------------------------------
 
@@ -396,12 +401,17 @@ class Work:
         return collected_reference(pictures, self.features, pictures.count, progress)
 
     def _samples(self, real: Reference) -> Pictures:
-        """A model's samples, by default as many as there are real images (10,000 at most), or finished ones."""
+        """A model's samples, by default as many as there are real images (10,000 at most), what a codec leaves of the
+        originals, or finished ones."""
         from carrara.cli.evaluate_refusals import lines_for
-        from carrara.evaluation.pictures import data_pictures, model_pictures
+        from carrara.evaluation.pictures import data_pictures, decoded_pictures, model_pictures
 
         options = self.options
-        if self.model is None:
+        if self.model is None and self.codec is not None:
+            assert options.originals is not None  # refused before
+            originals = data_pictures(options.originals, options.originals_split, options.n, options.size)
+            found = decoded_pictures(self.codec, originals, self.subject, options.device)
+        elif self.model is None:
             found = data_pictures(self.subject, options.split, options.n, options.size)
         else:
             count = samples_wanted(options.n, real)

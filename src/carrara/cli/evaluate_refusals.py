@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 SAMPLING = {"steps", "solver", "guidance", "classifier", "eta", "spacing"}
 MODEL = SAMPLING | {"classifier_scale", "seed", "batch_size"}
 COMPARING = {"comparison", "varied", "json_output"}
+CODEC = {
+    "originals",
+    "originals_split",
+    "lpips",
+    "lpips_checksum",
+    "reference",
+    "reference_split",
+    "features",
+    "checksum",
+}
 READING = {"resolution", "channels"}
 ALWAYS = {"n", "out", "json_output", "device", "resize", *READING}
 NEEDS = {
@@ -120,8 +130,11 @@ def _refuse_words(options: Options) -> None:
 def _refuse_subject(options: Options, given: set[str]) -> None:
     assert options.subject is not None
     if codec_folder(options.subject) is not None:
-        if given - {"subject", "originals", "originals_split", "lpips", "lpips_checksum", *ALWAYS}:
-            raise UserError(f"{options.subject} is a codec, which draws nothing by itself: give only --originals DATA.")
+        if "originals" not in given or given - {"subject", *CODEC, *ALWAYS}:
+            raise UserError(
+                f"{options.subject} is a codec, which draws nothing by itself: give --originals DATA to take apart, "
+                "and --reference DATA for the distance of what is left of them."
+            )
         return
     if is_model(options.subject):
         if "split" in given:
