@@ -18,3 +18,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(tiny_recipe(), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def upsampler_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a very small up-sampler of the digits, from 4x4 to 8x8, told nothing else."""
+    folder = tmp_path_factory.mktemp("runs") / "upsampler"
+    words = ("conditioning.kind=none", "sampling.guidance=1", "upsampling.factor=2", "upsampling.noise=0.3")
+    train(tiny_recipe(*words), folder)
+    return folder

@@ -149,6 +149,94 @@ def test_cached_latents_train_to_the_same_bits_as_images(tmp_path: Path) -> None
         Trainer(tiny_recipe(*latent, f"codec.cache={tmp_path / 'cache'}"), tmp_path / "stale")
 
 
+def begun(start: Path, learn: str | None, /, **sections: dict[str, Any]) -> Recipe:
+    """A few steps more of a codec of the digits."""
+    base = recipe().model_dump(include={"name", "kind", "data", "training", "sampling"})
+    codec = {} if learn is None else {"learn": learn}
+    loss = {"loss": {"adversarial": 0.0}}
+    return validate({**base, "start": str(start), "seed": 3, "codec": codec, **loss, **sections})
+
+
+@pytest.mark.parametrize("kind", ["kl", "vae", "vq", "dvae"])
+def test_a_decoder_learns_alone_and_every_latent_stays_what_it_is(kind: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"codes": 16} if kind in ("vq", "dvae") else {}
+    train(recipe(kind, codec=options), tmp_path / "codec")
+    tuned = begun(tmp_path / "codec", "decoder")
+    trainer = Trainer(tuned, tmp_path / "tuned")
+    assert trainer.summary()["learns"].startswith("the decoder alone")
+    for progress in trainer.steps():
+        if progress.step == 7:  # left unfinished, after the checkpoint of step 5
+            break
+    train(tuned, tmp_path / "tuned")
+    before, after = (codecs.load(tmp_path / name / "model") for name in ("codec", "tuned"))
+    images = Batches(open_source("digits"), Preprocess(8, 8, 1), 0, 64).at(0).images
+    with torch.no_grad():
+        z, same = (codec.encode(images).sample(Noise(0)) for codec in (before, after))
+        assert torch.equal(z, same)
+        # a decoder of other weights, which gives other images back
+        assert not torch.equal(before.decode(z), after.decode(z))
+    (latents, decoder), (latents_after, decoder_after) = (
+        codecs.content_hash(codec).split("-") for codec in (before, after)
+    )
+    assert latents_after == latents
+    assert decoder_after != decoder
+
+
+def test_a_model_takes_the_codec_whose_decoder_learned_on_and_no_other(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "codec")
+    latent = ("network.channel_mult=[1]", "network.attention=[1]")
+    train(tiny_recipe(f"codec.path={tmp_path / 'codec'}", *latent), tmp_path / "run")
+    train(begun(tmp_path / "codec", "decoder"), tmp_path / "tuned")
+    train(begun(tmp_path / "codec", None), tmp_path / "all")
+    model = DiffusionModel.load(tmp_path / "run")
+    tuned, other = (codecs.load(tmp_path / name / "model") for name in ("tuned", "all"))
+    own, with_tuned = model.sample([1, 2], steps=2), model.with_codec(tuned).sample([1, 2], steps=2)
+    assert torch.equal(own.latents, with_tuned.latents)
+    assert not torch.equal(own.images, with_tuned.images)
+    assert codecs.content_hash(tuned) in with_tuned.protocol["weights"]
+    with pytest.raises(UserError) as error:
+        model.with_codec(other)
+    for codec in (model.codec, other):
+        assert codecs.content_hash(codec) in str(error.value)
+    # saved with it, the model carries it
+    model.with_codec(tuned).save(tmp_path / "both")
+    assert codecs.content_hash(DiffusionModel.load(tmp_path / "both").codec) == codecs.content_hash(tuned)
+
+
+def test_all_of_a_codec_learns_on_from_where_it_ended(tmp_path: Path) -> None:
+    train(recipe("vq", codec={"codes": 16}), tmp_path / "codec")
+    tuned = begun(tmp_path / "codec", "all", training={"steps": 2, "batch_size": 16, "learning_rate": 1e-4, "ema": 0})
+    trainer = Trainer(tuned, tmp_path / "tuned")
+    before = codecs.load(tmp_path / "codec" / "model")
+    assert isinstance(before, VQAutoencoder)
+    assert all(torch.equal(v, before.state_dict()[k]) for k, v in trainer.network.state_dict().items())
+    list(trainer.steps())
+    after = codecs.load(tmp_path / "tuned" / "model")
+    assert isinstance(after, VQAutoencoder)
+    assert not torch.equal(after.encoder.state_dict()["stem.weight"], before.encoder.state_dict()["stem.weight"])
+    assert not torch.equal(after.latent_scale, before.latent_scale)  # measured again: the latents are others
+
+
+def test_what_a_codec_starts_from_decides_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "codec")
+    for codec, words in (
+        ({"channels": 8}, r"codec\.channels follows from the codec that the run starts from"),
+        ({"kind": "kl"}, r"codec\.kind follows from the codec"),
+        ({"learn": "decodr"}, r"codec\.learn is 'decodr': did you mean 'decoder'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            begun(tmp_path / "codec", None, codec=codec)
+    with pytest.raises(UserError, match=r"give that codec as 'start'"):
+        recipe(codec={"learn": "decoder"})
+    with pytest.raises(UserError, match="holds a diffusion model"):
+        Trainer(begun(tiny_run, "decoder"), tmp_path / "a")
+    coloured = begun(tmp_path / "codec", "decoder", data={"path": "digits", "resolution": 8, "channels": 3})
+    with pytest.raises(UserError, match="encodes images of 1 channels, not of 3"):
+        Trainer(coloured, tmp_path / "b")
+    with pytest.raises(UserError, match="takes no codec"):
+        DiffusionModel.load(tiny_run).with_codec(codecs.load(tmp_path / "codec" / "model"))
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     wrong: tuple[tuple[dict[str, dict[str, Any]], str], ...] = (
         ({"codec": {"kind": "vqqan"}}, "did you mean 'vqgan'"),

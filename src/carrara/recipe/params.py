@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -57,7 +57,8 @@ def _known_keys(model: Any, path: Sequence[str]) -> list[str]:
     """The keys that a section may hold at a place."""
     for part in path:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        choices = [annotation, *get_args(annotation)]  # a section that may be left out is one of a union
+        model = next((kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if model is None:
             return []
-        model = annotation
     return list(model.model_fields)
