@@ -62,23 +62,35 @@ def train(
 ) -> None:
     """Train a model. To resume, run the same command again; Ctrl-C saves and stops."""
     from carrara import distributed
-    from carrara.recipe import override, read, shipped, validate
     from carrara.training import Trainer
-    from carrara.training.choose import recipe_for
 
     if resume != "latest":
         raise UserError(f"--resume_from_checkpoint {resume}: a run resumes from its newest whole checkpoint, 'latest'.")
     aliases = {
-        "data.resolution": resolution and f"[{resolution.replace('x', ',')}]"
-        if "x" in (resolution or "")
-        else resolution,
+        "data.resolution": f"[{resolution.replace('x', ',')}]" if resolution and "x" in resolution else resolution,
         "training.batch_size": batch_size,
         "training.steps": steps,
         "training.learning_rate": learning_rate,
         "training.precision": precision,
         "seed": seed,
     }
-    changes = [f"{key}={value}" for key, value in aliases.items() if value is not None] + list(assignments or [])
+    changes = [f"{key}={value}" for key, value in aliases.items() if value is not None]
+    recipe, reasons = _recipe(what, changes + list(assignments or []))
+    if overfit or profile:
+        self_test(recipe, overfit, profile, json_lines)
+        return
+    trainer = Trainer(recipe, out or Path("runs") / recipe.name, accept_changes)
+    try:
+        run(trainer, reasons, json_lines)
+    finally:
+        distributed.finish()
+
+
+def _recipe(what: str, changes: list[str]) -> tuple[Recipe, list[str]]:
+    """The recipe for what was named, with its changes, and why it was chosen where it was made for a folder."""
+    from carrara.recipe import override, read, shipped, validate
+    from carrara.training.choose import recipe_for
+
     path, reasons = Path(what), list[str]()
     if what in shipped() or path.suffix in (".yaml", ".yml"):
         data = read(what)
@@ -88,15 +100,7 @@ def train(
         raise UserError(
             f"{what} is neither a shipped recipe ({', '.join(shipped())}), nor a recipe file, nor a folder."
         )
-    recipe = validate(override(data, changes), f"the recipe {what}")
-    if overfit or profile:
-        self_test(recipe, overfit, profile, json_lines)
-        return
-    trainer = Trainer(recipe, out or Path("runs") / recipe.name, accept_changes)
-    try:
-        run(trainer, reasons, json_lines)
-    finally:
-        distributed.finish()
+    return validate(override(data, changes), f"the recipe {what}"), reasons
 
 
 def self_test(recipe: Recipe, overfit: bool, profile: bool, json_lines: bool) -> None:
@@ -166,7 +170,7 @@ def run(trainer: Trainer, reasons: list[str], json_lines: bool = False) -> None:
             task = bar.add_task("training", total=trainer.recipe.training.steps, completed=trainer.step, note="")
             for state in trainer.steps():
                 if state.notice:
-                    bar.console.print(state.notice, highlight=False)
+                    bar.console.print(f"! {state.notice}", style="yellow", highlight=False, markup=False)
                 else:
                     note = f"loss {state.loss:.4f}  {state.images_per_s:,.0f} images/s"
                     bar.update(task, completed=state.step, note=note)
