@@ -24,6 +24,8 @@ def find(path: str | Path) -> Path:
         UserError: there is no such folder.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file and no model folder: `carrara import {folder}` makes one of a checkpoint.")
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}.")
     return folder / "model" if (folder / "model").is_dir() else folder
@@ -98,12 +100,16 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is a folder of diffusers: `carrara import {folder}` makes a model folder of it.")
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json: it is not a model folder of Carrara.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
+    if isinstance(config, dict) and "_class_name" in config:
+        raise UserError(f"{folder} is a folder of diffusers: `carrara import {folder}` makes a model folder of it.")
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):
         raise UserError(f"{path} does not describe a model of Carrara.")
     if config["format"] > FORMAT:

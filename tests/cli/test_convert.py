@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tests.cli.conftest import Command
-from tests.test_convert import original, told
+from tests.convert.test_guided_diffusion import original, told
 
 
 def test_the_commands(
@@ -38,6 +38,6 @@ def test_the_commands(
     assert "cut short" in refused("import", tmp_path / "cut.pt")
     torch.save({"weights": torch.nn.Linear(1, 1)}, tmp_path / "code.pt")
     assert "pickled code" in refused("import", tmp_path / "code.pt")
-    assert ".pt nor .safetensors" in refused("export", tmp_path / "m", "--out", tmp_path / "back.bin")
+    assert ".pth nor .safetensors" in refused("export", tmp_path / "m", "--out", tmp_path / "back.bin")
     np.savez(tmp_path / "half.npz", x=np.zeros((1, 3, 16, 16)))
     assert "lacks the array 't'" in refused("import", path, *sets, "--check", tmp_path / "half.npz", "--out", "n")

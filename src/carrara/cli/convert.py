@@ -1,4 +1,4 @@
-"""`carrara import` and `carrara export`: checkpoints of other programs, in and out."""
+"""`carrara import` and `carrara export`: models of other programs, in and out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from carrara.errors import UserError
 
 
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pt or .safetensors file of guided- or improved-diffusion.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The model folder; CHECKPOINT's name unless said.")] = None,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A .pt, .ckpt or .safetensors file of guided- or improved-diffusion, latent diffusion, Stable "
+            "Diffusion or taming-transformers; or a folder of diffusers."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder to write; after PATH's name unless said.")
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Which published model it is; by its shapes unless said.")
     ] = None,
@@ -21,56 +29,74 @@ def import_(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="An argument of the original constructor that the shapes do not tell, e.g. num_head_channels=64.",
+            help="An argument of the original constructor that the shapes do not tell, e.g. num_head_channels=64; of "
+            "latent diffusion in the words of its config, e.g. unet_config.params.num_heads=8.",
         ),
     ] = None,
-    schedule: Annotated[str, typer.Option("--schedule", help="With --set: linear or cosine.")] = "linear",
-    steps: Annotated[int, typer.Option("--diffusion-steps", "--diffusion_steps", help="With --set: T.")] = 1000,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="The original's YAML config (latent diffusion, taming); PATH's name with .yaml."),
+    ] = None,
+    last: Annotated[
+        bool, typer.Option("--last-weights", help="Of latent diffusion: the last weights, not their running mean.")
+    ] = False,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="Of guided-diffusion, with --set: linear (unless said) or cosine.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--diffusion-steps", "--diffusion_steps", help="Of guided-diffusion, with --set: T (1000)."),
+    ] = None,
     rescaled: Annotated[
-        bool, typer.Option("--rescale-timesteps", "--rescale_timesteps", help="With --set: told t·1000/T.")
+        bool,
+        typer.Option(
+            "--rescale-timesteps", "--rescale_timesteps", help="Of guided-diffusion, with --set: told t·1000/T."
+        ),
     ] = False,
     check: Annotated[
-        Path | None, typer.Option("--check", help="An .npz of the original's x, t, (y, low_res) and out, to compare.")
+        Path | None,
+        typer.Option(
+            "--check", help="An .npz of the original's x, t, (y, low_res) and out, to compare; of a codec x, out."
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Turn a checkpoint into a model folder, with a report of its parity."""
-    from carrara.convert import check_outputs, import_guided_diffusion
+    """Turn a model of another program into a model or codec folder, with a report of its parity."""
+    from carrara.convert import Asked, check_outputs, import_model
     from carrara.recipe import override
 
-    folder = out or checkpoint.with_suffix("")
+    folder = out or (path.with_suffix("") if path.is_file() else path.with_name(f"{path.name}-carrara"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name another folder with --out.")
-    imported = import_guided_diffusion(
-        checkpoint,
-        name,
-        arguments=override({}, assignments or []),
-        schedule=schedule,
-        steps=steps,
-        rescaled_time=rescaled,
-    )
+    asked = Asked(name, override({}, assignments or []), config, schedule, steps, rescaled, last)
+    imported = import_model(path, asked)
     report = imported.report
     if check is not None:
         report = {**report, "check": check_outputs(imported.model, check)}
-    imported.model.save(folder)
+    imported.save(folder)
     _tell({"folder": str(folder), **report}, json_output)
     if check is not None and not report["check"]["equal"]:
         raise typer.Exit(1)
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="A run, or a model or classifier folder.")],
-    out: Annotated[Path, typer.Option("--out", help="The file to write, .pt or .safetensors.")],
+    model: Annotated[Path, typer.Argument(help="A run, or a model, classifier or codec folder.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="The file to write (.pt, .ckpt or .safetensors), or without an ending the folder."),
+    ],
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--layout", help="guided-diffusion, compvis, taming or diffusers; by what the model is unless said."
+        ),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Write a model or classifier as guided-diffusion reads it, and the arguments of its constructor beside it."""
-    from carrara.classifier import Classifier
-    from carrara.convert import export_guided_diffusion
-    from carrara.model import DiffusionModel
-    from carrara.weights import kind_of
+    """Write a model, classifier or codec as another program reads it, with the config that this program needs."""
+    from carrara.convert import export_model, load
 
-    loaded = Classifier.load(model) if kind_of(model) == "classifier" else DiffusionModel.load(model)
-    _tell({"file": str(out), **export_guided_diffusion(loaded, out)}, json_output)
+    _tell({"out": str(out), **export_model(load(model), out, layout)}, json_output)
 
 
 def _tell(report: dict[str, Any], json_output: bool) -> None:

@@ -207,6 +207,41 @@ def quantiser(rest: Mapping[str, Any]) -> QuantiserParams:
     return QuantiserParams(codes=rest["n_embed"], legacy=True, decay=None, restart=0.0)
 
 
+def constructor_arguments(codec: LearnedCodec, resolution: int = 256) -> dict[str, Any]:
+    """The arguments that make the original's constructor build this codec: the inverse of `shape`.
+
+    Args:
+        codec: a KL, VQ or Gumbel autoencoder.
+        resolution: the side of its images, from which the original counts the levels that attend.
+
+    Raises:
+        UserError: the codec has something that the original does not know.
+    """
+    _checked(codec)
+    p = codec.params
+    ddconfig = {
+        "double_z": isinstance(codec, KLAutoencoder),
+        "z_channels": p.hidden,
+        "resolution": resolution,
+        "in_channels": p.in_channels,
+        "out_ch": p.out_channels or p.in_channels,
+        "ch": p.channels,
+        "ch_mult": [int(mult) for mult in p.channel_mult],
+        "num_res_blocks": p.blocks_per_level,
+        "attn_resolutions": [resolution // factor for factor in p.attention],
+        "dropout": p.dropout,
+    }
+    ddconfig |= {} if p.middle_attention else {"attn_type": "none"}
+    ddconfig |= {} if p.learned_resampling else {"resamp_with_conv": False}
+    ddconfig |= {"tanh_out": True} if p.tanh else {}
+    arguments: dict[str, Any] = {"embed_dim": p.latent_channels, "ddconfig": ddconfig}
+    if isinstance(codec, VQAutoencoder):
+        arguments["n_embed"] = codec.quantiser.params.codes
+    elif isinstance(codec, DiscreteAutoencoder):
+        arguments["n_embed"] = codec.choice.codes
+    return arguments
+
+
 # Keys
 
 
@@ -267,6 +302,8 @@ def _checked(codec: LearnedCodec) -> list[Place]:
     unknown = None
     if p.norm_groups != 32 or any(width % 32 for width in p.widths):
         unknown = "group norms of other than 32 groups"
+    elif any(mult != int(mult) for mult in p.channel_mult):
+        unknown = f"widths of {list(p.channel_mult)} times {p.channels} channels"
     elif not (p.encoder_map and p.decoder_map):
         unknown = "a first stage without 1×1 maps beside the latent"
     elif not p.middle_attention and p.attention:

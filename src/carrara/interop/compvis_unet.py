@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError, nearest
-from carrara.interop import guided_diffusion
+from carrara.interop import guided_diffusion, heads
 from carrara.interop.guided_diffusion import REQUIRED, Shapes, StateDict, difference, shapes, strip_prefixes
 from carrara.interop.layout import to_theirs
 from carrara.interop.unet_keys import places
@@ -67,7 +67,7 @@ def load_unet(
             `Condition.concat`. The original's U-Net does not know: its caller joins them.
         class_tokens: take the class embedder of a whole model, too: `Condition.label` is then what is told, in place
             of the context.
-        null_label: the embedder's last class means "no class".
+        null_label: the last class means "no class".
         ema: take the running mean of the weights that a whole model's checkpoint may hold.
         arguments: the original constructor's; where they say less than it needs, the rest is read from the shapes
             (see `infer_arguments`). With an int as `num_classes`, its `y` is `Condition.label`; with
@@ -84,6 +84,8 @@ def load_unet(
         weights["label_emb.weight"] = _class_table(state_dict)
         classes = len(weights["label_emb.weight"]) - null_label
         params = replace(params, num_classes=classes, null_label=null_label, label_tokens=1)
+    elif null_label and params.num_classes is not None:
+        params = replace(params, num_classes=params.num_classes - 1, null_label=True)
     network = guided_diffusion.load(UNet, params, weights, half=arguments.get("use_fp16", False))
     if arguments.get("use_bf16", False):
         cast_torso(network, torch.bfloat16)
@@ -103,7 +105,7 @@ def unet_state_dict(network: UNet) -> dict[str, Tensor]:
     Raises:
         UserError: the network has something that the original does not know.
     """
-    _check_exportable(network.params)
+    check_exportable(network.params)
     return to_theirs(network, places(network))
 
 
@@ -215,7 +217,8 @@ def constructor_arguments(params: UNetParams) -> dict[str, Any]:
     Raises:
         UserError: the network has something that the original does not know.
     """
-    _check_exportable(params)
+    check_exportable(params)
+    params = heads.told(params)
     plain = replace(
         params,
         transformer_depth=0,
@@ -246,11 +249,16 @@ def constructor_arguments(params: UNetParams) -> dict[str, Any]:
     }
 
 
-def _check_exportable(params: UNetParams) -> None:
+def check_exportable(params: UNetParams) -> None:
+    """Whether the original's constructor can build a network of these params.
+
+    Raises:
+        UserError: the network has something that the original does not know.
+    """
     unknown = None
     if params.norm_groups != 32 or any(width % 32 for width in params.widths):
         unknown = "group norms of other than 32 groups"
-    elif params.heads is None and params.head_channels is None:
+    elif params.heads is None and heads.told(params).head_channels is None:
         unknown = "heads of varying width"
     elif len(set(params.depths)) > 1:
         unknown = "transformers of varying depth"

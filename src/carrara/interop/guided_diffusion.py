@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError, nearest
+from carrara.interop import heads
 from carrara.interop.layout import to_ours, to_theirs
 from carrara.interop.unet_keys import Network, places
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
@@ -300,7 +301,7 @@ def constructor_arguments(params: UNetParams | EncoderClassifierParams) -> dict[
         UserError: the network has something that the original does not know.
     """
     _check_exportable(params)
-    heads = params.heads or 1
+    params = heads.told(params)
     arguments: dict[str, Any] = {
         "image_size": params.image_size[-1],
         "in_channels": params.in_channels,
@@ -312,7 +313,7 @@ def constructor_arguments(params: UNetParams | EncoderClassifierParams) -> dict[
         "conv_resample": params.resampling != "pooling",
         "dims": params.dims,
         "use_checkpoint": params.checkpointing,
-        "num_heads": heads,
+        "num_heads": params.heads or 1,
         "num_head_channels": -1 if params.heads else params.head_channels,
         "use_scale_shift_norm": params.adaptive_norm,
         "resblock_updown": params.resampling == "residual",
@@ -333,7 +334,7 @@ def _check_exportable(params: BackboneParams) -> None:
     unknown = None
     if params.norm_groups != 32 or any(width % 32 for width in params.widths):
         unknown = "group norms of other than 32 groups"
-    elif params.heads is None and params.head_channels is None:
+    elif params.heads is None and heads.told(params).head_channels is None:
         unknown = "heads of varying width"
     elif any(params.depths):
         unknown = "transformer"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from carrara.classifier import Classifier
-from carrara.convert import check_outputs, export_guided_diffusion, import_guided_diffusion
+from carrara.convert import Asked, check_outputs, export_model, import_model
 from carrara.errors import UserError
 from carrara.interop import guided_diffusion
 from carrara.interop.published import PUBLISHED
@@ -51,12 +51,12 @@ def told(spec: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_an_imported_checkpoint_answers_as_the_original_did(case: str, tmp_path: Path) -> None:
     path, spec, answers = original(case, tmp_path)
-    imported = import_guided_diffusion(path, arguments=told(spec))
+    imported = import_model(path, Asked(arguments=told(spec)))
     assert imported.report["largest_difference_there_and_back"] == 0
     parity = check_outputs(imported.model, answers)
     assert parity["equal"]
     assert parity["largest_difference"] <= 2e-5  # four times the rounding that the original itself shows
-    imported.model.save(tmp_path / "model")
+    imported.save(tmp_path / "model")
     kind: type[Classifier | DiffusionModel] = Classifier if case.startswith("b") else DiffusionModel
     again = kind.load(tmp_path / "model")
     assert check_outputs(again, answers) == parity
@@ -65,7 +65,7 @@ def test_an_imported_checkpoint_answers_as_the_original_did(case: str, tmp_path:
 def test_a_wrong_argument_shows_in_the_check(tmp_path: Path) -> None:
     path, spec, answers = original("a3_unet_newattn", tmp_path)
     wrong = {**told(spec), "use_new_attention_order": False}
-    assert not check_outputs(import_guided_diffusion(path, arguments=wrong).model, answers)["equal"]
+    assert not check_outputs(import_model(path, Asked(arguments=wrong)).model, answers)["equal"]
 
 
 def test_out_and_in_again_keeps_every_bit(tiny_run: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_out_and_in_again_keeps_every_bit(tiny_run: Path, tmp_path: Path) -> Non
     model = DiffusionModel.load(tiny_run)
     model.network = UNet(params)
     for ending in (".pt", ".safetensors"):
-        report = export_guided_diffusion(model, tmp_path / f"out{ending}")
+        report = export_model(model, tmp_path / f"out{ending}")
         arguments = json.loads((tmp_path / "out.json").read_text())["arguments"]
         read = load_file(tmp_path / "out.safetensors") if ending != ".pt" else torch.load(tmp_path / "out.pt")
         back = guided_diffusion.load_unet(read, **arguments)
@@ -95,9 +95,10 @@ def test_a_published_shape_is_recognised_by_itself(tmp_path: Path) -> None:
     # The smallest published network: 53 million random weights in float16, as some copies are stored.
     network = PUBLISHED["improved-cifar10"].network()
     torch.save({k: v.half() for k, v in guided_diffusion.state_dict(network).items()}, tmp_path / "cifar10.pt")
-    imported = import_guided_diffusion(tmp_path / "cifar10.pt")
+    imported = import_model(tmp_path / "cifar10.pt")
     assert imported.report["recognised"] == ["improved-cifar10"]
+    assert isinstance(imported.model, DiffusionModel)
     assert imported.model.schedule.spec["steps"] == 4000
     assert float(imported.model.schedule.network_time(4000)) == pytest.approx(3999 / 4)
     with pytest.raises(UserError, match="adm-imagenet-64"):
-        import_guided_diffusion(tmp_path / "cifar10.pt", "adm-imagnet-64")
+        import_model(tmp_path / "cifar10.pt", Asked("adm-imagnet-64"))

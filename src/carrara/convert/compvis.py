@@ -1,0 +1,346 @@
+"""Checkpoints of latent diffusion, Stable Diffusion and taming-transformers: first stages, and whole models.
+
+Their programs keep the arguments of a model in a YAML file. Published models are known by their shapes; of others the
+YAML is read where it is named, or lies beside the checkpoint under its name, which is how models are written here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from carrara.codecs import DiscreteAutoencoder, LearnedCodec, VQAutoencoder
+from carrara.conditioning import Labels
+from carrara.convert.imported import (
+    DROPOUT,
+    Asked,
+    Contents,
+    Convertible,
+    Imported,
+    assembled,
+    there_and_back,
+    write_weights,
+)
+from carrara.convert.parity import fingerprint, own_network
+from carrara.errors import UserError, nearest
+from carrara.files import write_whole
+from carrara.interop import compvis, compvis_model, compvis_published, published_codecs, taming
+from carrara.interop.compvis_unet import CLASSES, MEAN, PART, unet_weights
+from carrara.interop.layout import strip_prefixes
+from carrara.model import DiffusionModel
+from carrara.networks import UNet
+from carrara.process.schedules import Discrete
+
+NULLED = "ldm-imagenet-256-v2"
+"""The published model whose last class means "no class"."""
+
+STABLE = {
+    name: name if "upscaler" in name else "stable-diffusion"
+    for name in compvis_published.PUBLISHED
+    if name.startswith("stable-diffusion")
+}
+"""The first stages of Stable Diffusion's models: their shapes are latent diffusion's, their latent scale is not."""
+
+Settings = dict[str, Any]
+StateDict = Mapping[str, Tensor]
+
+
+def is_whole(contents: Contents) -> bool:
+    """Whether this is a latent diffusion model's checkpoint."""
+    return any(key.startswith(PART) for key in strip_prefixes(contents.tensors))
+
+
+def is_first_stage(contents: Contents) -> bool:
+    """Whether the tensors are, or hold, a first stage."""
+    return not is_whole(contents) and "encoder.conv_in.weight" in compvis.own_weights(contents.tensors)
+
+
+def quantises(contents: Contents) -> bool:
+    """Whether a first stage has a codebook."""
+    return any(key.startswith("quantize.") for key in compvis.own_weights(contents.tensors))
+
+
+def import_compvis(contents: Contents, asked: Asked) -> Imported:
+    """A first stage as a codec, or a latent diffusion model with its first stage.
+
+    A model that is told nothing or a class comes whole. What another is told (a text, an image beside) nothing here can
+    tell it yet: of it the first stage is taken, and the report says so.
+
+    Args:
+        contents: the checkpoint.
+        asked: the `name` is a published first stage's, or for a whole model a published U-Net's; by the shapes where
+            it is left out. `config` or `arguments` describe others, in the words of the originals' YAML files: those
+            of `model.params`, beside `classes` (their names) and `null_label` (the last class means "no class").
+
+    Raises:
+        UserError: the checkpoint fits no model, or leaves something open that must be named.
+    """
+    settings = _settings(contents.path, asked)
+    if not is_whole(contents):
+        return _codec(contents, asked.name, settings)
+    checkpoint = strip_prefixes(contents.tensors)
+    waits = _waits_for(checkpoint)
+    if waits is None:
+        return _model(contents.path, checkpoint, asked, settings)
+    if not _holds_first_stage(checkpoint):
+        raise UserError(f"the U-Net in {contents.path} waits for {waits}, and there is no first stage beside it.")
+    unets = compvis_published.recognise(checkpoint)
+    name = None if asked.name in compvis_published.PUBLISHED else asked.name
+    if name is None and not _first_stage_arguments(settings):
+        name = next((STABLE[unet] for unet in unets if unet in STABLE), None)
+    imported = _codec(contents, name, settings)
+    note = f"only the first stage was imported: the U-Net waits for {waits}"
+    return replace(imported, report={**imported.report, "u_net": list(unets), "note": note})
+
+
+def export_compvis(model: Convertible, path: Path) -> dict[str, Any]:
+    """Write a KL or VQ codec, or a whole diffusion model, under CompVis' keys, and beside it `NAME.yaml` with the
+    config that makes the original build it.
+
+    Args:
+        model: a codec, or a diffusion model that is told nothing or a class.
+        path: `.ckpt` or `.pt` (under `state_dict`), or `.safetensors`.
+
+    Returns:
+        The report: the config's name, the tensors, fingerprints.
+
+    Raises:
+        UserError: the original does not know something of the model, or the name has another ending.
+    """
+    if isinstance(model, LearnedCodec):
+        return _export_codec(model, path, "ldm.models.autoencoder")
+    network = own_network(model)
+    if not isinstance(model, DiffusionModel) or not isinstance(network, UNet):
+        raise UserError("CompVis' programs know no noisy classifier: write it in the layout guided-diffusion.")
+    codec = model.codec if isinstance(model.codec, LearnedCodec) else None
+    scale = 1.0 if codec is None else _one_scale(codec)
+    config = compvis_model.config(network, codec, model.schedule, model.predicts, scale)
+    if model.labels is not None:
+        config["classes"] = list(model.labels.names)
+    weights = _weights(network, codec) | {"scale_factor": torch.tensor(scale)}
+    assert isinstance(model.schedule, Discrete)  # or `config` would have refused it
+    report = _write(path, config, weights | compvis_model.tables(model.schedule))
+    return {**report, "fingerprint": fingerprint(network)}
+
+
+def export_taming(model: Convertible, path: Path) -> dict[str, Any]:
+    """Write a VQ codec, or a discrete one, under taming-transformers' keys, and its config beside it; see
+    `export_compvis`."""
+    if not isinstance(model, VQAutoencoder | DiscreteAutoencoder):
+        raise UserError("taming-transformers knows codecs with a codebook only: write this in the layout compvis.")
+    return _export_codec(model, path, "taming.models.vqgan")
+
+
+# First stages
+
+
+def _codec(contents: Contents, name: str | None, settings: Settings) -> Imported:
+    codec, recognised = _first_stage(contents.tensors, name, settings)
+    weights = there_and_back(compvis.own_weights(contents.tensors), compvis.state_dict(codec))
+    report = {"recognised": recognised, "codec": codec.kind, "latent_scale": float(codec.latent_scale[0])}
+    return Imported(codec, {**report, **weights, "fingerprint": fingerprint(codec)})
+
+
+def _first_stage(tensors: StateDict, name: str | None, settings: Settings) -> tuple[LearnedCodec, list[str]]:
+    """A first stage, of which published ones it may be the names are told.
+
+    Args:
+        tensors: its own, or a whole model's.
+        name: of a published first stage, or None.
+        settings: the `params` of a config, of the first stage or of a model around it.
+
+    Raises:
+        UserError: the checkpoint fits none.
+    """
+    known = published_codecs.PUBLISHED
+    recognised: list[str] = []
+    arguments = _first_stage_arguments(settings)
+    if arguments and name is not None:
+        raise UserError(f"'{name}' names the whole first stage: leave out {', '.join(arguments)}.")
+    if not arguments:
+        recognised = [name] if name is not None else list(published_codecs.recognise(tensors))
+        if recognised[0] not in known:
+            raise UserError(f"there is no published first stage '{name}': {nearest(str(name), known)}")
+        arguments = dict(known[recognised[0]])
+    scale = arguments.pop("scale_factor", 1.0)
+    load = taming.load_vq if "n_embed" in arguments else compvis.load_autoencoder
+    codec = load(tensors, **arguments)
+    stored = strip_prefixes(tensors).get("scale_factor", settings.get("scale_factor", scale))
+    codec.set_latent_scale(float(stored))
+    return codec, recognised
+
+
+def _first_stage_arguments(settings: Settings) -> dict[str, Any]:
+    """What the settings say of the first stage: it stands alone, or within a model."""
+    if "first_stage_config" in settings:
+        return dict(settings["first_stage_config"].get("params", {}))
+    named = {"ddconfig", *compvis.SHAPE_REQUIRED, "embed_dim", "n_embed"}
+    return {k: v for k, v in settings.items() if k != "scale_factor"} if named & settings.keys() else {}
+
+
+def _holds_first_stage(checkpoint: StateDict) -> bool:
+    return any(key.startswith(compvis.PART) for key in checkpoint)
+
+
+def _export_codec(codec: LearnedCodec, path: Path, package: str) -> dict[str, Any]:
+    config: dict[str, Any] = {"model": compvis_model.first_stage_config(codec, package)}
+    scale = _one_scale(codec)
+    if scale != 1:
+        config["scale_factor"] = scale
+    return {**_write(path, config, compvis.state_dict(codec)), "fingerprint": fingerprint(codec)}
+
+
+def _one_scale(codec: LearnedCodec) -> float:
+    """The one number that latent diffusion multiplies latents with.
+
+    Raises:
+        UserError: the codec's latent scale is more than that.
+    """
+    scales = set(codec.latent_scale.tolist())
+    if len(scales) > 1 or any(codec.latent_shift.tolist()):
+        raise UserError(
+            "latent diffusion knows one number as its latent scale, and this codec has a scale and a shift for each "
+            "channel: measure it as one, or write the codec in the layout diffusers."
+        )
+    return float(scales.pop())
+
+
+# Whole models
+
+
+def _waits_for(checkpoint: StateDict) -> str | None:
+    """What the U-Net is told that nothing here can tell it yet; None where there is no such thing."""
+    found = {key: tuple(value.shape) for key, value in unet_weights(checkpoint).items()}
+    if not {"input_blocks.0.0.weight", "out.2.weight"} <= found.keys():
+        raise UserError(f"the checkpoint's U-Net ('{PART}…') is no CompVis U-Net: it lacks its first or last layer.")
+    if found["input_blocks.0.0.weight"][1] != found["out.2.weight"][0]:
+        return "an image beside the noisy one"
+    if "label_emb.0.0.weight" in found or "label_emb.bias" in found:
+        return "the embedding of an image"
+    if "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in found and CLASSES not in checkpoint:
+        return "text conditioning"
+    return None
+
+
+def _model(path: Path, checkpoint: StateDict, asked: Asked, settings: Settings) -> Imported:
+    """A model that is told nothing, or a class."""
+    arguments, recognised = _unet_arguments(checkpoint, asked.name, settings)
+    codec, first = _first_stage(checkpoint, None, settings) if _holds_first_stage(checkpoint) else (None, [])
+    schedule = compvis_model.schedule(checkpoint, settings)
+    predicts = settings.get("parameterization", "eps")
+    if predicts not in compvis_model.PREDICTS:
+        raise UserError(f"parameterization is '{predicts}': {nearest(str(predicts), compvis_model.PREDICTS)}")
+    mean = not asked.last_weights and any(key.startswith(f"{MEAN}diffusion_model") for key in checkpoint)
+    tokens = CLASSES in checkpoint and arguments.get("context_dim") is not None
+    labels, null = _labels(checkpoint, tokens, settings, NULLED in recognised)
+    network = compvis.load_unet(checkpoint, class_tokens=tokens, null_label=null, ema=mean, **arguments).eval()
+    size = settings.get("image_size", arguments.get("image_size"))
+    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    model = assembled(network, schedule, predicts, labels, codec, size, path)
+    whole = unet_weights(checkpoint, mean)
+    theirs = {PART + key: value for key, value in whole.items()}
+    theirs |= {key: value for key, value in checkpoint.items() if tokens and key == CLASSES}
+    theirs |= {} if codec is None else {compvis.PART + k: v for k, v in compvis.own_weights(checkpoint).items()}
+    report = {
+        "recognised": recognised,
+        "first_stage": first,
+        "weights": "running mean" if mean else "last",
+        "schedule": repr(schedule),
+        "latent_scale": 1.0 if codec is None else float(codec.latent_scale[0]),
+        **there_and_back(theirs, _weights(network, codec)),
+        "fingerprint": fingerprint(network),
+    }
+    return Imported(model, report)
+
+
+def _unet_arguments(checkpoint: StateDict, name: str | None, settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    """The constructor's arguments of a model's U-Net, and the published ones that it may be."""
+    known = compvis_published.PUBLISHED
+    named = settings.get("unet_config", {}).get("params", {})
+    if named and name is not None:
+        raise UserError(f"'{name}' names the whole U-Net: leave out unet_config.")
+    recognised = [name] if name is not None else [] if named else list(compvis_published.recognise(checkpoint))
+    if recognised and recognised[0] not in known:
+        raise UserError(f"there is no published latent diffusion model '{name}': {nearest(str(name), known)}")
+    if not named and not recognised:
+        raise UserError(
+            "the checkpoint's U-Net is none of the published ones: name the original's config with --config, or its "
+            "heads with --set unet_config.params.num_heads=N (or num_head_channels)."
+        )
+    arguments = dict(named or known[recognised[0]])
+    if "image_size" not in arguments and "image_size" not in settings:
+        raise UserError("shapes do not tell the size of the latents: name it with --set image_size=N.")
+    return arguments, recognised
+
+
+def _labels(checkpoint: StateDict, tokens: bool, settings: Settings, published: bool) -> tuple[Labels | None, bool]:
+    """The classes, and whether the table's last row means that there is none."""
+    table = checkpoint.get(CLASSES if tokens else f"{PART}label_emb.weight")
+    if table is None:
+        return None, False
+    names = settings.get("classes")
+    null = bool(settings.get("null_label", published if names is None else len(names) == len(table) - 1))
+    count = len(table) - null
+    if names is not None and len(names) != count:
+        raise UserError(f"{len(names)} classes are named, and the checkpoint knows {count}.")
+    told = tuple(map(str, names if names is not None else range(count)))
+    return Labels(told, DROPOUT if null else 0.0), null
+
+
+def _weights(network: UNet, codec: LearnedCodec | None) -> dict[str, Tensor]:
+    """A model's weights under the keys of a whole checkpoint."""
+    unet, table = compvis_model.weights(network)
+    found = {PART + key: value for key, value in unet.items()}
+    found |= {} if table is None else {CLASSES: table}
+    found |= {} if codec is None else {compvis.PART + k: v for k, v in compvis.state_dict(codec).items()}
+    return found
+
+
+# Files
+
+
+def _settings(path: Path, asked: Asked) -> Settings:
+    """What the config beside the checkpoint says, and over it what was asked.
+
+    Raises:
+        UserError: the config cannot be read, or describes no model.
+    """
+    beside = path.with_suffix(".yaml")
+    config = asked.config or (beside if beside.is_file() and asked.name is None else None)
+    if config is None:
+        return dict(asked.arguments)
+    try:
+        described = yaml.safe_load(config.read_text(encoding="utf-8"))
+        model = described["model"]
+        own = {key: described[key] for key in ("classes", "scale_factor") if key in described}
+        return _merged({**model.get("params", {}), **own}, asked.arguments)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{config} cannot be read: {str(error).splitlines()[0]}.") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{config} describes no model of CompVis' programs: it has no model.params.") from None
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
+    """One set of nested settings over another."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _write(path: Path, config: Mapping[str, Any], weights: StateDict) -> dict[str, Any]:
+    beside = path.with_suffix(".yaml")
+    text = yaml.safe_dump(
+        json.loads(json.dumps(config)), sort_keys=False
+    )  # JSON knows lists only, as YAML's readers do
+    write_weights(path, weights, nested=True)
+    write_whole(beside, text.encode())
+    return {"config": str(beside), "tensors": len(weights)}

@@ -1,0 +1,129 @@
+"""Checkpoints of guided-diffusion and improved-diffusion: models of pixels, up-samplers and noisy classifiers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from carrara.classifier import Classifier
+from carrara.codecs import LearnedCodec
+from carrara.conditioning import Labels
+from carrara.convert.imported import Asked, Contents, Convertible, Imported, there_and_back, write_weights
+from carrara.convert.parity import fingerprint, own_network
+from carrara.errors import UserError, nearest
+from carrara.files import write_whole
+from carrara.interop import guided_diffusion
+from carrara.interop.published import PUBLISHED, Published, recognise
+from carrara.model import DiffusionModel
+from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
+from carrara.process import schedules
+from carrara.process.schedules import Discrete
+
+
+def is_guided_diffusion(contents: Contents) -> bool:
+    """Whether these are the weights of such a network, alone in their file."""
+    return "input_blocks.0.0.weight" in guided_diffusion.strip_prefixes(contents.tensors)
+
+
+def import_guided_diffusion(contents: Contents, asked: Asked) -> Imported:
+    """A checkpoint of guided-diffusion or improved-diffusion: a model, an up-sampler or a classifier.
+
+    Args:
+        contents: the weights.
+        asked: the `name` is one of `PUBLISHED`; by the shapes where it is left out. `arguments` are the original
+            constructor's own, for a checkpoint that is none of the published ones: those that its shapes do not tell
+            (`num_head_channels`, `image_size`, …). The process goes with them: linear, of 1000 steps unless said.
+
+    Raises:
+        UserError: the checkpoint fits no model, or leaves something open that must be named.
+    """
+    checkpoint, name = contents.tensors, asked.name
+    if name is not None and asked.arguments:
+        raise UserError(f"'{name}' names the whole network: leave out {', '.join(asked.arguments)}.")
+    if asked.arguments:
+        found = _described(checkpoint, asked)
+        recognised: tuple[str, ...] = ()
+    else:
+        if asked.schedule or asked.steps or asked.rescaled_time:
+            raise UserError("a published model has its own schedule: --schedule and its like go with --set only.")
+        recognised = (name,) if name is not None else recognise(checkpoint)
+        if recognised[0] not in PUBLISHED:
+            raise UserError(f"there is no published model '{name}': {nearest(str(name), PUBLISHED)}")
+        found = PUBLISHED[recognised[0]]
+    network: UNet | EncoderClassifier
+    if isinstance(found.params, EncoderClassifierParams):
+        network = guided_diffusion.load(EncoderClassifier, found.params, checkpoint)
+    else:
+        network = guided_diffusion.load(UNet, found.params, checkpoint)
+    network.eval()
+    model = _assembled(network, found, f"{contents.path.name}, imported")
+    weights = there_and_back(guided_diffusion.strip_prefixes(checkpoint), guided_diffusion.state_dict(network))
+    return Imported(model, {"recognised": list(recognised), **weights, "fingerprint": fingerprint(network)})
+
+
+def export_guided_diffusion(model: Convertible, path: Path) -> dict[str, Any]:
+    """Write the weights under guided-diffusion's keys, and beside them `NAME.json` with the arguments that make the
+    original constructor build the network.
+
+    Args:
+        model: a diffusion model of pixels, or a classifier.
+        path: `.pt` (read by `torch.load`) or `.safetensors`.
+
+    Returns:
+        The report: the tensors, the arguments, a fingerprint.
+
+    Raises:
+        UserError: the network has something that the original does not know, or the name has another ending.
+    """
+    if isinstance(model, LearnedCodec) or (isinstance(model, DiffusionModel) and not model.codec.pixels):
+        raise UserError("guided-diffusion knows no codecs: write this in the layout compvis or diffusers.")
+    network = own_network(model)
+    weights = guided_diffusion.state_dict(network)
+    arguments = guided_diffusion.constructor_arguments(network.params)
+    report = {"arguments": arguments, "tensors": len(weights), "fingerprint": fingerprint(network)}
+    write_weights(path, weights)
+    write_whole(path.with_suffix(".json"), (json.dumps(report, indent=2) + "\n").encode())
+    return report
+
+
+def _described(checkpoint: Mapping[str, Tensor], asked: Asked) -> Published:
+    """What the original's arguments, named or read from the shapes, describe."""
+    arguments = guided_diffusion.infer_arguments(checkpoint, **asked.arguments)
+    params: UNetParams | EncoderClassifierParams
+    if "pool" in arguments:
+        params = guided_diffusion.classifier_params(**arguments)
+    elif arguments["in_channels"] == 6:  # a small image beside one of three channels
+        params = guided_diffusion.super_resolution_params(**{**arguments, "in_channels": 3})
+    else:
+        params = guided_diffusion.unet_params(**arguments)
+    return Published(
+        params=params,
+        schedule=asked.schedule or "linear",
+        steps=asked.steps or 1000,
+        rescaled_time=asked.rescaled_time,
+        files=(),
+    )
+
+
+def _assembled(network: UNet | EncoderClassifier, found: Published, origin: str) -> DiffusionModel | Classifier:
+    kinds = {"linear": schedules.linear, "cosine": schedules.cosine}
+    if found.schedule not in kinds:
+        raise UserError(f"these programs know no schedule '{found.schedule}': {nearest(found.schedule, kinds)}")
+    scale = 1000 / found.steps if found.rescaled_time else 1.0
+    schedule: Discrete = kinds[found.schedule](found.steps, network_scale=scale)
+    classes = network.params.num_classes
+    names = tuple(map(str, range(classes))) if classes else None
+    if isinstance(network, EncoderClassifier):
+        return Classifier(network, schedule, names or (), origin=origin)
+    height, width = network.params.image_size
+    return DiffusionModel(
+        network,
+        schedule,
+        (network.params.prediction_channels, height, width),
+        labels=Labels(names) if names else None,
+        origin=origin,
+    )

@@ -1,0 +1,117 @@
+"""Whether a converted model answers as the original did."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from carrara.codecs import LearnedCodec
+from carrara.condition import Condition
+from carrara.convert.imported import Convertible
+from carrara.errors import UserError
+from carrara.networks import EncoderClassifier, UNet
+
+PARITY = 1e-5
+"""The largest difference, as a share of the largest output, that float32 rounding explains."""
+
+
+@torch.no_grad()
+def fingerprint(part: UNet | EncoderClassifier | LearnedCodec) -> dict[str, Any]:
+    """What a network answers to x_i = sin(i) over one image, at network time 10, label 0, with the small image of an
+    up-sampler x_i = sin(i) too; of a codec, what it makes of such an image: easily asked of the original program.
+
+    Returns:
+        `mean`, `std` and the `first` four values of the output.
+    """
+    answer = _reconstructed(part) if isinstance(part, LearnedCodec) else _answered(part)
+    first = [round(value, 6) for value in answer.double().flatten()[:4].tolist()]
+    return {"mean": float(answer.double().mean()), "std": float(answer.double().std()), "first": first}
+
+
+def _answered(network: UNet | EncoderClassifier) -> Tensor:
+    p = network.params
+    condition = Condition(label=torch.zeros(1, dtype=torch.int64)) if getattr(p, "num_classes", None) else Condition()
+    if isinstance(network, EncoderClassifier):
+        condition = Condition()
+    elif network.params.concat_channels:
+        small = [side // 4 if network.params.upsample_concat else side for side in p.image_size]
+        condition = replace(condition, concat=_sines(network.params.concat_channels, *small))
+    answer: Tensor = network(_sines(p.in_channels, *p.image_size), torch.tensor([10.0]), condition)
+    return answer
+
+
+def _reconstructed(codec: LearnedCodec) -> Tensor:
+    """An image of 8×8 latents, there and back."""
+    side = 8 * codec.reduction
+    return codec.decode(codec.encode(_sines(codec.params.in_channels, side, side)).mode())
+
+
+@torch.no_grad()
+def check_outputs(model: Convertible, path: str | Path) -> dict[str, Any]:
+    """Compare a network, or a codec, with what the original program answered.
+
+    Args:
+        model: of a diffusion model its network is compared.
+        path: `.npz` with `x` [B, C, H, W], `t` [B] (the network's own timesteps), `out`, and where the network takes
+            them `y` [B] and `low_res` [B, C, h, w]; for a codec with the images `x` and their reconstructions `out`
+            (from the posterior's mode).
+
+    Returns:
+        `largest_difference`, `largest_output`, and whether the first is within `PARITY` of the second as `equal`.
+
+    Raises:
+        UserError: the file cannot be read, or lacks an array.
+    """
+    arrays = _arrays(path, ("x", "out") if isinstance(model, LearnedCodec) else ("x", "t", "out"))
+    x, expected = arrays["x"].float(), arrays["out"].float()
+    if isinstance(model, LearnedCodec):
+        answer = model.decode(model.encode(x).mode())
+    else:
+        network = own_network(model)
+        label, small = arrays.get("y"), arrays.get("low_res")
+        condition = Condition(
+            label=None if label is None else label.long(), concat=None if small is None else small.float()
+        )
+        if isinstance(network, EncoderClassifier):
+            condition = Condition()
+        answer = network(x, arrays["t"].float(), condition)
+    if answer.shape != expected.shape:
+        raise UserError(
+            f"{path}: 'out' has the shape {tuple(expected.shape)}, the network gives {tuple(answer.shape)}."
+        )
+    difference, largest = float((answer - expected).abs().max()), float(expected.abs().max())
+    equal = difference <= PARITY * max(largest, 1.0)
+    return {"largest_difference": difference, "largest_output": largest, "equal": equal}
+
+
+def _arrays(path: str | Path, needed: tuple[str, ...]) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as .npz: {error}.") from None
+    for key in needed:
+        if key not in arrays:
+            raise UserError(f"{path} lacks the array '{key}': it must hold {', '.join(needed[:-1])} and {needed[-1]}.")
+    return arrays
+
+
+def own_network(model: Convertible) -> UNet | EncoderClassifier:
+    """The network of a diffusion model or classifier.
+
+    Raises:
+        UserError: it is not one of Carrara's own.
+    """
+    network = None if isinstance(model, LearnedCodec) else model.network
+    if not isinstance(network, UNet | EncoderClassifier):
+        raise UserError("only models around Carrara's own networks can be converted.")
+    return network
+
+
+def _sines(*shape: int) -> Tensor:
+    return torch.arange(float(np.prod(shape))).sin().reshape(1, *shape)

@@ -1,0 +1,123 @@
+"""Noise schedules in the layout of diffusers: what a `scheduler_config.json` says of training, in and out.
+
+Its class and its other entries choose a sampler, which is no part of a model here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from carrara.errors import UserError, nearest
+from carrara.process import Predicts, schedules
+from carrara.process.schedules import Discrete, Schedule
+
+CLASSES = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+"""The schedulers of models that were trained on a table of β."""
+PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+
+def read(config: Mapping[str, Any]) -> tuple[Discrete, Predicts]:
+    """The schedule and what the network predicts.
+
+    Raises:
+        UserError: the scheduler is of another kind, or says something that no schedule here can express.
+    """
+    kind = str(config.get("_class_name"))
+    if kind not in CLASSES:
+        raise UserError(f"the scheduler is a {kind}, whose noise levels are no table of β: {nearest(kind, CLASSES)}")
+    predicts = str(config.get("prediction_type", "epsilon"))
+    if predicts not in PREDICTS:
+        raise UserError(f"the scheduler's prediction_type is '{predicts}': {nearest(predicts, PREDICTS)}")
+    for entry in ("use_flow_sigmas", "flow_shift_terminal"):
+        if config.get(entry):
+            raise UserError(f"the scheduler's {entry} = {config[entry]} makes a flow of it, which is not supported.")
+    schedule = _table(config)
+    if config.get("rescale_betas_zero_snr", False):
+        schedule = schedules.zero_terminal_snr(schedule)
+    return schedule, PREDICTS[predicts]
+
+
+def _table(config: Mapping[str, Any]) -> Discrete:
+    steps, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    if config.get("trained_betas") is not None:
+        return schedules.from_betas(config["trained_betas"])
+    if kind == "squaredcos_cap_v2":
+        return schedules.cosine(steps)
+    if kind == "scaled_linear":
+        return schedules.scaled_linear(steps, start, end)
+    if kind == "sigmoid":
+        waves = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid()
+        return schedules.from_betas(waves * (end - start) + start)
+    if kind != "linear":
+        known = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+        raise UserError(f"the scheduler's beta_schedule is '{kind}': {nearest(str(kind), known)}")
+    if math.isclose(start * steps, 0.1) and math.isclose(end * steps, 20):  # DDPM's own, for any number of steps
+        return schedules.linear(steps)
+    return schedules.from_betas(torch.linspace(start, end, steps, dtype=torch.float64))
+
+
+def config(schedule: Schedule, predicts: Predicts, *, pixels: bool, learned_variance: bool) -> dict[str, Any]:
+    """The `scheduler_config.json` of a model.
+
+    Args:
+        schedule: a table whose network is told whole times.
+        predicts: "eps", "x0" or "v".
+        pixels: predictions of the clean image may be clipped to [-1, 1].
+        learned_variance: the network tells its reverse variance, which `DDPMScheduler` alone can use.
+
+    Raises:
+        UserError: diffusers cannot express it.
+    """
+    names = {mine: theirs for theirs, mine in PREDICTS.items()}
+    if predicts not in names:
+        raise UserError(f"diffusers' schedulers know no prediction of '{predicts}', so this model cannot be written.")
+    if not isinstance(schedule, Discrete) or schedule.network_scale != 1:
+        raise UserError(f"diffusers' schedulers are tables of whole times, which {schedule.spec['kind']} here is not.")
+    common = {"prediction_type": names[predicts], "clip_sample": pixels, "timestep_spacing": "trailing"}
+    if pixels or learned_variance:
+        variance = "learned_range" if learned_variance else "fixed_small"
+        common |= {"_class_name": "DDPMScheduler", "variance_type": variance}
+    else:
+        common |= {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
+    return common | _betas(schedule.spec, schedule)
+
+
+def _betas(spec: Mapping[str, Any], schedule: Discrete) -> dict[str, Any]:
+    steps = len(schedule.alphas_cumprod)
+    if spec["kind"] == "zero_terminal_snr":
+        return _betas(spec["schedule"], schedule) | {"rescale_betas_zero_snr": True}
+    entries: dict[str, dict[str, Any]] = {
+        "linear": {"beta_schedule": "linear", "beta_start": 0.1 / steps, "beta_end": 20 / steps},
+        "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+        "scaled_linear": {
+            "beta_schedule": "scaled_linear",
+            "beta_start": spec.get("beta_start"),
+            "beta_end": spec.get("beta_end"),
+        },
+    }
+    plain = schedules.build(dict(spec))
+    assert isinstance(plain, Discrete)
+    own = entries.get(str(spec["kind"])) or {"trained_betas": plain.betas.tolist()}
+    return {"num_train_timesteps": steps, **own}
