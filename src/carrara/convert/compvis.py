@@ -238,7 +238,7 @@ def _model(path: Path, checkpoint: StateDict, asked: Asked, settings: Settings) 
     if predicts not in compvis_model.PREDICTS:
         raise UserError(f"parameterization is '{predicts}': {nearest(str(predicts), compvis_model.PREDICTS)}")
     mean = not asked.last_weights and any(key.startswith(f"{MEAN}diffusion_model") for key in checkpoint)
-    tokens = CLASSES in checkpoint and arguments.get("context_dim") is not None
+    tokens = CLASSES in checkpoint
     labels, null = _labels(checkpoint, tokens, settings, NULLED in recognised)
     network = compvis.load_unet(checkpoint, class_tokens=tokens, null_label=null, ema=mean, **arguments).eval()
     size = settings.get("image_size", arguments.get("image_size"))

@@ -101,23 +101,24 @@ def config(schedule: Schedule, predicts: Predicts, *, pixels: bool, learned_vari
         common |= {"_class_name": "DDPMScheduler", "variance_type": variance}
     else:
         common |= {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
-    return common | _betas(schedule.spec, schedule)
+    return common | _betas(schedule)
 
 
-def _betas(spec: Mapping[str, Any], schedule: Discrete) -> dict[str, Any]:
-    steps = len(schedule.alphas_cumprod)
-    if spec["kind"] == "zero_terminal_snr":
-        return _betas(spec["schedule"], schedule) | {"rescale_betas_zero_snr": True}
-    entries: dict[str, dict[str, Any]] = {
-        "linear": {"beta_schedule": "linear", "beta_start": 0.1 / steps, "beta_end": 20 / steps},
-        "cosine": {"beta_schedule": "squaredcos_cap_v2"},
-        "scaled_linear": {
-            "beta_schedule": "scaled_linear",
-            "beta_start": spec.get("beta_start"),
-            "beta_end": spec.get("beta_end"),
-        },
-    }
-    plain = schedules.build(dict(spec))
-    assert isinstance(plain, Discrete)
-    own = entries.get(str(spec["kind"])) or {"trained_betas": plain.betas.tolist()}
+def _betas(schedule: Discrete) -> dict[str, Any]:
+    """The entries that make diffusers build this table: a formula where it has one, else the β themselves."""
+    spec, steps = schedule.spec, len(schedule.alphas_cumprod)
+    kind = spec["kind"]
+    own: dict[str, Any]
+    if kind == "zero_terminal_snr":
+        inner = schedules.build(spec["schedule"])  # type: ignore[arg-type]
+        assert isinstance(inner, Discrete)
+        return _betas(inner) | {"rescale_betas_zero_snr": True}
+    if kind == "linear":
+        own = {"beta_schedule": "linear", "beta_start": 0.1 / steps, "beta_end": 20 / steps}
+    elif kind == "cosine":
+        own = {"beta_schedule": "squaredcos_cap_v2"}
+    elif kind == "scaled_linear":
+        own = {"beta_schedule": "scaled_linear", "beta_start": spec["beta_start"], "beta_end": spec["beta_end"]}
+    else:
+        own = {"trained_betas": spec.get("betas") or schedule.betas.tolist()}
     return {"num_train_timesteps": steps, **own}
