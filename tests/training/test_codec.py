@@ -17,9 +17,11 @@ from carrara.data.encode import encode_latents
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
 from carrara.process import Noise
-from carrara.recipe import Recipe, validate
+from carrara.recipe import Recipe, load, validate
 from carrara.training import Trainer
+from carrara.training.codec import make_codec, make_loss
 from tests.data.builders import files, folder
+from tests.processes import together
 from tests.runs import tiny_recipe, train
 from tests.test_classifier import untrained
 
@@ -64,6 +66,20 @@ def test_a_codec_learns_and_its_latents_are_scaled_to_one(tmp_path: Path) -> Non
     assert float(latents.std()) == pytest.approx(1, abs=0.1)
 
 
+def test_the_shipped_codecs_fit_the_shipped_latent_model() -> None:
+    kl, vq, latent = load("emoji-kl"), load("emoji-vq"), load("emoji-latent")
+    for first_stage in (kl, vq):
+        codec = make_codec(first_stage)
+        loss = make_loss(first_stage, codec)
+        shape = codec.latent_shape(first_stage.data.channels, *first_stage.data.resolution)
+        assert shape[1:] == (16, 16)
+        assert loss.adversarial == loss.perceptual == 0  # neither names a network to look through
+        assert first_stage.data.resolution == latent.data.resolution
+    images = vq.training.steps * vq.training.batch_size
+    assert vq.codec["restart_until"] == 0.8 * images  # the last fifth shows which codes live
+    assert latent.network_params(10, (4, 16, 16)).image_size == (16, 16)
+
+
 def test_a_preview_shows_images_beside_their_reconstructions(tmp_path: Path) -> None:
     train(recipe(), tmp_path)
     with Image.open(tmp_path / "samples" / "step-00000012-ema.png") as sheet:
@@ -94,6 +110,21 @@ def test_each_rung_trains_resumes_to_the_bit_and_loads(kind: str, tmp_path: Path
         terms = last_line(tmp_path / "straight")["terms"]
         assert {"adversarial", "adaptive weight", "codebook use", "discriminator_logits real"} <= terms.keys()
         assert terms["discriminator_loss"] > 0
+
+
+def sharded(run: Path, kind: str) -> list[float]:
+    """The losses of a run whose weights are spread over the processes."""
+    made = recipe(kind, training={"steps": 3, "sample_every": 3, "batch_size": 16, "ema": 0.9, "parallel": "fsdp"})
+    return [progress.loss for progress in train(made, run)]
+
+
+def test_a_codec_is_whole_again_for_previews_and_saving(tmp_path: Path) -> None:
+    """Each kind of codec has arguments of its own, which a copy in one piece must have too."""
+    one, two = together(2, sharded, tmp_path / "run", "vq")
+    assert one == two
+    assert codecs.load(tmp_path / "run" / "model").latent_shape(1, 8, 8) == (2, 4, 4)
+    with pytest.raises(AssertionError, match=r"log_scale is one number.* set training\.parallel=ddp"):
+        together(2, sharded, tmp_path / "vae", "vae")
 
 
 def test_a_hierarchical_vae_trains_by_its_levels(tmp_path: Path) -> None:
