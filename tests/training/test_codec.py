@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from carrara import codecs
+from carrara import codecs, distributed
 from carrara.codecs import KLAutoencoder, VQAutoencoder
 from carrara.data import Batches, Preprocess, open_source
 from carrara.data.encode import encode_latents
@@ -19,6 +19,7 @@ from carrara.model import DiffusionModel
 from carrara.process import Noise
 from carrara.recipe import Recipe, load, validate
 from carrara.training import Trainer
+from carrara.training.assembly import spread
 from carrara.training.codec import make_codec, make_loss
 from tests.data.builders import files, folder
 from tests.processes import together
@@ -112,19 +113,19 @@ def test_each_rung_trains_resumes_to_the_bit_and_loads(kind: str, tmp_path: Path
         assert terms["discriminator_loss"] > 0
 
 
-def sharded(run: Path, kind: str) -> list[float]:
+def sharded(run: Path) -> list[float]:
     """The losses of a run whose weights are spread over the processes."""
-    made = recipe(kind, training={"steps": 3, "sample_every": 3, "batch_size": 16, "ema": 0.9, "parallel": "fsdp"})
+    made = recipe("vq", training={"steps": 3, "sample_every": 3, "batch_size": 16, "ema": 0.9, "parallel": "fsdp"})
     return [progress.loss for progress in train(made, run)]
 
 
 def test_a_codec_is_whole_again_for_previews_and_saving(tmp_path: Path) -> None:
     """Each kind of codec has arguments of its own, which a copy in one piece must have too."""
-    one, two = together(2, sharded, tmp_path / "run", "vq")
+    one, two = together(2, sharded, tmp_path / "run")
     assert one == two
     assert codecs.load(tmp_path / "run" / "model").latent_shape(1, 8, 8) == (2, 4, 4)
-    with pytest.raises(AssertionError, match=r"log_scale is one number.* set training\.parallel=ddp"):
-        together(2, sharded, tmp_path / "vae", "vae")
+    with pytest.raises(UserError, match=r"log_scale is one number.* set training\.parallel=ddp"):
+        spread([make_codec(recipe("vae"))], distributed.start())
 
 
 def test_a_hierarchical_vae_trains_by_its_levels(tmp_path: Path) -> None:

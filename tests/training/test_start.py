@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from carrara import codecs
 from carrara.classifier import Classifier
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
 from carrara.recipe import Recipe, validate
 from carrara.training import Trainer
 from tests.data.builders import files, folder
-from tests.runs import train
+from tests.runs import tiny_recipe, train
 from tests.test_classifier import untrained
+from tests.training.test_codec import recipe as codec_recipe
 
 
 def fine_tuning(start: Path, **sections: dict[str, Any]) -> Recipe:
@@ -78,6 +80,32 @@ def test_a_classifier_goes_on_from_a_classifier(tmp_path: Path) -> None:
     assert tuned.schedule.spec == classifier.schedule.spec
     changes = [(v - classifier.network.state_dict()[k]).abs().max() for k, v in tuned.network.state_dict().items()]
     assert 0 < float(max(changes)) < 1e-3
+
+
+def test_a_classifier_says_what_starts_anew(tmp_path: Path) -> None:
+    untrained().save(tmp_path / "clf")
+    pictures = folder(tmp_path / "two", {**files(20, "a/{}.png"), **files(20, "b/{}.png")})
+    base = fine_tuning(tmp_path / "clf", data={"path": str(pictures)}).model_dump() | {"kind": "classifier"}
+    recipe = validate({key: base[key] for key in ("name", "kind", "start", "data", "training")})
+    trainer = Trainer(recipe, tmp_path / "run")
+    assert trainer.summary()["starts from"].endswith(" anew)")  # two classes, where ten were
+    assert trainer.task.preview(trainer.network, range(0))[0].shape == (0, 1, 8, 8)
+    trainer.run.close()
+
+
+def test_a_latent_model_learns_on_in_its_own_codec(tmp_path: Path) -> None:
+    train(codec_recipe(), tmp_path / "codec")
+    latent = (f"codec.path={tmp_path / 'codec'}", "network.channel_mult=[1]", "network.attention=[1]")
+    train(tiny_recipe(*latent), tmp_path / "base")
+    train(fine_tuning(tmp_path / "base"), tmp_path / "run")
+    base, tuned = (DiffusionModel.load(tmp_path / name) for name in ("base", "run"))
+    assert codecs.content_hash(tuned.codec) == codecs.content_hash(base.codec)
+    change = max(float((v - base.network.state_dict()[k]).abs().max()) for k, v in tuned.network.state_dict().items())
+    assert 0 < change <= 3.1e-4  # three steps of AdamW at 1e-4
+    with pytest.raises(UserError, match=r"codec\.path follows from the model"):
+        fine_tuning(tmp_path / "base", codec={"path": str(tmp_path / "codec")})
+    with pytest.raises(UserError, match="there is no cache of latents"):
+        Trainer(fine_tuning(tmp_path / "base", codec={"cache": str(tmp_path / "none")}), tmp_path / "a")
 
 
 def test_what_the_start_decides_is_refused(tiny_run: Path, tmp_path: Path) -> None:

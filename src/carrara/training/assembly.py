@@ -112,8 +112,15 @@ def labels_of(recipe: Recipe, source: Source) -> Labels | None:
 
 
 def spread(networks: Iterable[nn.Module], processes: Processes) -> None:
-    """Shard networks over the processes, one attention or residual block at a time."""
+    """Shard networks over the processes, one attention or residual block at a time.
+
+    Raises:
+        UserError: a weight is a single number (a VAE's learned scale), which cannot be shared out.
+    """
     for network in networks:
+        lone = next((name for name, weight in network.named_parameters() if weight.ndim == 0), None)
+        if lone is not None:
+            raise UserError(f"the weight {lone} is one number, which cannot be sharded: set training.parallel=ddp.")
         blocks = [m for m in network.modules() if isinstance(m, ResidualBlock | SelfAttention | SpatialTransformer)]
         distributed.shard(network, blocks, processes.device)
 

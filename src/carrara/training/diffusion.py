@@ -93,9 +93,9 @@ class DiffusionTask:
             )
         if upsampling.factor < codec.reduction:
             raise UserError(
-                f"the codec makes images {codec.reduction} times smaller and up-sampling begins at {upsampling.factor} "
-                f"times, so that the small image would lose pixels beside the latents: set upsampling.factor to "
-                f"{codec.reduction} or more."
+                f"the codec makes images {codec.reduction} times smaller, the small image is only {upsampling.factor} "
+                f"times smaller and would lose pixels beside the latents: set upsampling.factor to {codec.reduction} "
+                "or more."
             )
 
     def _summary(self, anew: list[str]) -> dict[str, Any]:

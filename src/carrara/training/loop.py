@@ -7,6 +7,7 @@ is the weights, their means, the optimiser and the objective's memory, and nothi
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -72,6 +73,7 @@ class Trainer:
         self.task = make_task(recipe, self.source, self.processes)
         self.batches = self.task.walked(images)
         self.network = next(iter(self.task.modules.values()))
+        self._plain = copy.deepcopy(self.network).to("meta")  # its shape, before it is sharded or compiled
         self.means = {name: EMA(self.network, decay) for name, decay in _decays(recipe).items()}
         self.step, self.bad_steps, self.window = 0, 0, Window()
         self.notices = [*self.source.warnings, *self.task.notices]
@@ -342,8 +344,7 @@ class Trainer:
         """The network as one process can run it without the others, uncompiled. All must call this."""
         if not distributed.is_sharded(network) and not (self.recipe.training.compile and network is self.network):
             return network
-        params: Any = self.network.params
-        plain = type(self.network)(params).to(self.processes.device).eval()
+        plain = copy.deepcopy(self._plain).to_empty(device=self.processes.device).eval()
         put_weights(plain, copied(network.state_dict()))
         return plain
 
