@@ -25,6 +25,7 @@ from carrara.convert.imported import (
     Convertible,
     Imported,
     assembled,
+    latent_scale,
     there_and_back,
     write_weights,
 )
@@ -144,7 +145,7 @@ def export_taming(model: Convertible, path: Path) -> dict[str, Any]:
 def _codec(contents: Contents, name: str | None, settings: Settings) -> Imported:
     codec, recognised = _first_stage(contents.tensors, name, settings)
     weights = there_and_back(compvis.own_weights(contents.tensors), compvis.state_dict(codec))
-    report = {"recognised": recognised, "codec": codec.kind, "latent_scale": float(codec.latent_scale[0])}
+    report = {"recognised": recognised, "codec": codec.kind, "latent_scale": latent_scale(codec)}
     return Imported(codec, {**report, **weights, "fingerprint": fingerprint(codec)})
 
 
@@ -253,7 +254,7 @@ def _model(path: Path, checkpoint: StateDict, asked: Asked, settings: Settings) 
         "first_stage": first,
         "weights": "running mean" if mean else "last",
         "schedule": repr(schedule),
-        "latent_scale": 1.0 if codec is None else float(codec.latent_scale[0]),
+        "latent_scale": 1.0 if codec is None else latent_scale(codec),
         **there_and_back(theirs, _weights(network, codec)),
         "fingerprint": fingerprint(network),
     }

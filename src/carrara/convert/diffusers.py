@@ -15,6 +15,7 @@ from carrara.convert.imported import (
     Convertible,
     Imported,
     assembled,
+    latent_scale,
     there_and_back,
     whole_folder,
 )
@@ -127,9 +128,7 @@ def _pipeline_codec(codec: LearnedCodec) -> str:
 def _codec(folder: Path, kind: str) -> Imported:
     codec = diffusers_codec.load_codec(folder)
     weights = there_and_back(read_weights(folder), diffusers_codec.state_dict(codec))
-    report = {"recognised": [kind], "codec": codec.kind, "latent_scale": codec.latent_scale.tolist()}
-    if len(set(report["latent_scale"])) == 1:
-        report["latent_scale"] = report["latent_scale"][0]
+    report = {"recognised": [kind], "codec": codec.kind, "latent_scale": latent_scale(codec)}
     return Imported(codec, {**report, **weights, "fingerprint": fingerprint(codec)})
 
 

@@ -185,6 +185,12 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], *, nested: bool = F
     write_whole(path, buffer.getvalue())
 
 
+def latent_scale(codec: LearnedCodec) -> float | list[float]:
+    """A codec's latent scale for a report, to the digits that float32 keeps: one number, or one for each channel."""
+    scales = [float(f"{scale:.7g}") for scale in codec.latent_scale.tolist()]
+    return scales if len(set(scales)) > 1 else scales[0]
+
+
 def there_and_back(theirs: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> dict[str, Any]:
     """The report on the weights: their number, and the largest difference after coming in and going out again.
 

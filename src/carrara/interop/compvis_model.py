@@ -31,6 +31,8 @@ SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosi
 """Our names of the originals' `beta_schedule`: what they call linear is linear in √β."""
 PREDICTS = ("eps", "x0", "v")
 """What `parameterization` may be; the words are ours, too."""
+LEAST_LINEAR = 20
+"""DDPM's linear schedule needs more steps: its last β is 20/T."""
 ROUNDING = 1e-6
 """How far β may differ, relative to itself, for being stored in float32 (half a unit is 6e-8) by a table made with
 another library's arithmetic."""
@@ -79,17 +81,21 @@ def _named(arguments: Mapping[str, Any], length: int) -> Discrete:
 
 def _linear(steps: int, start: float, end: float) -> Discrete:
     betas = torch.linspace(start, end, steps, dtype=torch.float64)
-    plain = schedules.linear(steps) if steps > 20 else None
+    plain = schedules.linear(steps) if steps > LEAST_LINEAR else None
     return plain if plain is not None and _same(plain.betas, betas) else schedules.from_betas(betas)
 
 
 def _of_table(betas: Tensor) -> Discrete:
     """The schedule of a table in float32, by its formula where one gives these numbers."""
     steps, start, end = len(betas), float(f"{float(betas[0]):.6g}"), float(f"{float(betas[-1]):.6g}")
+    formulas: list[Discrete] = [schedules.cosine(steps)]
     if 0 < start < end < 1:
-        for made in (schedules.scaled_linear(steps, start, end), schedules.cosine(steps), _linear(steps, start, end)):
-            if _same(made.betas, betas):
-                return made
+        formulas.append(schedules.scaled_linear(steps, start, end))
+    if steps > LEAST_LINEAR:
+        formulas.append(schedules.linear(steps))
+    for made in formulas:
+        if _same(made.betas, betas):
+            return made
     return schedules.from_betas(betas)
 
 
