@@ -229,7 +229,12 @@ def test_bad_input_is_told_in_one_sentence(tmp_path: Path) -> None:
     refused("beta_schedule is 'cosin': did you mean 'cosine'", Asked(arguments={"beta_schedule": "cosin"}))
     refused("parameterization is 'velocity'", Asked(arguments={"parameterization": "velocity"}))
     refused("2 classes are named, and the checkpoint knows 4", Asked(arguments={"classes": ["a", "b"]}))
-    refused("no running mean|names the whole U-Net", Asked("ldm-ffhq-256", config=config))
+    refused("'ldm-ffhq-256' names the whole U-Net", Asked("ldm-ffhq-256", config=config))
+    refused("not described by 'linear_begin': did you mean 'linear_", Asked(arguments={"linear_begin": 0.1}))
+    refused("linear_start and linear_end are 'a'", Asked(arguments={"linear_start": "a"}))
+    refused("scale_factor is 'a': it must be a number", Asked(arguments={"scale_factor": "a"}))
+    refused("image_size is", Asked(arguments={"image_size": [8, 8, 8]}))
+    refused("unet_config is 3: it must hold", Asked(arguments={"unet_config": 3}))
     refused("--schedule means nothing to", Asked(schedule="cosine"))
     config.unlink()
     refused("there is no published latent diffusion model 'ldm-fhq-256'", Asked("ldm-fhq-256"))
@@ -247,6 +252,15 @@ def test_bad_input_is_told_in_one_sentence(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "u.ckpt")
     with pytest.raises(UserError, match=r"fits no known layout .*its first key is 'weight'"):
         import_model(tmp_path / "u.ckpt")
+
+
+def test_words_of_a_first_stage_are_its_constructors(tmp_path: Path) -> None:
+    export_model(codec(), tmp_path / "first.ckpt")
+    (tmp_path / "first.yaml").unlink()
+    with pytest.raises(UserError, match="has no argument 'chanels'"):
+        import_model(tmp_path / "first.ckpt", Asked(arguments={"chanels": 32}))
+    with pytest.raises(UserError, match="'ldm-kl-f4' names the whole first stage: leave out ddconfig"):
+        import_model(tmp_path / "first.ckpt", Asked("ldm-kl-f4", {"ddconfig": {"ch": 32}}))
 
 
 def other_ends() -> dict[str, Tensor]:
@@ -274,6 +288,7 @@ def test_what_the_originals_cannot_express_is_not_written(tmp_path: Path) -> Non
         (codec(), "guided-diffusion", "knows no codecs"),
         (model(first=codec()), "guided-diffusion", "knows no codecs"),
         (codec(), "tamming", "did you mean 'taming'"),
+        (codec("kl", attention=(1,), middle_attention=False), None, "not in the middle"),
     ):
         with pytest.raises(UserError, match=sentence):
             export_model(thing, tmp_path / "x.ckpt", layout)

@@ -153,6 +153,7 @@ def test_bad_folders_are_told_in_one_sentence(tmp_path: Path) -> None:
         (scheduler, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "whose noise levels are no table"),
         (scheduler, {"prediction_type": "flow"}, "prediction_type is 'flow'"),
         (scheduler, {"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
+        (scheduler, {"beta_start": "small"}, "beta_start and beta_end are 'small'"),
         (unet / "config.json", {"freq_shift": 1}, "freq_shift = 1"),
         (unet / "config.json", {"sample_size": None}, "lacks sample_size"),
         (unet / "config.json", {"block_out_channels": [32, 128]}, "has the shape"),
@@ -179,6 +180,8 @@ def test_bad_folders_are_told_in_one_sentence(tmp_path: Path) -> None:
     refused("there is no scheduler_config.json")
     (unet / "config.json").write_text("{")
     refused("is no JSON", unet)
+    codecs.save(codec(), tmp_path / "own")
+    refused("is a folder of Carrara already", tmp_path / "own")
     with pytest.raises(UserError, match=r"is a folder of diffusers: `carrara import .*p` makes a model folder"):
         DiffusionModel.load(tmp_path / "p")
     with pytest.raises(UserError, match="is a folder of diffusers"):

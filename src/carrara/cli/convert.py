@@ -19,7 +19,7 @@ def import_(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The folder to write; after PATH's name unless said.")
+        Path | None, typer.Option("--out", help="The folder to write; beside PATH, and after its name, unless said.")
     ] = None,
     name: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Which published model it is; by its shapes unless said.")
@@ -65,7 +65,8 @@ def import_(
     from carrara.convert import Asked, check_outputs, import_model
     from carrara.recipe import override
 
-    folder = out or (path.with_suffix("") if path.is_file() else path.with_name(f"{path.name}-carrara"))
+    beside = path.resolve().with_name(f"{path.resolve().name}-carrara") if path.is_dir() else path.with_suffix("")
+    folder = out or beside
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name another folder with --out.")
     asked = Asked(name, override({}, assignments or []), config, schedule, steps, rescaled, last)

@@ -49,6 +49,21 @@ STABLE = {
 }
 """The first stages of Stable Diffusion's models: their shapes are latent diffusion's, their latent scale is not."""
 
+WORDS = (
+    "beta_schedule",
+    "linear_start",
+    "linear_end",
+    "timesteps",
+    "parameterization",
+    "image_size",
+    "scale_factor",
+    "unet_config",
+    "first_stage_config",
+    "classes",
+    "null_label",
+)
+"""The settings of a whole model that are read; the last two are ours."""
+
 Settings = dict[str, Any]
 StateDict = Mapping[str, Tensor]
 
@@ -83,8 +98,12 @@ def import_compvis(contents: Contents, asked: Asked) -> Imported:
     Raises:
         UserError: the checkpoint fits no model, or leaves something open that must be named.
     """
+    whole = is_whole(contents)
+    for word in asked.arguments:
+        if whole and word not in WORDS:
+            raise UserError(f"a latent diffusion model is not described by '{word}': {nearest(word, WORDS)}")
     settings = _settings(contents.path, asked)
-    if not is_whole(contents):
+    if not whole:
         return _codec(contents, asked.name, settings)
     checkpoint = strip_prefixes(contents.tensors)
     waits = _waits_for(checkpoint)
@@ -170,20 +189,18 @@ def _first_stage(tensors: StateDict, name: str | None, settings: Settings) -> tu
         if recognised[0] not in known:
             raise UserError(f"there is no published first stage '{name}': {nearest(str(name), known)}")
         arguments = dict(known[recognised[0]])
-    scale = arguments.pop("scale_factor", 1.0)
+    scale = _number(settings, "scale_factor", arguments.pop("scale_factor", 1.0))
     load = taming.load_vq if "n_embed" in arguments else compvis.load_autoencoder
     codec = load(tensors, **arguments)
-    stored = strip_prefixes(tensors).get("scale_factor", settings.get("scale_factor", scale))
-    codec.set_latent_scale(float(stored))
+    codec.set_latent_scale(float(strip_prefixes(tensors).get("scale_factor", scale)))
     return codec, recognised
 
 
 def _first_stage_arguments(settings: Settings) -> dict[str, Any]:
-    """What the settings say of the first stage: it stands alone, or within a model."""
+    """What the settings say of the first stage: it stands within a model, or alone."""
     if "first_stage_config" in settings:
-        return dict(settings["first_stage_config"].get("params", {}))
-    named = {"ddconfig", *compvis.SHAPE_REQUIRED, "embed_dim", "n_embed"}
-    return {k: v for k, v in settings.items() if k != "scale_factor"} if named & settings.keys() else {}
+        return _params(settings, "first_stage_config")
+    return {word: value for word, value in settings.items() if word not in WORDS}
 
 
 def _holds_first_stage(checkpoint: StateDict) -> bool:
@@ -244,6 +261,8 @@ def _model(path: Path, checkpoint: StateDict, asked: Asked, settings: Settings) 
     network = compvis.load_unet(checkpoint, class_tokens=tokens, null_label=null, ema=mean, **arguments).eval()
     size = settings.get("image_size", arguments.get("image_size"))
     size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise UserError(f"image_size is {size}: it must be the side of the latents, or their height and width.")
     model = assembled(network, schedule, predicts, labels, codec, size, path)
     whole = unet_weights(checkpoint, mean)
     theirs = {PART + key: value for key, value in whole.items()}
@@ -264,7 +283,7 @@ def _model(path: Path, checkpoint: StateDict, asked: Asked, settings: Settings) 
 def _unet_arguments(checkpoint: StateDict, name: str | None, settings: Settings) -> tuple[dict[str, Any], list[str]]:
     """The constructor's arguments of a model's U-Net, and the published ones that it may be."""
     known = compvis_published.PUBLISHED
-    named = settings.get("unet_config", {}).get("params", {})
+    named = _params(settings, "unet_config")
     if named and name is not None:
         raise UserError(f"'{name}' names the whole U-Net: leave out unet_config.")
     recognised = [name] if name is not None else [] if named else list(compvis_published.recognise(checkpoint))
@@ -328,6 +347,22 @@ def _settings(path: Path, asked: Asked) -> Settings:
         raise UserError(f"{config} describes no model of CompVis' programs: it has no model.params.") from None
 
 
+def _params(settings: Settings, part: str) -> dict[str, Any]:
+    """The arguments of a part of the model."""
+    told = settings.get(part, {})
+    params = told.get("params", {}) if isinstance(told, Mapping) else None
+    if not isinstance(params, Mapping):
+        raise UserError(f"{part} is {told!r}: it must hold the arguments of the original as params.")
+    return dict(params)
+
+
+def _number(settings: Settings, word: str, default: float) -> float:
+    value = settings.get(word, default)
+    if not isinstance(value, int | float):
+        raise UserError(f"{word} is {value!r}: it must be a number.")
+    return float(value)
+
+
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
     """One set of nested settings over another."""
     merged = dict(under)
@@ -339,9 +374,8 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
 
 def _write(path: Path, config: Mapping[str, Any], weights: StateDict) -> dict[str, Any]:
     beside = path.with_suffix(".yaml")
-    text = yaml.safe_dump(
-        json.loads(json.dumps(config)), sort_keys=False
-    )  # JSON knows lists only, as YAML's readers do
+    plain = json.loads(json.dumps(config))  # without tuples, which YAML would mark as Python's
+    text = yaml.safe_dump(plain, sort_keys=False)
     write_weights(path, weights, nested=True)
     write_whole(beside, text.encode())
     return {"config": str(beside), "tensors": len(weights)}

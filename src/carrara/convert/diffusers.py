@@ -50,7 +50,9 @@ def import_diffusers(contents: Contents, asked: Asked) -> Imported:
         return _codec(folder, kind)
     if kind == diffusers_unet2d.CLASS:
         raise UserError(f"{folder} is a U-Net alone: name the pipeline's folder around it, which has its schedule.")
-    parts = {name: part[1] for name, part in contents.config.items() if isinstance(part, list) and part[0]}
+    parts = {
+        name: part[1] for name, part in contents.config.items() if isinstance(part, list) and len(part) == 2 and part[0]
+    }
     first = next((name for name in CODECS if parts.get(name) in (diffusers_codec.KL, diffusers_codec.VQ)), None)
     if parts.get("unet") == diffusers_unet2d.CLASS and "scheduler" in parts:
         unknown = sorted(parts.keys() - {"unet", "scheduler", first})

@@ -26,7 +26,8 @@ from carrara.process.schedules import Discrete
 
 def is_guided_diffusion(contents: Contents) -> bool:
     """Whether these are the weights of such a network, alone in their file."""
-    return "input_blocks.0.0.weight" in guided_diffusion.strip_prefixes(contents.tensors)
+    own = guided_diffusion.strip_prefixes(contents.tensors)
+    return "input_blocks.0.0.weight" in own and not any(".transformer_blocks." in key for key in own)
 
 
 def import_guided_diffusion(contents: Contents, asked: Asked) -> Imported:

@@ -122,6 +122,8 @@ def import_model(path: str | Path, asked: Asked | None = None) -> Imported:
 
 
 def _unknown(contents: Contents) -> str:
+    if "format" in contents.config:
+        return f"{contents.path} is a folder of Carrara already: there is nothing to import."
     if contents.config:
         return f"{contents.path} is a folder of neither diffusers nor any other program that is known here."
     if any(".resnets." in key for key in contents.tensors):

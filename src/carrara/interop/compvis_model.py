@@ -69,7 +69,9 @@ def schedule(checkpoint: StateDict, arguments: Mapping[str, Any]) -> Discrete:
 
 def _named(arguments: Mapping[str, Any], length: int) -> Discrete:
     kind, steps = arguments.get("beta_schedule", "linear"), arguments.get("timesteps", length)
-    start, end = float(arguments.get("linear_start", 1e-4)), float(arguments.get("linear_end", 2e-2))
+    start, end = arguments.get("linear_start", 1e-4), arguments.get("linear_end", 2e-2)
+    if not isinstance(start, int | float) or not isinstance(end, int | float):
+        raise UserError(f"linear_start and linear_end are {start!r} and {end!r}: they must be numbers.")
     if kind not in SCHEDULES:
         raise UserError(f"beta_schedule is '{kind}': {nearest(str(kind), SCHEDULES)}")
     if SCHEDULES[kind] == "cosine":

@@ -60,7 +60,9 @@ def read(config: Mapping[str, Any]) -> tuple[Discrete, Predicts]:
 
 def _table(config: Mapping[str, Any]) -> Discrete:
     steps, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if not isinstance(start, int | float) or not isinstance(end, int | float):
+        raise UserError(f"the scheduler's beta_start and beta_end are {start!r} and {end!r}: numbers are expected.")
     if config.get("trained_betas") is not None:
         return schedules.from_betas(config["trained_betas"])
     if kind == "squaredcos_cap_v2":
