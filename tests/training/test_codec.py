@@ -214,6 +214,19 @@ def test_a_decoder_learns_alone_and_every_latent_stays_what_it_is(kind: str, tmp
     assert decoder_after != decoder
 
 
+def test_a_decoder_that_learns_alone_sees_the_latents_that_are_used() -> None:
+    codec = make_codec(recipe(codec={"dropout": 0.5}))
+    for parameter in codec.encoder.parameters():  # blocks end in zeros at first, behind their dropout
+        torch.nn.init.normal_(parameter, std=0.3)
+    images = Noise(1).uniform((4, 1, 8, 8)).float() * 2 - 1
+    used = codec.eval().encode(images).mode()
+    for decoder_only in (False, True):
+        if decoder_only:
+            codec.train_decoder_only()
+        assert torch.equal(codec.train().encode(images).mode(), used) is decoder_only
+        assert codec.decoder.training
+
+
 def test_a_model_takes_the_codec_whose_decoder_learned_on_and_no_other(tmp_path: Path) -> None:
     train(recipe(), tmp_path / "codec")
     latent = ("network.channel_mult=[1]", "network.attention=[1]")

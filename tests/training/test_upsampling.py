@@ -126,7 +126,7 @@ def test_latents_of_the_large_image_from_the_pixels_of_the_small_one(tmp_path: P
     assert (made.images.shape, made.latents.shape) == ((2, 1, 8, 8), (2, 2, 4, 4))
     deep = codec_recipe("autoencoder", codec={"channel_mult": [1, 1, 2]})
     train(deep, tmp_path / "deep")
-    with pytest.raises(UserError, match=r"4 times smaller .* set upsampling\.factor to 4 or more"):
+    with pytest.raises(UserError, match=r"4 times smaller, .* set upsampling\.factor to 4 or more"):
         Trainer(latent(tmp_path / "deep", "network.blocks_per_level=1"), tmp_path / "a")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import asdict
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,13 @@ class LearnedCodec(nn.Module):
         self.decoder_only = True
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(DECODER))
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation; the encoder of a decoder that learns alone always says what it says in use."""
+        super().train(mode)
+        if self.decoder_only:
+            self.encoder.eval()
+        return self
 
     @property
     def latents_learn(self) -> bool:
