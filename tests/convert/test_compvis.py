@@ -259,6 +259,8 @@ def test_words_of_a_first_stage_are_its_constructors(tmp_path: Path) -> None:
     (tmp_path / "first.yaml").unlink()
     with pytest.raises(UserError, match="has no argument 'chanels'"):
         import_model(tmp_path / "first.ckpt", Asked(arguments={"chanels": 32}))
+    with pytest.raises(UserError, match="which has no running mean"):
+        import_model(tmp_path / "first.ckpt", Asked(last_weights=True))
     with pytest.raises(UserError, match="'ldm-kl-f4' names the whole first stage: leave out ddconfig"):
         import_model(tmp_path / "first.ckpt", Asked("ldm-kl-f4", {"ddconfig": {"ch": 32}}))
 

@@ -252,7 +252,7 @@ def test_networks_that_the_original_does_not_know_are_not_written() -> None:
     context = {"context_channels": 8, "transformer_depth": 1, "heads": 1}
     for changes, reason in (
         ({"heads": 1, "channels": 48}, "32 groups"),
-        ({}, "varying width"),
+        ({"channels": 32, "channel_mult": (1, 1, 2)}, "varying width"),
         (context | {"transformer_depth": (1, 2, 1)}, "varying depth"),
         ({"transformer_depth": 1, "heads": 1}, "without a context"),
         (context | {"up_heads": 2}, "other heads in the decoder"),

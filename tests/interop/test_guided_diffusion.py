@@ -293,7 +293,7 @@ def test_networks_that_the_original_does_not_know_are_not_written() -> None:
         (UNetParams(image_size=(8, 8), vector_channels=4, heads=1), "condition vector"),
         (UNetParams(image_size=(8, 8), concat_channels=1, heads=1), "concatenated"),
         (UNetParams(image_size=(8, 8), channels=48, heads=1), "32 groups"),
-        (UNetParams(image_size=(8, 8)), "varying width"),
+        (UNetParams(image_size=(8, 8), channels=32, channel_mult=(1, 1, 2)), "varying width"),
     ):
         with pytest.raises(UserError, match=reason):
             guided_diffusion.state_dict(UNet(params))

@@ -99,6 +99,8 @@ def import_compvis(contents: Contents, asked: Asked) -> Imported:
         UserError: the checkpoint fits no model, or leaves something open that must be named.
     """
     whole = is_whole(contents)
+    if asked.last_weights and not whole:
+        raise UserError(f"{contents.path} holds a first stage, which has no running mean: leave out --last-weights.")
     for word in asked.arguments:
         if whole and word not in WORDS:
             raise UserError(f"a latent diffusion model is not described by '{word}': {nearest(word, WORDS)}")
