@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from carrara import codecs
 from carrara.codecs import Codec, DiagonalGaussian, Exact, Identity, KLAutoencoder, QuantiserParams, VQAutoencoder
 from carrara.codecs.tiling import Tiled, spans, weights
 from carrara.errors import UserError
 from carrara.networks.autoencoder import AutoencoderParams
+from tests.codecs.small import make
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -160,7 +163,7 @@ def test_the_size_of_the_picture_is_not_the_size_of_the_work() -> None:
             return super().decode(z)
 
     inner = Watched(1)
-    Tiled(inner, tile=16, overlap=4).decode(noise(1, 3, 100, 60))
+    Tiled(inner, tile=12, overlap=4).decode(noise(1, 3, 100, 60))
     assert inner.largest == 8 * 8
 
 
@@ -181,11 +184,19 @@ def test_impossible_tiles_are_refused(lengths: dict[str, int], sentence: str) ->
 
 def test_images_and_posteriors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="multiple"):
-        Tiled(codec("kl"), tile=16, overlap=4).encode(noise(1, 3, 33, 32))
+        Tiled(codec("kl"), tile=12, overlap=4).encode(noise(1, 3, 33, 32))
 
     class Strange(Near):
         def encode(self, x: Tensor) -> Any:
             return object()
 
     with pytest.raises(UserError, match="of the type object cannot encode in tiles"):
-        Tiled(Strange(1), tile=16, overlap=4).encode(noise(1, 3, 32, 32))
+        Tiled(Strange(1), tile=12, overlap=4).encode(noise(1, 3, 32, 32))
+
+
+def test_a_codec_in_tiles_is_known_and_saved_as_itself(tmp_path: Path) -> None:
+    codec = make("kl").eval()
+    tiled = Tiled(codec, tile=12, overlap=4)
+    assert codecs.content_hash(tiled) == codecs.content_hash(codec)
+    assert codecs.save(tiled, tmp_path) == codecs.content_hash(codec)
+    assert codecs.content_hash(codecs.load(tmp_path)) == codecs.content_hash(codec)

@@ -22,6 +22,7 @@ from carrara.codecs.hierarchical import HierarchicalVAE
 from carrara.codecs.kl import KLAutoencoder
 from carrara.codecs.learned import DECODER, LearnedCodec
 from carrara.codecs.quantiser import QuantiserParams
+from carrara.codecs.tiling import Tiled
 from carrara.codecs.vq import VQAutoencoder
 from carrara.errors import UserError, nearest
 from carrara.networks.autoencoder import AutoencoderParams
@@ -67,6 +68,7 @@ def save(codec: Codec, folder: str | Path) -> str:
     Returns:
         Its hash.
     """
+    codec = _whole(codec)
     told = content_hash(codec)
     modules = {"codec": codec} if isinstance(codec, torch.nn.Module) else {}
     weights.save(folder, "codec", {"codec": _config(codec), "hash": told}, modules)
@@ -99,8 +101,10 @@ def content_hash(codec: Codec) -> str:
     """What tells one codec from another: hexadecimal digits of the SHA-256 over its config and weights, in two parts,
     "latents-decoder": what the latents mean (encoder, codebook, latent scale), and what decodes them.
 
-    Statistics of its training (how often each code was chosen) do not count: they change no picture.
+    Statistics of its training (how often each code was chosen) do not count: they change no picture. A codec that works
+    in tiles is the codec itself.
     """
+    codec = _whole(codec)
     latents = hashlib.sha256(json.dumps(_config(codec), sort_keys=True).encode())
     decoder = hashlib.sha256()
     for name, value in sorted(_state(codec).items()):
@@ -135,6 +139,11 @@ def check_same(codec: Codec, kind: str, expected: str, owner: str) -> None:
             f"{owner} belongs to the codec {expected} ({kind}), not to {found} ({codec.kind}): its latents mean "
             "nothing to another codec, so name its own."
         )
+
+
+def _whole(codec: Codec) -> Codec:
+    """The codec that works in tiles, or the codec itself."""
+    return codec.codec if isinstance(codec, Tiled) else codec
 
 
 def _config(codec: Codec) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from carrara.recipe.sections import (
 
 LEARN = ("all", "decoder")
 """What of a codec may learn on."""
+SCALES = ("one", "channel")
+"""How many numbers a codec's latent scale is."""
 
 
 class Recipe(Section):
@@ -40,8 +42,9 @@ class Recipe(Section):
         codec: of a diffusion model, `path`: the run or folder of the codec it works in, and `cache`: the folder where
             `carrara data encode` has put the latents. Of a codec, its `kind`
             (autoencoder, vae, kl, vq, vqgan, dvae, hierarchical) and the fields of `AutoencoderParams`,
-            `QuantiserParams` or `DiscreteParams`; with `start`, what of it shall `learn`: "all", or the "decoder"
-            alone, so that every latent stays what it is.
+            `QuantiserParams` or `DiscreteParams`, and its `scale`: "one" number for all latents, or one for each
+            "channel"; with `start`, what of it shall `learn`: "all", or the "decoder" alone, so that every latent stays
+            what it is.
         upsampling: of a diffusion model that is to enlarge small images.
         loss: of a codec, fields of `CodecLoss` where they differ from its kind's own, and `perceptual_from`, a
             classifier's folder or a file of VGG/LPIPS weights, with the file's `perceptual_checksum`.
@@ -123,7 +126,12 @@ class Recipe(Section):
                 "a diffusion model takes a codec that is trained: give codec.path, and codec.cache where its latents "
                 "are cached."
             )
-        if self.kind == "codec" and "learn" in self.codec:
+        if self.kind != "codec":
+            return
+        scale = self.codec.get("scale", SCALES[0])
+        if scale not in SCALES:
+            raise UserError(f"codec.scale is '{scale}': {nearest(str(scale), SCALES)}")
+        if "learn" in self.codec:
             if self.start is None:
                 raise UserError("codec.learn says what of a trained codec learns on: give that codec as 'start'.")
             if self.codec["learn"] not in LEARN:

@@ -54,6 +54,8 @@ class CodecTask:
         codec = make_codec(recipe)
         latent = codec.latent_shape(recipe.data.channels, *recipe.data.resolution)
         self.loss = make_loss(recipe, codec)
+        begun_so = recipe.start is not None and bool(codec.latent_shift.any())
+        self.scale_each_channel = recipe.codec.get("scale") == "channel" or begun_so
         self.perceptual = _perceptual(recipe, self.loss)
         if isinstance(self.perceptual, nn.Module):
             self.perceptual.to(self.device).requires_grad_(False)
@@ -118,7 +120,8 @@ class CodecTask:
             prepare = Preprocess(*data.resolution, data.channels, resize=data.resize)
             batches = Batches(self.source, prepare, self.recipe.seed, min(self.recipe.training.batch_size, count))
             steps = max(1, min(SCALE_IMAGES, count) // batches.batch_size)
-            codecs.measure_latent_scale(codec, (batches.at(step).images for step in range(steps)))
+            images = (batches.at(step).images for step in range(steps))
+            codecs.measure_latent_scale(codec, images, per_channel=self.scale_each_channel)
         codecs.save(codec, folder)
 
 
@@ -130,7 +133,7 @@ def make_codec(recipe: Recipe) -> LearnedCodec:
     """
     if recipe.start is not None:
         return _begun(recipe.start, recipe.codec.get("learn") == "decoder")
-    given = dict(recipe.codec)
+    given = {key: value for key, value in recipe.codec.items() if key != "scale"}
     word = given.pop("kind", None)
     if word not in KINDS:
         raise UserError(f"codec.kind is '{word}': {nearest(str(word), KINDS)}")
