@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.interop.diffusers_folder import CONFIG, SKIP, read_json, read_weights, write_model
-from carrara.interop.layout import Place, leaf, residual_block, to_ours, to_theirs
+from carrara.interop import diffusers_keys
+from carrara.interop.diffusers_folder import CONFIG, read_json, read_weights, write_model
+from carrara.interop.layout import Place, leaf, to_ours, to_theirs
 from carrara.interop.unet_keys import TRANSFORMER_BLOCK
 from carrara.networks import UNet, UNetParams
-from carrara.networks.backbone import Level, Stage
 from carrara.networks.transformer import SpatialTransformer
 
 CLASS = "UNet2DConditionModel"
@@ -305,15 +305,7 @@ def _check_exportable(params: UNetParams) -> None:
 
 def places(network: UNet) -> Iterator[Place]:
     """Where every parameter lies in a diffusers state dict."""
-    yield from leaf(network, "time.hidden", "time_embedding.linear_1")
-    yield from leaf(network, "time.out", "time_embedding.linear_2")
-    yield from leaf(network, "encoder.stem", "conv_in")
-    yield from _halves(network)
-    yield from residual_block(network, "encoder.middle.block_in", "mid_block.resnets.0", SKIP)
-    yield from _transformer(network, "encoder.middle.attention", "mid_block.attentions.0")
-    yield from residual_block(network, "encoder.middle.block_out", "mid_block.resnets.1", SKIP)
-    yield from leaf(network, "norm", "conv_norm_out")
-    yield from leaf(network, "out", "conv_out")
+    yield from diffusers_keys.backbone(network, _transformer)
     if network.label is not None:
         yield from leaf(network, "label", "class_embedding")
     if network.vector is not None and network.params.vector_layers == 1:
@@ -321,20 +313,6 @@ def places(network: UNet) -> Iterator[Place]:
     elif network.vector is not None:
         yield from leaf(network, "vector.0", "class_embedding.linear_1")
         yield from leaf(network, "vector.2", "class_embedding.linear_2")
-
-
-def _halves(network: UNet) -> Iterator[Place]:
-    for half, blocks, change in (("encoder.levels", "down_blocks", "down"), ("decoder", "up_blocks", "up")):
-        for number, level in enumerate(network.get_submodule(half).children()):
-            assert isinstance(level, Level)
-            mine, theirs = f"{half}.{number}", f"{blocks}.{number}"
-            for index, stage in enumerate(level.stages):
-                assert isinstance(stage, Stage)
-                yield from residual_block(network, f"{mine}.stages.{index}.block", f"{theirs}.resnets.{index}", SKIP)
-                if stage.attention is not None:
-                    yield from _transformer(network, f"{mine}.stages.{index}.attention", f"{theirs}.attentions.{index}")
-            if level.resample is not None:
-                yield from leaf(network, f"{mine}.resample.conv", f"{theirs}.{change}samplers.0.conv")
 
 
 def _transformer(network: UNet, mine: str, theirs: str) -> Iterator[Place]:

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.interop import heads
-from carrara.interop.diffusers_folder import CONFIG, SKIP, attention, read_json, read_weights, write_model
-from carrara.interop.layout import Place, leaf, residual_block, to_ours, to_theirs
+from carrara.interop import diffusers_keys, heads
+from carrara.interop.diffusers_folder import CONFIG, attention, read_json, read_weights, write_model
+from carrara.interop.layout import Place, leaf, to_ours, to_theirs
 from carrara.networks import UNet, UNetParams
-from carrara.networks.backbone import Level, Stage
-from carrara.networks.layers import ResidualBlock
 
 CLASS = "UNet2DModel"
 
@@ -249,26 +247,6 @@ def _check_exportable(params: UNetParams) -> None:
 
 def places(network: UNet) -> Iterator[Place]:
     """Where every parameter lies in a diffusers state dict."""
-    yield from leaf(network, "time.hidden", "time_embedding.linear_1")
-    yield from leaf(network, "time.out", "time_embedding.linear_2")
+    yield from diffusers_keys.backbone(network, attention)
     if network.label is not None:
         yield from leaf(network, "label", "class_embedding")
-    yield from leaf(network, "encoder.stem", "conv_in")
-    for half, blocks, change in (("encoder.levels", "down_blocks", "down"), ("decoder", "up_blocks", "up")):
-        for number, level in enumerate(network.get_submodule(half).children()):
-            assert isinstance(level, Level)
-            mine, theirs = f"{half}.{number}", f"{blocks}.{number}"
-            for index, stage in enumerate(level.stages):
-                assert isinstance(stage, Stage)
-                yield from residual_block(network, f"{mine}.stages.{index}.block", f"{theirs}.resnets.{index}", SKIP)
-                if stage.attention is not None:
-                    yield from attention(network, f"{mine}.stages.{index}.attention", f"{theirs}.attentions.{index}")
-            if isinstance(level.resample, ResidualBlock):
-                yield from residual_block(network, f"{mine}.resample", f"{theirs}.{change}samplers.0", SKIP)
-            elif level.resample is not None:
-                yield from leaf(network, f"{mine}.resample.conv", f"{theirs}.{change}samplers.0.conv")
-    yield from residual_block(network, "encoder.middle.block_in", "mid_block.resnets.0", SKIP)
-    yield from attention(network, "encoder.middle.attention", "mid_block.attentions.0")
-    yield from residual_block(network, "encoder.middle.block_out", "mid_block.resnets.1", SKIP)
-    yield from leaf(network, "norm", "conv_norm_out")
-    yield from leaf(network, "out", "conv_out")
