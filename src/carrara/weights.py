@@ -27,7 +27,9 @@ def find(path: str | Path) -> Path:
     if folder.is_file():
         raise UserError(f"{folder} is a file and no model folder: `carrara import {folder}` makes one of a checkpoint.")
     if not folder.is_dir():
-        raise UserError(f"there is no model folder {folder}.")
+        raise UserError(
+            f"there is no model folder {folder}: name a run, or the folder of a model, codec or classifier."
+        )
     return folder / "model" if (folder / "model").is_dir() else folder
 
 

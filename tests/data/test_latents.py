@@ -253,7 +253,7 @@ def test_latents_of_another_codec_size_or_image_are_refused(images: Path, tmp_pa
         encode_latents(open_source(images), PREPARE, other, cache)
     changes: dict[str, Any]
     for changes, sentence in (
-        ({"height": 16}, r"data\.height = 8, not 16"),
+        ({"height": 16}, r"data\.resolution = 8×8, not 16×8"),
         ({"resize": "box"}, r"data\.resize = adm, not box"),
     ):
         prepare = replace(PREPARE, **changes)

@@ -300,7 +300,7 @@ def test_what_a_codec_starts_from_decides_is_refused(tiny_run: Path, tmp_path: P
     with pytest.raises(UserError, match="holds a diffusion model"):
         Trainer(begun(tiny_run, "decoder"), tmp_path / "a")
     coloured = begun(tmp_path / "codec", "decoder", data={"path": "digits", "resolution": 8, "channels": 3})
-    with pytest.raises(UserError, match="encodes images of 1 channels, not of 3"):
+    with pytest.raises(UserError, match=r"encodes images of 1 channels, not of 3: set data\.channels=1"):
         Trainer(coloured, tmp_path / "b")
     with pytest.raises(UserError, match="takes no codec"):
         DiffusionModel.load(tiny_run).with_codec(codecs.load(tmp_path / "codec" / "model"))
@@ -311,7 +311,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"codec": {"kind": "vqqan"}}, "did you mean 'vqgan'"),
         ({"codec": {"chanels": 8}}, r"unknown key 'codec\.chanels'"),
         ({"codec": {"in_channels": 1}}, r"codec\.in_channels follows from the data"),
-        ({"codec": {"codes": 16}}, r"unknown key 'codec\.codes'"),
+        ({"codec": {"codes": 16}}, r"unknown key 'codec\.codes': codec\.kind=vq or vqgan or dvae has it"),
+        ({"codec": {"kind": "vq", "code": 16}}, r"unknown key 'codec\.code': did you mean 'codes'"),
+        (
+            {"codec": {"kind": "vq"}, "loss": {"perceptual_from": "x"}},
+            r"loss\.perceptual_from is given, but loss\.perceptual is 0",
+        ),
         ({"loss": {"perceptual": 1.0}}, r"loss\.perceptual_from"),
         ({"loss": {"distnce": "l1"}}, r"unknown key 'loss\.distnce'"),
         ({"discriminator": {"layers": 1}}, r"loss\.adversarial is 0"),
@@ -325,7 +330,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         recipe(network={"channels": 8})
     with pytest.raises(UserError, match=r"give codec\.path, and"):
         tiny_recipe("codec.path=x", "codec.channels=8")
-    with pytest.raises(UserError, match="no model folder"):
+    with pytest.raises(UserError, match=r"no model folder .*: name a run"):
         Trainer(tiny_recipe(f"codec.path={tmp_path / 'none'}"), tmp_path / "run")
     late = recipe("vqgan", loss={"adversarial": 0.5, "start": 10**6}, discriminator={"layers": 1}, codec={"codes": 16})
     trainer = Trainer(late, tmp_path / "late")

@@ -93,7 +93,10 @@ class LearnedCodec(nn.Module):
             UserError: another number of channels, or a side that the reduction does not divide.
         """
         if channels != self.params.in_channels:
-            raise UserError(f"this codec encodes images of {self.params.in_channels} channels, not of {channels}.")
+            raise UserError(
+                f"this codec encodes images of {self.params.in_channels} channels, not of {channels}: set "
+                f"data.channels={self.params.in_channels} (for `carrara data encode`, --channels)."
+            )
         self.params.check_size(height, width)
         return self.params.latent_channels, height // self.reduction, width // self.reduction
 

@@ -114,7 +114,7 @@ class LPIPS(nn.Module):
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"there is no perceptual weights file at '{path}': name one, or set perceptual to none.")
+            raise UserError(f"there is no perceptual weights file at '{path}': name one, or set loss.perceptual=0.")
         if checksum is not None:
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()

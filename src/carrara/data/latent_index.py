@@ -103,11 +103,18 @@ class Index:
                 f"the latents in {where} are those of the codec {self.codec['hash']} ({self.codec['kind']}), not of "
                 f"{codec_hash}: {advice}."
             )
-        for name, wanted in ({} if prepare is None else asdict(prepare)).items():
-            if wanted != self.prepare[name]:
+        made = _told(self.prepare)
+        for name, wanted in ({} if prepare is None else _told(asdict(prepare))).items():
+            if wanted != made[name]:
                 raise UserError(
-                    f"the latents in {where} were made with data.{name} = {self.prepare[name]}, not {wanted}: {advice}."
+                    f"the latents in {where} were made with data.{name} = {made[name]}, not {wanted}: {advice}."
                 )
+
+
+def _told(prepare: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Preprocess` by the words that a recipe has for them."""
+    rest = {name: value for name, value in prepare.items() if name not in ("height", "width")}
+    return {"resolution": f"{prepare['height']}×{prepare['width']}", **rest}
 
 
 def read_index(folder: Path) -> Index | None:

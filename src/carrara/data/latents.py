@@ -119,7 +119,7 @@ def open_latents(
         raise UserError(f"there is no cache of latents in {folder}: make it with `carrara data encode`.")
     if prepare is not None and index.flips and not prepare.flip:
         prepare = replace(prepare, flip=True)
-    index.check(codec_hash, prepare, folder, "encode the images with this one into another folder")
+    index.check(codec_hash, prepare, folder, "encode the images anew into another folder")
     for shard in index.shards:
         damage = damaged_shard(folder, shard)
         if damage:

@@ -138,18 +138,40 @@ def make_codec(recipe: Recipe) -> LearnedCodec:
     if word not in KINDS:
         raise UserError(f"codec.kind is '{word}': {nearest(str(word), KINDS)}")
     decided = {"in_channels": recipe.data.channels}
+    _refuse_unknown(word, given)
     config: dict[str, Any] = {"kind": KINDS[word]}
     if word == "hierarchical":
         config["levels"] = _levels(given, decided)
     else:
         if KINDS[word] in _PARTS:
             name, params = _PARTS[KINDS[word]]
-            own = {key: given.pop(key) for key in [f.name for f in fields(params)] if key in given}
+            own = {key: given.pop(key) for key in _names(params) if key in given}
             config[name] = asdict(params_from(params, own, {}, "codec"))
         config["params"] = asdict(params_from(AutoencoderParams, given, decided, "codec"))
         if word == "vae":
             config["learned_scale"] = True
     return cast(LearnedCodec, codecs.build(config))
+
+
+def _names(params: Any) -> list[str]:
+    return [field.name for field in fields(params)]
+
+
+def _refuse_unknown(word: str, given: Mapping[str, Any]) -> None:
+    """Whether a kind of codec has all the keys that are given for it.
+
+    Raises:
+        UserError: it lacks one; the kinds that have it are named, or the nearest of its own keys.
+    """
+    known = {kind: {"kind", "scale", *_names(AutoencoderParams)} for kind in KINDS}
+    known["hierarchical"].add("levels")
+    for kind, codec in KINDS.items():
+        known[kind] |= set(_names(_PARTS[codec][1])) if codec in _PARTS else set()
+    for key in given:
+        if key not in known[word]:
+            others = [kind for kind, keys in known.items() if key in keys]
+            meant = f"codec.kind={' or '.join(others)} has it." if others else nearest(key, known[word])
+            raise UserError(f"a codec of kind {word} has an unknown key 'codec.{key}': {meant}")
 
 
 def _begun(start: str, decoder_only: bool) -> LearnedCodec:
@@ -193,6 +215,8 @@ def _perceptual(recipe: Recipe, loss: CodecLoss) -> Perceptual | None:
             raise UserError(f"the recipe has an unknown key 'loss.{key}': {nearest(key, allowed)}")
     path = recipe.loss.get("perceptual_from")
     if not loss.perceptual:
+        if path is not None:
+            raise UserError("loss.perceptual_from is given, but loss.perceptual is 0: set it above 0, or leave it out.")
         return None
     if path is None:
         raise UserError(
