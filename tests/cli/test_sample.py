@@ -74,6 +74,10 @@ def test_a_cascade_is_trained_and_sampled(
     assert (told["small_noise"], told["steps"], told["count"]) == (0.1, 3, 2)
     assert pixels_of(tmp_path / "s" / "seed0-00001.png").shape == (8, 8)
     assert pixels_of(tmp_path / "s" / "base" / "seed0-00001.png").shape == (4, 4)
+    late = (*words[:-1], tmp_path / "late", "--upsampler")
+    assert "was never learned from" in refused(*late, upsampler_run, "--small-noise", "0.9")
+    assert "no up-sampler" in refused(*late, tmp_path / "base")
+    assert not (tmp_path / "late").exists()  # refused before the base model has worked in vain
     assert "--small or --upsampler is not" in refused(*words, "--small-noise", "0.1")
     assert "no up-sampler" in refused(*words, "--small", tmp_path / "s" / "base" / "seed0-00001.png")
 
