@@ -76,7 +76,7 @@ LAYOUTS = (
         folder=True,
         fits=diffusers.is_diffusers,
         read=diffusers.import_diffusers,
-        holds=lambda model: not isinstance(model, Classifier),
+        holds=lambda model: isinstance(model, KLAutoencoder | VQAutoencoder | DiscreteAutoencoder | DiffusionModel),
         write=diffusers.export_diffusers,
     ),
 )
@@ -155,7 +155,11 @@ def export_model(model: Convertible, path: str | Path, layout: str | None = None
     natural = next((row for row in LAYOUTS if row.folder == folder and row.holds(model)), None)
     chosen = natural if layout is None else known[layout]
     if chosen is None:
-        raise UserError(f"no layout of a {'folder' if folder else 'file'} can hold this model: choose with --layout.")
+        if not any(row.holds(model) for row in LAYOUTS):
+            raise UserError(
+                "no other program's layout holds what this model is: copy its own folder, which Carrara reads."
+            )
+        raise UserError(f"no layout of a folder holds this model: name a file, such as {path}.safetensors.")
     return {"layout": chosen.name, **chosen.write(model, path)}
 
 
