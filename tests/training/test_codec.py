@@ -320,6 +320,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"loss": {"perceptual": 1.0}}, r"loss\.perceptual_from"),
         ({"loss": {"distnce": "l1"}}, r"unknown key 'loss\.distnce'"),
         ({"discriminator": {"layers": 1}}, r"loss\.adversarial is 0"),
+        ({"loss": {"adversarial": 0.0, "start": 64}}, r"loss\.start is given, but loss\.adversarial is 0"),
         ({"loss": {"adversarial": 0.5}}, "leave no patch"),
         ({"data": {"resolution": 9}}, "9"),
     )

@@ -90,7 +90,10 @@ def check_indices(indices: Tensor, codes: int) -> None:
         raise UserError(f"indices are whole numbers [B, h, w], not {indices.dtype} {list(indices.shape)}.")
     low, high = (int(indices.min()), int(indices.max())) if indices.numel() else (0, 0)
     if low < 0 or high >= codes:
-        raise UserError(f"the codebook has the entries 0..{codes - 1}: there is no index {low if low < 0 else high}.")
+        raise UserError(
+            f"the codebook has the entries 0..{codes - 1}, and there is no index {low if low < 0 else high}: these "
+            "indices are another codec's, or damaged."
+        )
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:

@@ -185,14 +185,22 @@ def _begun(start: str, decoder_only: bool) -> LearnedCodec:
 
 
 def make_loss(recipe: Recipe, codec: LearnedCodec) -> CodecLoss:
-    """The usual loss of the recipe's kind of codec, or of the one it starts from, with the recipe's changes."""
+    """The usual loss of the recipe's kind of codec, or of the one it starts from, with the recipe's changes.
+
+    Raises:
+        UserError: an unknown key, or words about a discriminator that takes no part.
+    """
     likelihood = getattr(codec, "log_scale", None) is not None
     usually = {"kl": "vae" if likelihood else "kl", "discrete": "dvae"}.get(codec.kind, codec.kind)
     changes = {key: value for key, value in recipe.loss.items() if not key.startswith("perceptual_")}
     usual = asdict(LOSSES[recipe.codec.get("kind", usually)])
     if "perceptual" not in changes and "perceptual_from" not in recipe.loss:
         usual["perceptual"] = 0.0  # without a network to look through there is none
-    return cast(CodecLoss, params_from(CodecLoss, {**usual, **changes}, {}, "loss"))
+    loss = cast(CodecLoss, params_from(CodecLoss, {**usual, **changes}, {}, "loss"))
+    idle = [key for key in ("gan", "adaptive", "start", "ramp") if key in changes and not loss.adversarial]
+    if idle:
+        raise UserError(f"loss.{idle[0]} is given, but loss.adversarial is 0: set it above 0, or leave this out.")
+    return loss
 
 
 def _levels(given: dict[str, Any], decided: Mapping[str, Any]) -> list[dict[str, Any]]:
