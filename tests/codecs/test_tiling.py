@@ -163,7 +163,7 @@ def test_the_size_of_the_picture_is_not_the_size_of_the_work() -> None:
             return super().decode(z)
 
     inner = Watched(1)
-    Tiled(inner, tile=12, overlap=4).decode(noise(1, 3, 100, 60))
+    Tiled(inner, tile=16, overlap=4).decode(noise(1, 3, 100, 60))
     assert inner.largest == 8 * 8
 
 
