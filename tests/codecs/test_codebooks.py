@@ -168,6 +168,8 @@ def test_the_temperature_falls_along_a_half_cosine() -> None:
     assert choice.temperature_at(100) == choice.temperature_at(10**9) == 0.2
     codec = DiscreteAutoencoder(params(), replace(choice, codes=16))
     told = [float(codec(pictures(), Noise(0).rows([s, s])).scalars["temperature"]) for s in (0, 50, 200)]
+    held_out = codec.eval()(pictures(), Noise(0).rows([0, 1])).scalars["temperature"]
+    assert float(held_out) == pytest.approx(0.2), "held-out images are judged as the codec will be used"
     assert told == pytest.approx([1.0, 0.6, 0.2])
 
 

@@ -108,7 +108,8 @@ class DiscreteAutoencoder(LearnedCodec):
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
         logits = self.logits(self.encoder(x)).float()
         log_q = logits.log_softmax(1)  # [B, K, h, w]
-        seen = self.choice.anneal if self.decoder_only else max(noise.ids or (0,))  # a trained choice is cold
+        cold = self.decoder_only or not self.training  # rows count the images seen in training only
+        seen = self.choice.anneal if cold else max(noise.ids or (0,))
         temperature = self.choice.temperature_at(seen)
         uniform = noise.uniform(logits.shape, dtype=torch.float32, device=logits.device)
         # A uniform number may round to 1, whose Gumbel number would be infinite.
