@@ -20,12 +20,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from carrara import codecs, distributed
+from carrara import distributed
 from carrara import images as pictures
-from carrara.cli.evaluate_refusals import codec_folder
+from carrara.cli.data_encode import open_codec
 from carrara.codecs import LearnedCodec
 from carrara.data import open_source
-from carrara.errors import UserError
 from carrara.evaluation.features import open_features
 from carrara.evaluation.latents import measure_latents
 from carrara.evaluation.pictures import Pictures, Size, data_pictures, decoded_pictures
@@ -108,12 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipes = {run.name: load(run / "recipe.yaml") for run in options.runs}
-    found: dict[str, LearnedCodec] = {}
-    for run in options.runs:
-        folder = codec_folder(str(run))
-        if folder is None:
-            raise UserError(f"{run} holds no codec.")
-        found[run.name] = cast(LearnedCodec, codecs.load(folder))
+    found = {run.name: cast(LearnedCodec, open_codec(str(run), "cpu")) for run in options.runs}
     real = originals(options.originals, options.split, next(iter(recipes.values())))
     images = real.make(range(options.batch))
     training = speeds({n: training_step(r, images) for n, r in recipes.items()}, options.turns, options.batch)

@@ -241,8 +241,8 @@ class DiffusionModel:
         """
         if self.codec.pixels:
             raise UserError("this model works on pixels: it takes no codec.")
-        codecs.check_same(codec, self.codec.kind, codecs.content_hash(self.codec), "the model")
-        return replace(self, codec=codec, origin=f"{self.origin}, codec {codecs.content_hash(codec)}")
+        found = codecs.check_same(codec, self.codec.kind, codecs.content_hash(self.codec), "the model")
+        return replace(self, codec=codec, origin=f"{self.origin}, codec {found}")
 
     def _guided(self, scale: float, rescale: float) -> Denoiser:
         """network → classifier-free → threshold: the documented order (MATH §6); a classifier comes last."""

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from carrara.errors import UserError
-
 
 def import_(
     path: Annotated[
@@ -62,13 +60,12 @@ def import_(
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Turn a model of another program into a model or codec folder, with a report of its parity."""
-    from carrara.convert import Asked, check_outputs, import_model
+    from carrara.convert import Asked, check_outputs, import_model, refuse_taken
     from carrara.recipe import override
 
     beside = path.resolve().with_name(f"{path.resolve().name}-carrara") if path.is_dir() else path.with_suffix("")
     folder = out or beside
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name another folder with --out.")
+    refuse_taken(folder)  # before a large checkpoint is read in vain
     asked = Asked(name, override({}, assignments or []), config, schedule, steps, rescaled, last)
     imported = import_model(path, asked)
     report = imported.report

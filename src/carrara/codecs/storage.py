@@ -122,13 +122,16 @@ def same_latents(one: str, other: str) -> bool:
     return one.partition("-")[0] == other.partition("-")[0]
 
 
-def check_same(codec: Codec, kind: str, expected: str, owner: str) -> None:
+def check_same(codec: Codec, kind: str, expected: str, owner: str) -> str:
     """Whether a codec is the one that a model, or a cache of latents, was made with (or one with its latents).
 
     Args:
         codec: the one at hand.
         kind, expected: the kind and hash that were stored.
         owner: what stored them, for the sentence ("the model runs/emoji").
+
+    Returns:
+        The hash of the codec at hand.
 
     Raises:
         UserError: it is another one; both are named.
@@ -139,6 +142,7 @@ def check_same(codec: Codec, kind: str, expected: str, owner: str) -> None:
             f"{owner} belongs to the codec {expected} ({kind}), not to {found} ({codec.kind}): its latents mean "
             "nothing to another codec, so name its own."
         )
+    return found
 
 
 def _whole(codec: Codec) -> Codec:

@@ -141,6 +141,12 @@ def assembled(
     return DiffusionModel(network, schedule, shape, predicts=predicts, labels=labels, codec=inner, origin=origin)
 
 
+def refuse_taken(folder: Path) -> None:
+    """Raises UserError where a folder is not free to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: name another folder with --out.")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when everything is in it, and is gone where that fails.
@@ -148,8 +154,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: the name is taken, or cannot be.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name another folder with --out.")
+    refuse_taken(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     try:
