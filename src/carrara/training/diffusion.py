@@ -174,9 +174,10 @@ class DiffusionTask:
             if isinstance(batch, LatentBatch):
                 posterior = batch.posterior
             else:
+                images = batch.images.to(self.device)
                 if self.model.upsampling is not None:
-                    condition = pairs(batch.images, self.model.upsampling.factor, condition).condition
-                posterior = self.model.codec.encode(batch.images.to(self.device))
+                    condition = pairs(images, self.model.upsampling.factor, condition).condition
+                posterior = self.model.codec.encode(images)
             latents = posterior.sample(draw.at(draw.draw + 1)).to(self.device)
         return Examples(latents, condition.to(self.device))
 

@@ -73,7 +73,8 @@ class Trainer:
         self.task = make_task(recipe, self.source, self.processes)
         self.batches = self.task.walked(images)
         self.network = next(iter(self.task.modules.values()))
-        self._plain = copy.deepcopy(self.network).to("meta")  # its shape, before it is sharded or compiled
+        wrapped = recipe.training.parallel == "fsdp" or recipe.training.compile
+        self._plain = copy.deepcopy(self.network).to("meta") if wrapped else None  # its shape, as it is now
         self.means = {name: EMA(self.network, decay) for name, decay in _decays(recipe).items()}
         self.step, self.bad_steps, self.window = 0, 0, Window()
         self.notices = [*self.source.warnings, *self.task.notices]
@@ -344,6 +345,7 @@ class Trainer:
         """The network as one process can run it without the others, uncompiled. All must call this."""
         if not distributed.is_sharded(network) and not (self.recipe.training.compile and network is self.network):
             return network
+        assert self._plain is not None  # kept before the network was sharded or compiled
         plain = copy.deepcopy(self._plain).to_empty(device=self.processes.device).eval()
         put_weights(plain, copied(network.state_dict()))
         return plain
