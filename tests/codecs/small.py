@@ -43,7 +43,7 @@ CODECS: dict[str, Callable[[], LearnedCodec]] = {
     "kl": lambda: KLAutoencoder(params(), learned_scale=True),
     "vq": lambda: VQAutoencoder(params(), QuantiserParams(codes=16)),
     "vq-gradient": lambda: VQAutoencoder(params(), QuantiserParams(codes=16, decay=None, restart=0.0)),
-    "discrete": lambda: DiscreteAutoencoder(params(), DiscreteParams(codes=16)),
+    "discrete": lambda: DiscreteAutoencoder(params(), DiscreteParams(codes=16), learned_scale=True),
     "hierarchical": lambda: HierarchicalVAE([params(), upper()]),
 }
 

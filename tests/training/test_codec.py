@@ -67,6 +67,11 @@ def test_a_codec_learns_and_its_latents_are_scaled_to_one(tmp_path: Path) -> Non
     assert float(latents.std()) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize(("kind", "learned"), [("kl", False), ("vae", True), ("dvae", True)])
+def test_a_likelihood_learns_its_width(kind: str, learned: bool) -> None:
+    assert ("log_scale" in make_codec(recipe(kind)).state_dict()) is learned
+
+
 def test_latents_are_scaled_as_one_or_channel_by_channel(tmp_path: Path) -> None:
     train(recipe(codec={"scale": "channel"}), tmp_path / "each")
     codec = codecs.load(tmp_path / "each" / "model")
@@ -270,6 +275,16 @@ def test_a_model_takes_the_codec_whose_decoder_learned_on_and_no_other(tmp_path:
     # saved with it, the model carries it
     model.with_codec(tuned).save(tmp_path / "both")
     assert codecs.content_hash(DiffusionModel.load(tmp_path / "both").codec) == codecs.content_hash(tuned)
+
+
+@pytest.mark.parametrize("kind", ["kl", "discrete"])
+@pytest.mark.parametrize("likelihood", [True, False])
+def test_a_codec_learns_on_by_the_loss_of_what_it_is(kind: str, likelihood: bool, tmp_path: Path) -> None:
+    """With a learned p(x|z) a variational autoencoder at weight 1, without one a first stage as it is published."""
+    made = codecs.build({"kind": kind, "params": {"in_channels": 1, "channels": 8}, "learned_scale": likelihood})
+    codecs.save(made, tmp_path)
+    loss = make_loss(begun(tmp_path, None), make_codec(begun(tmp_path, None)))
+    assert loss.latent == (1 if likelihood else {"kl": 1e-6, "discrete": 0.1}[kind])
 
 
 def test_all_of_a_codec_learns_on_from_where_it_ended(tmp_path: Path) -> None:

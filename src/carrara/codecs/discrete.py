@@ -62,13 +62,16 @@ class DiscreteAutoencoder(LearnedCodec):
     Args:
         params: the shape of encoder and decoder.
         choice: the entries.
+        learned_scale: whether p(x|z) has a learned scale b, as a KL autoencoder's: it weighs the reconstruction
+            against the KL, which at a weight of 1 and b = 1 would leave most entries unused.
     """
 
     kind = "discrete"
 
-    def __init__(self, params: AutoencoderParams, choice: DiscreteParams) -> None:
+    def __init__(self, params: AutoencoderParams, choice: DiscreteParams, *, learned_scale: bool = False) -> None:
         super().__init__(params)
         self.choice = choice
+        self.log_scale = nn.Parameter(torch.zeros(())) if learned_scale else None
         self.logits = convolution(2, params.latent_channels, choice.codes, 1)
         self.codebook = nn.Parameter(torch.randn(choice.codes, params.latent_channels))
         self.usage = Usage(choice.codes, choice.usage_decay)
@@ -78,7 +81,7 @@ class DiscreteAutoencoder(LearnedCodec):
         return self.usage
 
     def config(self) -> dict[str, Any]:
-        return super().config() | {"choice": asdict(self.choice)}
+        return super().config() | {"choice": asdict(self.choice), "learned_scale": self.log_scale is not None}
 
     def encode(self, x: Tensor) -> Codes:
         """Images [B, C, H, W] in [-1, 1] to the likeliest codes, whose `.indices` are int64 [B, h, w]."""
@@ -124,7 +127,7 @@ class DiscreteAutoencoder(LearnedCodec):
         # KL(q ‖ uniform) = ln K - H(q), summed over the positions, per dimension of the image.
         kl = (log_q.exp() * (log_q + math.log(self.choice.codes))).flatten(1).sum(1)
         scalars = {"kl": kl.detach(), "temperature": kl.new_tensor(temperature), **self.usage.scalars()}
-        return self._made(latent, kl / x[0].numel(), scalars)
+        return self._made(latent, kl / x[0].numel(), scalars, log_scale=self.log_scale)
 
     @torch.no_grad()
     def _observe(self, logits: Tensor) -> None:

@@ -148,7 +148,7 @@ def make_codec(recipe: Recipe) -> LearnedCodec:
             own = {key: given.pop(key) for key in _names(params) if key in given}
             config[name] = asdict(params_from(params, own, {}, "codec"))
         config["params"] = asdict(params_from(AutoencoderParams, given, decided, "codec"))
-        if word == "vae":
+        if word in ("vae", "dvae"):  # their KL weighs 1 against a likelihood, whose width is learned
             config["learned_scale"] = True
     return cast(LearnedCodec, codecs.build(config))
 
@@ -191,7 +191,8 @@ def make_loss(recipe: Recipe, codec: LearnedCodec) -> CodecLoss:
         UserError: an unknown key, or words about a discriminator that takes no part.
     """
     likelihood = getattr(codec, "log_scale", None) is not None
-    usually = {"kl": "vae" if likelihood else "kl", "discrete": "dvae"}.get(codec.kind, codec.kind)
+    told = {"kl": "vae", "discrete": "dvae"} if likelihood else {"discrete": "gumbel"}
+    usually = told.get(codec.kind, codec.kind)
     changes = {key: value for key, value in recipe.loss.items() if not key.startswith("perceptual_")}
     usual = asdict(LOSSES[recipe.codec.get("kind", usually)])
     if "perceptual" not in changes and "perceptual_from" not in recipe.loss:
