@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from carrara.training.phases import Phases, Watchdog
 
@@ -52,6 +54,24 @@ def test_the_stuck_phase_is_named_and_named_again_when_the_wait_has_doubled(tmp_
         "nothing has moved for 131 s while reading data",
     ]
     assert "test_phases.py" in (tmp_path / "stuck.txt").read_text(), "the stacks say in which line"
+
+
+def test_a_long_phase_in_which_the_network_works_is_not_stuck(tmp_path: Path) -> None:
+    clock, said, network = Clock(), list[str](), nn.Identity()
+    phases = Phases(clock)
+    watchdog = Watchdog(phases, 60, tmp_path / "stuck.txt", said.append)
+    with phases("sampling"):
+        with phases.moved_by(network):
+            for _ in range(10):
+                clock.now += 50
+                network(torch.zeros(1))
+                watchdog.look()
+        assert said == []
+        clock.now += 61
+        network(torch.zeros(1))  # outside, it tells nothing
+        watchdog.look()
+    assert said[0].startswith("nothing has moved for 61 s while sampling")
+    assert phases.seconds == {"sampling": 561}
 
 
 def test_a_real_hang_is_named_by_the_thread(tmp_path: Path) -> None:

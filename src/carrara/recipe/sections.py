@@ -206,7 +206,7 @@ class Training(Section):
         keep_checkpoints: how many of the newest are kept.
         keep_every: checkpoints of every so many steps are kept for good; 0 keeps none.
         tracker: "tensorboard", "wandb" or "none"; log.jsonl is always written.
-        stuck_after: seconds in one phase after which the watchdog names it.
+        stuck_after: seconds in one phase, without a pass of the network, after which the watchdog names it.
     """
 
     steps: int = Field(ge=1)

@@ -356,7 +356,9 @@ class Trainer:
         share = -(-self.task.pictures // self.processes.world)
         rows = range(self.processes.rank * share, (self.processes.rank + 1) * share)
         for name, network in (("ema", self.means["ema"].module), ("raw", self.network)):
-            own, protocol = self.task.preview(self._whole(network), rows)
+            whole = self._whole(network)
+            with self.phases.moved_by(whole):
+                own, protocol = self.task.preview(whole, rows)
             images = distributed.gather(own.to(self.processes.device)).cpu()[: self.task.pictures]
             if self.log is not None:
                 sheet = pictures.grid(images)
@@ -367,8 +369,10 @@ class Trainer:
     def _validate(self) -> None:
         assert self.held_out is not None
         first = next(iter(self.task.modules))
-        objective = self.task.objective({**self.task.modules, first: self._whole(self.means["ema"].module)})
-        figures = validate(objective, self.task.examples, self.held_out, self.recipe.training.validation_images)
+        whole = self._whole(self.means["ema"].module)
+        objective = self.task.objective({**self.task.modules, first: whole})
+        with self.phases.moved_by(whole):
+            figures = validate(objective, self.task.examples, self.held_out, self.recipe.training.validation_images)
         self.window.validation = {"step": self.step, **figures}
 
     # ---- on disk -----------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import nn
+
 
 class Phases:
     """The phases of the loop, one at a time.
@@ -40,13 +42,29 @@ class Phases:
             self._account(ended)
             self._now = None if outer is None else (outer[0], ended)
 
+    @contextmanager
+    def moved_by(self, module: nn.Module) -> Iterator[None]:
+        """While inside, every pass of the module tells that the phase moves, however long all of it takes."""
+        hook = module.register_forward_hook(lambda *_: self.moved())
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def moved(self) -> None:
+        """The phase is not stuck: its wait begins anew."""
+        if self._now is not None:
+            now = self.clock()
+            self._account(now)
+            self._now = (self._now[0], now)
+
     def _account(self, now: float) -> None:
         if self._now is not None:
             self.seconds[self._now[0]] += now - self._now[1]
 
     @property
     def current(self) -> tuple[str, float] | None:
-        """The phase and since when it has lasted, or None between phases."""
+        """The phase and for how long nothing has moved in it, or None between phases."""
         now = self._now
         return None if now is None else (now[0], self.clock() - now[1])
 
