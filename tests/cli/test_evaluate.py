@@ -50,7 +50,20 @@ def halves(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_model_is_measured_as_its_own_samples_are(tiny_run: Path, carrara: Command) -> None:
     """The classes in turn, picture k from row k of the seed, rounded to 8 bits, whatever the batch size."""
-    words = ("--reference", "digits", "--n", "30", "--steps", "2", "--seed", "3", "--batch-size", "7")
+    words = (
+        "--reference",
+        "digits",
+        "--classes",
+        "turn",
+        "-n",
+        "30",
+        "--steps",
+        "2",
+        "--seed",
+        "3",
+        "--batch-size",
+        "7",
+    )
     figures = told(carrara, tiny_run, *words)
     made = DiffusionModel.load(tiny_run).sample([i % 10 for i in range(30)], steps=2, seed=3)
     expected = frechet_distance(from_uint8(to_uint8(made.images)).flatten(1), everything("digits").flatten(1))
@@ -67,6 +80,41 @@ def test_a_model_is_measured_as_its_own_samples_are(tiny_run: Path, carrara: Com
     assert "fid" not in figures
     assert {"kernel_distance", "precision", "recall", "density", "coverage", "class_spread"} <= figures.keys()
     assert all(figure["interval"] is not None for figure in figures.values())
+
+
+def uneven(tmp_path: Path) -> Path:
+    """An archive of digits, three quarters of them ones and a quarter sevens."""
+    pictures = data_pictures("digits", "test")
+    assert pictures.labels is not None
+    rows = [[i for i, label in enumerate(pictures.labels) if label == digit] for digit in ("1", "7")]
+    chosen = rows[0][:24] + rows[1][:8]
+    labels = torch.tensor([int(pictures.labels[i]) for i in chosen])
+    save_npz(tmp_path / "uneven.npz", everything("digits", "test")[chosen], labels)
+    return tmp_path / "uneven.npz"
+
+
+def test_samples_take_the_classes_in_the_references_shares(tiny_run: Path, tmp_path: Path, carrara: Command) -> None:
+    """Else the distance would be one of shares: rare classes would count as much as frequent ones."""
+    words = ("--reference", uneven(tmp_path), "-n", "12", "--steps", "1", "--per-class")
+    figures = told(carrara, tiny_run, *words)
+    assert figures["frechet_distance"]["stamp"]["sampling"]["classes"] == "in the reference's shares"
+    assert figures["frechet_distance[1]"]["stamp"]["n"] == 9
+    assert figures["frechet_distance[7]"]["stamp"]["n"] == 3
+    in_turn = told(carrara, tiny_run, *words[:-1], "--classes", "turn")
+    assert in_turn["frechet_distance"]["stamp"]["sampling"]["classes"] == "in turn"
+    assert in_turn["frechet_distance"]["value"] != figures["frechet_distance"]["value"]
+
+
+def test_shares_of_classes_that_are_not_there_are_refused(
+    tiny_run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    save_npz(tmp_path / "plain.npz", everything("digits", "test")[:20])
+    save_npz(tmp_path / "other.npz", everything("digits", "test")[:20], torch.arange(20))
+    asked = ("evaluate", tiny_run, "-n", "4", "--steps", "1", "--classes", "reference", "--reference")
+    assert "plain.npz tells no classes; say --classes turn" in refused(*asked, tmp_path / "plain.npz")
+    assert "knows no class '10', which the reference holds" in refused(*asked, tmp_path / "other.npz")
+    unknown = refused("evaluate", tiny_run, "--reference", "digits", "--classes", "turns")
+    assert "there are no classes 'turns': did you mean 'turn'" in unknown
 
 
 def test_nothing_is_written_unless_asked(tiny_run: Path, tmp_path: Path, carrara: Command) -> None:

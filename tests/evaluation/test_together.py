@@ -45,7 +45,7 @@ def test_two_processes_measure_what_one_does(tiny_run: Path, tmp_path: Path) -> 
     assert one.read_bytes() == two.read_bytes()
     figures = json.loads(one.read_text())
     assert {"frechet_distance", "memorised_share", "bits_per_dimension", "class_accuracy[3]"} <= figures.keys()
-    assert figures["frechet_distance"]["stamp"]["sampling"]["classes"] == "in turn"
+    assert figures["frechet_distance"]["stamp"]["sampling"]["classes"] == "in the reference's shares"
     assert sorted(tiny_run.rglob("*")) == before
     assert sorted(tmp_path.iterdir()) == [one, two]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from typer import Option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from rich.progress import Progress
 
@@ -62,6 +63,9 @@ Judge = Annotated[
     Words, Option(help="Reads the samples' classes: svc learns the reference's; or a trained classifier.")
 ]
 PerClass = Annotated[bool, Option("--per-class", help="The figures of each class, too.")]
+Classes = Annotated[
+    Words, Option(help="Of samples: turn, as many of each; or reference, in its shares, as it is if it knows them.")
+]
 Steps = Annotated[Number, Option("--steps", "--num_inference_steps", help="Solver steps.")]
 SolverWord = Annotated[Words, Option("--solver", help="ddpm, ddim, dpm++2m, …")]
 Guidance = Annotated[Real, Option("--guidance", "--guidance_scale", help="1: none.")]
@@ -112,6 +116,7 @@ class Options:
     captions: Path | None
     judge: str | None
     per_class: bool
+    classes: str | None
     steps: int | None
     solver: str | None
     guidance: float | None
@@ -172,6 +177,7 @@ def evaluate(
     captions: Captions = None,
     judge: Judge = None,
     per_class: PerClass = False,
+    classes: Classes = None,
     steps: Steps = None,
     solver: SolverWord = None,
     guidance: Guidance = None,
@@ -282,7 +288,6 @@ class Work:
         from carrara.cli.evaluate_show import write_table
         from carrara.evaluation import tables
         from carrara.evaluation.features.checksum import tensors_checksum
-        from carrara.evaluation.pictures import model_pictures
 
         options, model, real = self.options, self.model, self.real
         assert model is not None  # all three refused before
@@ -293,16 +298,16 @@ class Work:
         free = options.sampling.keys() - tables.TABLES[options.table]
         typed = {name: options.sampling[name] for name in sorted(free) if options.sampling[name] is not None}
         own = {**tables.DEFAULTS.get(options.table, {}), **typed}
+        shares = self._shares(model, real)
         about = {"model": tensors_checksum(model.network.state_dict()), "n": count, **own, **self._protocol(real)}
+        about["classes"] = "turn" if shares is None else "reference"
         if self.leader is not None:
             about["classifier"] = tensors_checksum(self.leader.network.state_dict())
         null = model.labels is not None and model.labels.dropout > 0
         plan = tables.cells(options.table, model.schedule, self.leader is not None, null)
 
         def measure(cell: Cell) -> Evaluation:
-            told = {**own, **cell.choices}
-            samples = model_pictures(model, cell.stem, count, options.batch_size, classifier=self.leader, **told)
-            return self._measured(samples)
+            return self._measured(self._drawn(model, cell.stem, count, shares, {**own, **cell.choices}))
 
         filled = tables.fill(options.out, options.table, plan, about, measure)
         write_table(filled, self.bar.console)
@@ -404,7 +409,7 @@ class Work:
         """A model's samples, by default as many as there are real images (10,000 at most), what a codec leaves of the
         originals, or finished ones."""
         from carrara.cli.evaluate_refusals import lines_for
-        from carrara.evaluation.pictures import data_pictures, decoded_pictures, model_pictures
+        from carrara.evaluation.pictures import data_pictures, decoded_pictures
 
         options = self.options
         if self.model is None and self.codec is not None:
@@ -415,12 +420,38 @@ class Work:
             found = data_pictures(self.subject, options.split, options.n, options.size)
         else:
             count = samples_wanted(options.n, real)
-            found = model_pictures(
-                self.model, self.subject, count, options.batch_size, classifier=self.leader, **options.sampling
-            )
+            found = self._drawn(self.model, self.subject, count, self._shares(self.model, real), options.sampling)
         if options.captions is not None:
             found = replace(found, captions=lines_for(found, options.captions))
         return found
+
+    def _drawn(
+        self, model: DiffusionModel, name: str, count: int, shares: Mapping[str, int] | None, choices: dict[str, Any]
+    ) -> Pictures:
+        """Samples of the model, led by the classifier where there is one."""
+        from carrara.evaluation.pictures import model_pictures
+
+        batch = self.options.batch_size
+        return model_pictures(model, name, count, batch, classifier=self.leader, shares=shares, **choices)
+
+    def _shares(self, model: DiffusionModel, real: Reference) -> Mapping[str, int] | None:
+        """How many pictures of each class the reference holds, for samples to take the classes in these shares; None
+        takes them in turn.
+
+        Raises:
+            UserError: the shares were asked for, and the reference tells no classes.
+        """
+        from carrara.errors import UserError
+        from carrara.evaluation.pictures import classes_of
+
+        asked = self.options.classes
+        labels = None if real.pictures is None else real.pictures.labels
+        if asked == "reference" and labels is None:
+            raise UserError(f"--classes reference: {real.name} tells no classes; say --classes turn.")
+        if asked == "turn" or labels is None:
+            return None
+        shares = Counter(labels)
+        return shares if asked == "reference" or shares.keys() <= set(classes_of(model, self.leader) or ()) else None
 
     def _progress(self, what: str, total: int) -> Callable[[int], None]:
         task = self.bar.add_task(what, total=total, note="")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from carrara.cli.evaluate import Options
     from carrara.evaluation.pictures import Pictures
 
-SAMPLING = {"steps", "solver", "guidance", "classifier", "eta", "spacing"}
+SAMPLING = {"classes", "steps", "solver", "guidance", "classifier", "eta", "spacing"}
 MODEL = SAMPLING | {"classifier_scale", "seed", "batch_size"}
 COMPARING = {"comparison", "varied", "json_output"}
 CODEC = {
@@ -120,6 +120,8 @@ def _refuse_words(options: Options) -> None:
 
     if options.judge not in (None, "svc") and not is_model(options.judge):
         raise UserError(f"there is no judge '{options.judge}': give svc, or the run folder of a trained classifier.")
+    if options.classes not in (None, "turn", "reference"):
+        raise UserError(f"there are no classes '{options.classes}': {nearest(options.classes, ('turn', 'reference'))}")
     kinds = get_args(ReverseVariance)
     if options.variance is not None and options.variance not in kinds:
         raise UserError(f"there is no variance '{options.variance}': {nearest(options.variance, kinds)}")

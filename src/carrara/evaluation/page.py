@@ -46,7 +46,7 @@ def of_evaluation(
     single = {name: figure for name, figure in found.figures.items() if name.endswith("]")}
     sections = [
         Section("Figures", [FigureTable([as_figure(*item) for item in whole.items()])], "Each with its protocol."),
-        Section("Samples", [_samples(found)], "Not picked by hand: the first ones."),
+        Section("Samples", [sample_grid(found)], "Not picked by hand: the first ones."),
     ]
     sections += _neighbours(found, train or reference, "training" if train else "reference")
     if single:
@@ -98,17 +98,17 @@ def by_class(figures: Measurements) -> tuple[list[str], list[list[str]]]:
     return [f"{column} (95 % interval)" for column in columns], rows
 
 
-def _samples(found: Evaluation) -> ImageGrid:
-    """The first samples; one column for each class where the classes come in turn."""
+def sample_grid(found: Evaluation) -> ImageGrid:
+    """The first samples; one column for each class where there are few."""
     images = from_uint8(found.samples.first)
-    names = [] if found.labels is None else list(dict.fromkeys(found.labels))
-    in_turn = 1 < len(names) <= 16 and found.labels == [names[i % len(names)] for i in range(len(found.labels or ()))]
-    if not in_turn:
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate((found.labels or ())[: len(images)]):
+        places.setdefault(name, []).append(i)
+    depth = min(map(len, places.values()), default=0)
+    if not 1 < len(places) <= 16 or len(places) < len(set(found.labels or ())):
         return ImageGrid("Samples", images, 10, "The first samples.")
-    images = images[: len(images) // len(names) * len(names)]
-    if len(images) == 0:
-        return ImageGrid("Samples", from_uint8(found.samples.first), len(names), "The first samples.")
-    return ImageGrid("Samples", images, len(names), "One column for each class that was asked for.", names)
+    images = images[[of_class[row] for row in range(depth) for of_class in places.values()]]
+    return ImageGrid("Samples", images, len(places), "One column for each class that was asked for.", list(places))
 
 
 def _neighbours(found: Evaluation, real: Reference, kind: str) -> list[Section]:

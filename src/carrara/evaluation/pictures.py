@@ -6,11 +6,12 @@ what files hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from carrara.classifier import Classifier
 from carrara.codecs import Codec
 from carrara.data import Example, Preprocess, Source, open_source
 from carrara.data.batches import in_threads
-from carrara.errors import UserError
+from carrara.errors import UserError, nearest
 from carrara.images import from_uint8, to_uint8
 from carrara.model import DiffusionModel
 from carrara.solvers import Solver
@@ -81,32 +82,69 @@ def model_pictures(
     batch_size: int = 64,
     *,
     classifier: Classifier | None = None,
+    shares: Mapping[str, int] | None = None,
     **choices: int | float | str | Solver | None,
 ) -> Pictures:
-    """Samples of a model; the classes in turn where it or the classifier knows classes, so that each has as many as
-    any other.
+    """Samples of a model, of the classes that it or the classifier knows, where there are any.
 
     Args:
         classifier: leads the samples to their classes.
+        shares: how many pictures of each class the set holds that is to be resembled: samples take the classes in
+            these shares. None takes all classes in turn, so that each has as many as any other.
         choices: `steps`, `solver`, `guidance`, `classifier_scale`, `seed`, `eta` and `spacing` of
             `DiffusionModel.sample`.
+
+    Raises:
+        UserError: `shares` without classes to choose among, or with one that is not known.
     """
     refuse_fewer_than_one(count)
-    led = None if classifier is None else classifier.names
-    names = led if model.labels is None else model.labels.names
+    names = classes_of(model, classifier)
     told_classifier = {"classifier": classifier}
-    labels = None if names is None else [names[i % len(names)] for i in range(count)]
+    classes = None if names is None else apportioned([1] * len(names), count)
+    if shares is not None:
+        classes = apportioned(_counts(shares, names, name), count)
+    labels = None if names is None or classes is None else [names[c] for c in classes]
     sampling: dict[str, Any] = {}
 
     def make(rows: range) -> Tensor:
-        told = None if names is None else [i % len(names) for i in rows]
+        told = None if classes is None else classes[rows.start : rows.stop]
         made = model.sample(told, len(rows), first=rows.start, batch_size=len(rows), **told_classifier, **choices)  # type: ignore[arg-type]
         sampling.update({key: made.protocol[key] for key in made.protocol if key not in ("carrara", "first")})
-        if names is not None:
-            sampling["classes"] = "in turn"
+        if classes is not None:
+            sampling["classes"] = "in turn" if shares is None else "in the reference's shares"
         return _rounded(made.images)
 
     return Pictures(name, count, make, batch_size, labels, levels=model.levels, sampling=sampling)
+
+
+def classes_of(model: DiffusionModel, classifier: Classifier | None = None) -> Sequence[str] | None:
+    """The names of the classes that samples can be asked for: the model's, or those a classifier leads it to."""
+    if model.labels is not None:
+        return model.labels.names
+    return None if classifier is None else classifier.names
+
+
+def apportioned(counts: Sequence[int], n: int) -> list[int]:
+    """The classes of n samples, so that the first of them, however many, are in the shares of `counts` already: the
+    next one is always of the class that is furthest behind. Equal counts take the classes in turn."""
+    weight, total = np.asarray(counts, dtype=np.int64), sum(counts)
+    behind, classes = np.zeros_like(weight), []
+    for _ in range(n):
+        behind += weight
+        chosen = int(behind.argmax())
+        behind[chosen] -= total
+        classes.append(chosen)
+    return classes
+
+
+def _counts(shares: Mapping[str, int], names: Sequence[str] | None, name: str) -> list[int]:
+    """The shares in the order of the model's classes."""
+    if names is None:
+        raise UserError(f"{name} knows no classes that its samples could share out.")
+    for own in shares:
+        if own not in names:
+            raise UserError(f"{name} knows no class '{own}', which the reference holds: {nearest(own, names)}")
+    return [shares.get(own, 0) for own in names]
 
 
 def decoded_pictures(codec: Codec, originals: Pictures, name: str, device: torch.device | str = "cpu") -> Pictures:
