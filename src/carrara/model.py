@@ -308,13 +308,16 @@ class DiffusionModel:
                 raise UserError(f"{len(rows)} {name} were given for {total} pictures.")
         return condition, asked, total
 
-    def check_enlarges(self, small: tuple[int, int, int], small_noise: float = 0.0) -> None:
-        """Whether this is an up-sampler of images [C, h, w] that carry this much noise.
+    def check_enlarges(
+        self, small: tuple[int, int, int], small_noise: float = 0.0, labels: Sequence[int | str] | None = None
+    ) -> None:
+        """Whether this is an up-sampler of images [C, h, w] that carry this much noise, and of these classes.
 
         Raises:
             UserError: it is none, or was trained on others.
         """
         self._enlarging(torch.zeros(1, *small), small_noise)
+        self._told(labels if self.labels else None, None, None, {})
 
     def _enlarging(self, small: Tensor | None, share: float) -> Callable[[Condition, slice, Noise], Condition]:
         """What lays the small images of an up-sampler, with their noise, beside what a part of the pictures is told."""

@@ -89,6 +89,12 @@ def test_an_up_sampler_of_classes_wants_them_named(
     words = ("sample", tmp_path / "run", "--steps", "2", "--small", gray(tmp_path / "own", 3), "--json")
     assert "give --label, one for all pictures or one for each" in refused(*words)
     assert json.loads(carrara(*words, "-l", "5").stdout)["labels"] == [5, 5, 5]
+    plain = ("data.resolution=4", "network.attention=[1]", "network.channel_mult=[1]", "conditioning.kind=none")
+    base = tiny_recipe(*plain, "sampling.guidance=1", "training.steps=2", "training.sample_every=100")
+    train(base, tmp_path / "base")
+    late = ("sample", tmp_path / "base", "--upsampler", tmp_path / "run", "--out", tmp_path / "late")
+    assert "told a class: give labels" in refused(*late)
+    assert not (tmp_path / "late").exists()
 
 
 def test_a_decoder_learns_on_and_decodes_from_the_command_line(

@@ -98,12 +98,12 @@ def sample(
     base = DiffusionModel.load(model)
     base = base.with_codec(open_codec(codec, "cpu")) if codec else base
     enlarging = DiffusionModel.load(upsampler) if upsampler else None
-    if enlarging is not None:  # before the base model works for it in vain
-        enlarging.check_enlarges(base.shape, small_noise or 0.0)
     leading = Classifier.load(classifier) if classifier else None
     pictures = small_pictures(small, base.shape[0]) if small else None
     names = base.labels.names if base.labels else leading.names if leading else None
     labels, total = _asked(label, count, names, pictures)
+    if enlarging is not None:  # before the base model works for it in vain
+        enlarging.check_enlarges(base.shape, small_noise or 0.0, labels)
     folder = out or model / f"samples-seed{seed}"
     with progress_bar() as bar:
         bar.disable = json_output
