@@ -9,7 +9,7 @@ import pytest
 
 from carrara.data import Batch
 from carrara.errors import UserError
-from carrara.recipe import Recipe
+from carrara.recipe import Recipe, validate
 from carrara.training import Trainer
 from tests.data.builders import files, folder, png, tarred
 from tests.runs import tiny_recipe, train
@@ -114,3 +114,18 @@ def test_another_order_is_another_run(tmp_path: Path) -> None:
     train(recipe_of(data, "training.steps=1"), tmp_path / "run")
     with pytest.raises(UserError, match=r"data\.buckets: None → auto"):
         Trainer(recipe_of(data, "training.steps=1", "data.buckets=auto"), tmp_path / "run")
+
+
+def test_buckets_fit_the_network_that_the_run_starts_from(tmp_path: Path) -> None:
+    """It halves its sides once; the default network, which the recipe does not name, would ask for more."""
+    data = mixed(tmp_path / "data")
+    train(recipe_of(data, "training.steps=1"), tmp_path / "base")
+    same = recipe_of(data, "data.buckets=[[8,8],[6,10],[10,6]]").model_dump(
+        exclude={"network", "schedule", "objective"}
+    )
+    recipe = validate({**same, "start": str(tmp_path / "base")})
+    train(recipe, tmp_path / "run")
+    with pytest.raises(UserError, match="2 must divide both sides of 7×9"):
+        Trainer(
+            recipe.model_copy(update={"data": recipe.data.model_copy(update={"buckets": [(7, 9)]})}), tmp_path / "b"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from carrara.data import Batch, Batches, Preprocess, ShuffledShards, Source, asp
 from carrara.data.order import Order
 from carrara.distributed import Processes
 from carrara.errors import UserError
+from carrara.model import DiffusionModel
 from carrara.networks.layers import ResidualBlock, SelfAttention
 from carrara.networks.transformer import SpatialTransformer
 from carrara.objectives import CleanTimes, LogitNormalTimes, LogNormalTimes, LossAwareTimes, TimeSampler
@@ -46,11 +48,12 @@ def order_of(recipe: Recipe, source: Source) -> Order | None:
         return ShuffledShards(source.shard_sizes)
     if data.buckets is None:
         return None
-    if recipe.kind != "diffusion" or recipe.codec:
+    begun = DiffusionModel.load(recipe.start) if recipe.kind == "diffusion" and recipe.start else None
+    if recipe.kind != "diffusion" or recipe.codec or (begun is not None and not begun.codec.pixels):
         raise UserError("data.buckets are for diffusion models of pixels: latents and other networks take one size.")
-    factor = recipe.network_params(classes=2).factors[-1]
-    if recipe.upsampling is not None:
-        factor = math.lcm(factor, recipe.upsampling.factor)
+    params: Any = recipe.network_params(classes=2) if begun is None else begun.network.params
+    upsampling = recipe.upsampling if begun is None else begun.upsampling
+    factor = math.lcm(params.factors[-1], 1 if upsampling is None else upsampling.factor)
     sizes = None if data.buckets == "auto" else data.buckets
     buckets = aspect_buckets(source, data.resolution, recipe.training.batch_size, factor, sizes=sizes)
     source.notices.append(buckets.sentence)
