@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 
@@ -12,10 +13,32 @@ from carrara.errors import UserError
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's <malloc.h>
+_LARGEST = 32 * 2**20  # what glibc allows for the second
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for the next step, which needs as much.
+
+    glibc gives blocks of more than 128 KiB back to the system, and gets them again zeroed, page by page: a tenth of a
+    training step on a CPU (docs/results.md). Both thresholds are needed; with one of them more goes back and forth.
+    Elsewhere, and where the environment sets them, nothing is changed.
+    """
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # another C library; on Windows there is no such handle
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGEST)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def main() -> None:
     """Run a command. A user's mistake is one sentence on stderr and exit code 2, without a traceback."""
     from carrara.cli.app import app
 
+    keep_freed_memory()
     try:
         app()
     except UserError as error:
