@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from carrara.cli import keep_freed_memory
 from carrara.recipe import load
 from carrara.training import Progress, Trainer
 
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="starts and checkpoints")
     parser.add_argument("--steps", type=int, default=5000, help="of the look at memory")
     given = parser.parse_args()
+    keep_freed_memory()  # as every command does
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "speed" in given.parts:

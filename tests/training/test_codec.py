@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from carrara import codecs, distributed
 from carrara.codecs import KLAutoencoder, VQAutoencoder
@@ -68,8 +69,15 @@ def test_a_codec_learns_and_its_latents_are_scaled_to_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("kind", "learned"), [("kl", False), ("vae", True), ("dvae", True)])
-def test_a_likelihood_learns_its_width(kind: str, learned: bool) -> None:
-    assert ("log_scale" in make_codec(recipe(kind)).state_dict()) is learned
+def test_a_likelihood_learns_its_width(kind: str, learned: bool, tmp_path: Path) -> None:
+    """From below what pictures end at: a reconstruction that weighs little at first would leave latents unused."""
+    codec = make_codec(recipe(kind))
+    assert (getattr(codec, "log_scale", None) is not None) is learned
+    if not learned:
+        return
+    assert float(cast(Tensor, codec.log_scale).detach().exp()) == pytest.approx(0.1)
+    train(recipe(kind), tmp_path)
+    assert last_line(tmp_path)["terms"]["learned scale"] > 0.1  # errors of untrained codecs are larger
 
 
 def test_latents_are_scaled_as_one_or_channel_by_channel(tmp_path: Path) -> None:

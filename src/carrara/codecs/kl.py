@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from carrara.codecs.learned import LearnedCodec, Reconstruction, channelwise
+from carrara.codecs.learned import LearnedCodec, Reconstruction, begun_scale, channelwise
 from carrara.networks.autoencoder import AutoencoderParams
 from carrara.process.noise import Noise
 from carrara.process.transitions import Gaussian
@@ -62,14 +62,14 @@ class KLAutoencoder(LearnedCodec):
     Args:
         params: the shape of encoder and decoder.
         learned_scale: whether p(x|z) has a learned scale b, one number: Laplace of scale b under an L1
-            reconstruction term, Gaussian of standard deviation b under L2. It starts at ln b = 0.
+            reconstruction term, Gaussian of standard deviation b under L2. It starts at b = 0.1.
     """
 
     kind = "kl"
 
     def __init__(self, params: AutoencoderParams, *, learned_scale: bool = False) -> None:
         super().__init__(params, moments=2)
-        self.log_scale = nn.Parameter(torch.zeros(())) if learned_scale else None
+        self.log_scale = begun_scale() if learned_scale else None
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"learned_scale": self.log_scale is not None}

@@ -213,6 +213,16 @@ class LearnedCodec(nn.Module):
         )
 
 
+def begun_scale() -> nn.Parameter:
+    """ln b of a p(x|z) whose scale b is learned, where it begins: at b = 0.1.
+
+    An optimiser moves it by about its learning rate a step, so thousands of steps lie between b = 1 and the 0.05 to
+    0.2 of pictures in [-1, 1]. Until then the reconstruction would weigh next to nothing beside the KL, and a latent
+    that is once unused stays so; from below, the KL is what weighs little at first, which does no harm.
+    """
+    return nn.Parameter(torch.tensor(0.1).log())
+
+
 def channelwise(value: Tensor) -> Tensor:
     """[C'] as [1, C', 1, 1], to broadcast against latents."""
     return value.reshape(1, -1, 1, 1)

@@ -165,6 +165,8 @@ class CodecObjective:
         image = made.image.detach().float().requires_grad_(torch.is_grad_enabled())
         error, scalars = self._error(x, image)
         told, gradient = self._likelihood(error, image, made.log_scale)
+        if made.log_scale is not None:
+            scalars["learned scale"] = made.log_scale.detach().exp()
         value = told
         if self.discriminator is not None:
             verdict, pull = self._verdict(image, seen, gradient, made, scalars)
