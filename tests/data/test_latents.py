@@ -24,9 +24,13 @@ from carrara.codecs import (
     Codec,
     Codes,
     DiagonalGaussian,
+    DiscreteAutoencoder,
+    DiscreteParams,
+    HierarchicalVAE,
     Identity,
     KLAutoencoder,
     QuantiserParams,
+    Tiled,
     VQAutoencoder,
     content_hash,
 )
@@ -83,6 +87,8 @@ def learned(kind: str) -> Codec:
         "autoencoder": lambda: Autoencoder(SHAPE),
         "kl": lambda: KLAutoencoder(SHAPE),
         "vq": lambda: VQAutoencoder(SHAPE, QuantiserParams(codes=16)),
+        "discrete": lambda: DiscreteAutoencoder(SHAPE, DiscreteParams(codes=16)),
+        "hierarchical": lambda: HierarchicalVAE([SHAPE, replace(SHAPE, in_channels=2, latent_channels=3)]),
     }
     codec: Codec = made[kind]()
     return codec.eval() if isinstance(codec, nn.Module) else codec
@@ -110,7 +116,7 @@ def files_of(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["toy", "identity", "autoencoder", "kl", "vq"])
+@pytest.mark.parametrize("kind", ["toy", "identity", "autoencoder", "kl", "vq", "discrete", "hierarchical"])
 def test_image_to_cache_to_image_is_direct_decoding_bit_for_bit(kind: str, images: Path, tmp_path: Path) -> None:
     codec = learned(kind)
     done = encode_latents(open_source(images), PREPARE, codec, tmp_path / "cache", batch_size=5, shard_images=10)
@@ -160,15 +166,38 @@ def test_latents_are_walked_as_images_are(flip: bool, images: Path, tmp_path: Pa
     assert latents.class_names == source.class_names
 
 
+def captioned(folder: Path, texts: list[str]) -> Path:
+    rows = [{"file_name": f"{i:03d}.png", "text": text} for i, text in enumerate(texts)]
+    return builders.folder(folder, builders.files(len(texts)) | {"metadata.jsonl": builders.jsonl(*rows)})
+
+
 def test_captions_come_along(tmp_path: Path) -> None:
-    rows = [{"file_name": f"{i:03d}.png", "text": f"number {i}"} for i in range(6)]
-    folder = builders.folder(tmp_path / "images", builders.files(6) | {"metadata.jsonl": builders.jsonl(*rows)})
+    folder = captioned(tmp_path / "images", [f"number {i}" for i in range(6)])
     encode_latents(open_source(folder), PREPARE, learned("toy"), tmp_path / "cache")
     batch = LatentBatches(open_latents(tmp_path / "cache"), batch_size=3).at(0)
     assert batch.captions is not None
     assert [
         name.endswith(f"{int(text.split()[1]):03d}.png") for name, text in zip(batch.names, batch.captions, strict=True)
     ]
+
+
+def test_latents_of_other_captions_or_class_names_are_refused(images: Path, tmp_path: Path) -> None:
+    folder, cache = captioned(tmp_path / "told", ["one", "two", "three"]), tmp_path / "cache"
+    encode_latents(open_source(folder), PREPARE, Toy(), cache)
+    captioned(folder, ["one", "zwei", "drei"])
+    with pytest.raises(UserError, match=r"2 of 3 captions of .* 001\.png the first: run `carrara data encode` again"):
+        open_latents(cache, source=open_source(folder))
+    assert encode_latents(open_source(folder), PREPARE, Toy(), cache).encoded == 0
+    assert open_latents(cache, source=open_source(folder)).captions == ["one", "zwei", "drei"]
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"3 of 3 captions of"):
+        open_latents(cache, source=open_source(folder))
+
+    source = open_source(images)
+    encode_latents(source, PREPARE, Toy(), tmp_path / "classes")
+    source.class_names = ("a", "c")
+    with pytest.raises(UserError, match=r"the classes of .* have other names than in .*: run `carrara data encode`"):
+        open_latents(tmp_path / "classes", source=source)
 
 
 def test_encoding_again_writes_nothing_and_new_images_alone_are_encoded(images: Path, tmp_path: Path) -> None:
@@ -241,6 +270,50 @@ def test_damaged_caches_are_refused_and_mended(images: Path, tmp_path: Path) -> 
             open_latents(cache)
     with pytest.raises(UserError, match="no cache of latents in"):
         open_latents(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["header", "body", "one bit", "no checksum"])
+def test_a_shard_whose_content_changed_is_refused_and_made_again(damage: str, images: Path, tmp_path: Path) -> None:
+    """A file of the right size that cannot be read, or that can and holds what no codec said."""
+    cache = tmp_path / "cache"
+    encode_latents(open_source(images), PREPARE, Toy(), cache, batch_size=5, shard_images=10)
+    whole = open_latents(cache).posterior(range(23)).mode()
+    shard = cache / "latents-00001.safetensors"
+    content = np.frombuffer(shard.read_bytes(), np.uint8).copy()
+    if damage == "header":
+        content[:16] = 255
+    elif damage == "body":
+        content[-400:] = np.full(100, np.nan, np.float32).view(np.uint8)
+    elif damage == "one bit":
+        content[-1] ^= 1
+    else:  # a cache of before there were any
+        index = json.loads((cache / INDEX).read_text())
+        del index["shards"][1]["checksum"]
+        (cache / INDEX).write_text(json.dumps(index))
+    shard.write_bytes(content.tobytes())
+    with pytest.raises(UserError, match=r"latents-00001\.safetensors (is damaged|was written).*: run `carrara data encode`"):
+        open_latents(cache)
+    assert encode_latents(open_source(images), PREPARE, Toy(), cache, batch_size=5).encoded == 10
+    assert not shard.exists()
+    assert torch.equal(open_latents(cache, source=open_source(images)).posterior(range(23)).mode(), whole)
+
+
+def test_a_place_where_no_cache_can_be_is_refused_before_anything_is_encoded(images: Path, tmp_path: Path) -> None:
+    taken, codec = tmp_path / "taken", Toy()
+    taken.write_bytes(b"precious")
+    for folder in (taken, taken / "below"):
+        with pytest.raises(UserError, match=r"folder .* cannot be made \(.*taken is a file\): name another one"):
+            encode_latents(open_source(images), PREPARE, codec, folder)
+    assert codec.encoded == 0
+    assert taken.read_bytes() == b"precious"
+
+
+def test_a_codec_in_tiles_is_in_evaluation_mode_meanwhile(images: Path, tmp_path: Path) -> None:
+    codec = Toy()
+    assert codec.training
+    encode_latents(open_source(images), PREPARE, Tiled(codec, tile=6, overlap=2), tmp_path / "cache")
+    assert codec.encoded > 0  # which it asserts
+    assert codec.training
 
 
 def test_latents_of_another_codec_size_or_image_are_refused(images: Path, tmp_path: Path) -> None:

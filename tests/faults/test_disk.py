@@ -28,6 +28,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_where_a_folder_is_needed_is_named_and_kept(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_bytes(b"precious")
+    for path in (taken / "config.json", taken / "below" / "config.json"):
+        with pytest.raises(UserError, match=r"cannot be made \(.*taken is a file\)"):
+            write_whole(path, b"new")
+    assert taken.read_bytes() == b"precious"
+
+
 @pytest.mark.parametrize("victim", ["save_file", "torch.save", "os.fsync", "os.rename"])
 def test_a_full_disk_leaves_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str

@@ -9,7 +9,7 @@ from carrara.codecs.learned import LearnedCodec, Reconstruction
 from carrara.codecs.quantiser import Codes, QuantiserParams
 from carrara.codecs.scale import measure_latent_scale
 from carrara.codecs.storage import build, check_same, content_hash, load, same_latents, save
-from carrara.codecs.tiling import Tiled
+from carrara.codecs.tiling import Tiled, whole
 from carrara.codecs.vq import VQAutoencoder
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "measure_latent_scale",
     "same_latents",
     "save",
+    "whole",
 ]

@@ -22,7 +22,7 @@ from carrara.codecs.hierarchical import HierarchicalVAE
 from carrara.codecs.kl import KLAutoencoder
 from carrara.codecs.learned import DECODER, LearnedCodec
 from carrara.codecs.quantiser import QuantiserParams
-from carrara.codecs.tiling import Tiled
+from carrara.codecs.tiling import whole
 from carrara.codecs.vq import VQAutoencoder
 from carrara.errors import UserError, nearest
 from carrara.networks.autoencoder import AutoencoderParams
@@ -68,7 +68,7 @@ def save(codec: Codec, folder: str | Path) -> str:
     Returns:
         Its hash.
     """
-    codec = _whole(codec)
+    codec = whole(codec)
     told = content_hash(codec)
     modules = {"codec": codec} if isinstance(codec, torch.nn.Module) else {}
     weights.save(folder, "codec", {"codec": _config(codec), "hash": told}, modules)
@@ -104,7 +104,7 @@ def content_hash(codec: Codec) -> str:
     Statistics of its training (how often each code was chosen) do not count: they change no picture. A codec that works
     in tiles is the codec itself.
     """
-    codec = _whole(codec)
+    codec = whole(codec)
     latents = hashlib.sha256(json.dumps(_config(codec), sort_keys=True).encode())
     decoder = hashlib.sha256()
     for name, value in sorted(_state(codec).items()):
@@ -143,11 +143,6 @@ def check_same(codec: Codec, kind: str, expected: str, owner: str) -> str:
             "nothing to another codec, so name its own."
         )
     return found
-
-
-def _whole(codec: Codec) -> Codec:
-    """The codec that works in tiles, or the codec itself."""
-    return codec.codec if isinstance(codec, Tiled) else codec
 
 
 def _config(codec: Codec) -> dict[str, Any]:

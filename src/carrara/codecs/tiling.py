@@ -129,6 +129,11 @@ class Tiled:
         return result
 
 
+def whole(codec: Codec) -> Codec:
+    """The codec that works in tiles, or the codec itself: what has the weights."""
+    return whole(codec.codec) if isinstance(codec, Tiled) else codec
+
+
 def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     """Evenly spread [start, end) of as few tiles as cover `length` with at least `overlap` shared by neighbours."""
     if length <= tile:

@@ -8,7 +8,6 @@ is a smaller data set).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from carrara.codecs import Codec, content_hash
+from carrara.codecs import Codec, content_hash, whole
 from carrara.data.batches import in_threads, normalised
 from carrara.data.decode import UnreadablePicture
-from carrara.data.latent_index import Index, Shard, damaged_shard, pack, read_index, write_index
+from carrara.data.latent_index import Index, Shard, damaged_shard, digest, pack, read_index, write_index
 from carrara.data.preprocess import Preprocess
 from carrara.data.source import Source
 from carrara.errors import UserError
-from carrara.files import write_whole
+from carrara.files import make_folder, write_whole
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,7 +75,7 @@ def encode_latents(
 
     Raises:
         UserError: the folder holds the latents of another codec or preparation, the images do not fit the codec, the
-            codec's posterior cannot be stored, or too many images are unreadable.
+            codec's posterior cannot be stored, too many images are unreadable, or the folder cannot be made.
     """
     if prepare.crop != "center":
         raise UserError("a cache would freeze one random crop of each image: set data.crop=center to cache latents.")
@@ -86,17 +85,19 @@ def encode_latents(
         {"kind": codec.kind, "hash": content_hash(codec)}, asdict(prepare), source.levels, "", shape
     )
     index.check(content_hash(codec), prepare, folder, "encode into another folder, or remove this one")
+    make_folder(folder)
     _describe(index, source, progress)
     _drop_lost(index, folder)
-    training = isinstance(codec, nn.Module) and codec.training
-    if isinstance(codec, nn.Module):
-        codec.eval()
+    module = whole(codec)
+    training = isinstance(module, nn.Module) and module.training
+    if isinstance(module, nn.Module):
+        module.eval()
     try:
         work = _Work(index, source, prepare, codec, folder, batch_size, device)
         encoded, shards = work.encode_missing(max(batch_size, shard_images // batch_size * batch_size), progress)
     finally:
-        if isinstance(codec, nn.Module):
-            codec.train(training)
+        if isinstance(module, nn.Module):
+            module.train(training)
     _forget(index, folder)
     write_index(folder, index)
     size = sum(shard.size for shard in index.shards) / max(1, sum(shard.images for shard in index.shards))
@@ -105,7 +106,7 @@ def encode_latents(
 
 def file_hash(encoded: bytes) -> str:
     """What a cache knows an image's file by: 32 hexadecimal digits."""
-    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+    return digest(encoded).hexdigest()
 
 
 def file_hashes(source: Source, progress: Progress | None = None) -> list[str | None]:
@@ -197,7 +198,7 @@ class _Work:
         name = f"latents-{max(used, default=-1) + 1:05d}.safetensors"
         content = save({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
         write_whole(self.folder / name, content)
-        index.shards.append(Shard(name, len(numbers), len(content)))
+        index.shards.append(Shard(name, len(numbers), len(content), digest(content).hexdigest()))
         for row, number in enumerate(numbers):
             index.places[str(index.hashes[number])] = (len(index.shards) - 1, row)
 
@@ -217,7 +218,7 @@ def _describe(index: Index, source: Source, progress: Progress | None) -> None:
 
 
 def _drop_lost(index: Index, folder: Path) -> None:
-    """Forget the latents in files that are missing or cut short."""
+    """Forget the latents in files that are missing, cut short or damaged, so that they are made again."""
     lost = {number for number, shard in enumerate(index.shards) if damaged_shard(folder, shard)}
     index.places = {key: place for key, place in index.places.items() if place[0] not in lost}
 

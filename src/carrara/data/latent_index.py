@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,11 +29,13 @@ class Shard:
         file: its name in the cache's folder.
         images: how many it holds.
         size: in bytes, by which a cut file is found out.
+        checksum: of its content (BLAKE2b, 32 hexadecimal digits), by which a changed one is.
     """
 
     file: str
     images: int
     size: int
+    checksum: str = ""
 
 
 @dataclass
@@ -154,13 +157,27 @@ def write_index(folder: Path, index: Index) -> bool:
     return True
 
 
+def digest(content: bytes = b"") -> hashlib.blake2b:
+    """What files are known by, so far: the BLAKE2b of some content, 32 hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=16)
+
+
 def damaged_shard(folder: Path, shard: Shard) -> str | None:
-    """Why a shard cannot be used, or None."""
+    """Why a shard cannot be used, or None. It is read as a whole: a second for each GB."""
     path = folder / shard.file
     if not path.is_file():
         return f"{path} is missing"
     size = path.stat().st_size
-    return f"{path} is cut short ({size:,} of {shard.size:,} bytes)" if size != shard.size else None
+    if size != shard.size:
+        return f"{path} is cut short ({size:,} of {shard.size:,} bytes)"
+    if not shard.checksum:
+        return f"{path} was written by an older Carrara, without a checksum"
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, digest).hexdigest()
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
+    return None if found == shard.checksum else f"{path} is damaged (its checksum is not the one in {INDEX})"
 
 
 def pack(posterior: Posterior) -> tuple[str, dict[str, Tensor]]:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,19 +139,24 @@ def _refuse_stale(index: Index, source: Source, folder: Path) -> None:
             f"{source.name} holds {counted(len(hashes), 'image')}, the latents in {folder} are of {len(index.hashes)}: "
             f"{_AGAIN}."
         )
-    labels: list[int | None] = [None] * len(hashes) if source.labels is None else source.labels.tolist()
-    known: Sequence[int | None] = index.labels or [None] * len(hashes)
-    stale = [
-        number
-        for number, key in enumerate(hashes)
-        if (key, source.pictures.name(number), labels[number])
-        != (index.hashes[number], index.names[number], known[number])
-    ]
-    if stale:
-        raise UserError(
-            f"{len(stale)} of {len(hashes)} images in {source.name} are not those whose latents {folder} holds, "
-            f"{source.pictures.name(stale[0])} the first: {_AGAIN}."
-        )
+    count = len(hashes)
+    names = [source.pictures.name(number) for number in range(count)]
+    nothing: list[Any] = [None] * count
+    labels = nothing if source.labels is None else source.labels.tolist()
+    captions = nothing if source.captions is None else list(source.captions)
+    known = zip(index.hashes, index.names, index.labels or nothing, strict=True)
+    for what, now, then in (
+        ("images in", list(zip(hashes, names, labels, strict=True)), list(known)),
+        ("captions of", captions, index.captions or nothing),
+    ):
+        stale = [name for name, own, other in zip(names, now, then, strict=True) if own != other]
+        if stale:
+            raise UserError(
+                f"{len(stale)} of {count} {what} {source.name} are not those whose latents {folder} holds, {stale[0]} "
+                f"the first: {_AGAIN}."
+            )
+    if (None if source.class_names is None else list(source.class_names)) != index.class_names:
+        raise UserError(f"the classes of {source.name} have other names than in {folder}: {_AGAIN}.")
 
 
 @dataclass(frozen=True)
