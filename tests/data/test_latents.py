@@ -291,7 +291,9 @@ def test_a_shard_whose_content_changed_is_refused_and_made_again(damage: str, im
         del index["shards"][1]["checksum"]
         (cache / INDEX).write_text(json.dumps(index))
     shard.write_bytes(content.tobytes())
-    with pytest.raises(UserError, match=r"latents-00001\.safetensors (is damaged|was written).*: run `carrara data encode`"):
+    with pytest.raises(
+        UserError, match=r"latents-00001\.safetensors (is damaged|was written).*: run `carrara data encode`"
+    ):
         open_latents(cache)
     assert encode_latents(open_source(images), PREPARE, Toy(), cache, batch_size=5).encoded == 10
     assert not shard.exists()
