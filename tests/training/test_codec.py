@@ -314,6 +314,7 @@ def test_what_a_codec_starts_from_decides_is_refused(tiny_run: Path, tmp_path: P
     for codec, words in (
         ({"channels": 8}, r"codec\.channels follows from the codec that the run starts from"),
         ({"kind": "kl"}, r"codec\.kind follows from the codec"),
+        ({"preset": "ldm-kl-f4"}, r"codec\.preset follows from the codec that the run starts from"),
         ({"learn": "decodr"}, r"codec\.learn is 'decodr': did you mean 'decoder'"),
     ):
         with pytest.raises(UserError, match=words):
@@ -333,8 +334,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     wrong: tuple[tuple[dict[str, dict[str, Any]], str], ...] = (
         ({"codec": {"kind": "vqqan"}}, "did you mean 'vqgan'"),
         ({"codec": {"chanels": 8}}, r"unknown key 'codec\.chanels'"),
+        ({"codec": {"kind": None}}, r"lacks codec\.kind \(autoencoder, .*\), or a published shape as codec\.preset"),
         ({"codec": {"in_channels": 1}}, r"codec\.in_channels follows from the data"),
-        ({"codec": {"codes": 16}}, r"unknown key 'codec\.codes': codec\.kind=vq or vqgan or dvae has it"),
+        ({"codec": {"codes": 16}}, r"unknown key 'codec\.codes': codec\.kind=vq or vqgan or dvae or gumbel has it"),
         ({"codec": {"kind": "vq", "code": 16}}, r"unknown key 'codec\.code': did you mean 'codes'"),
         (
             {"codec": {"kind": "vq"}, "loss": {"perceptual_from": "x"}},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from carrara.codecs.learned import LearnedCodec
-from carrara.errors import UserError
+from carrara.errors import UserError, nearest
 from carrara.interop import compvis, taming
 from carrara.interop.guided_diffusion import difference
 from carrara.interop.layout import to_theirs
@@ -79,6 +79,8 @@ PUBLISHED: dict[str, Arguments] = {
     "vqgan-gumbel-f8-8192": _vq(8192, 256, (1, 1, 2, 4), (32,)) | {"kl_weight": 1e-8},
 }
 """By name. VQGANs of equal shape (ImageNet, faces, landscapes at 1024 codes) share one entry."""
+PRESETS = tuple(name for name, arguments in PUBLISHED.items() if arguments["ddconfig"]["in_channels"] in (1, 3))
+"""Those of pictures: segmentation maps have a channel for every class, and are else as `vqgan-f16-1024`."""
 
 
 def recognise(checkpoint: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -92,11 +94,22 @@ def recognise(checkpoint: Mapping[str, Tensor]) -> tuple[str, ...]:
     fitting = tuple(name for name, expected in known.items() if expected == found)
     if fitting:
         return fitting
-    nearest = max(known, key=lambda name: len(known[name].items() & found.items()))
+    closest = max(known, key=lambda name: len(known[name].items() & found.items()))
     raise UserError(
-        f"the checkpoint fits no published first stage; the nearest is {nearest}, but "
-        f"{difference(found, known[nearest])}: name the original's arguments instead."
+        f"the checkpoint fits no published first stage; the nearest is {closest}, but "
+        f"{difference(found, known[closest])}: name the original's arguments instead."
     )
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The `config()` of a published first stage, for a codec of its shape.
+
+    Raises:
+        UserError: an unknown name; the nearest is named.
+    """
+    if name not in PRESETS:
+        raise UserError(f"codec.preset is '{name}': {nearest(str(name), PRESETS)}")
+    return on_meta(PUBLISHED[name]).config()
 
 
 @cache

@@ -41,10 +41,11 @@ class Recipe(Section):
             decide.
         codec: of a diffusion model, `path`: the run or folder of the codec it works in, and `cache`: the folder where
             `carrara data encode` has put the latents. Of a codec, its `kind`
-            (autoencoder, vae, kl, vq, vqgan, dvae, hierarchical) and the fields of `AutoencoderParams`,
-            `QuantiserParams` or `DiscreteParams`, and its `scale`: "one" number for all latents, or one for each
-            "channel"; with `start`, what of it shall `learn`: "all", or the "decoder" alone, so that every latent stays
-            what it is.
+            (autoencoder, vae, kl, vq, vqgan, dvae, gumbel, hierarchical) and the fields of `AutoencoderParams`,
+            `QuantiserParams` or `DiscreteParams`, or as its `preset` a published shape, a name of
+            `carrara.interop.published_codecs.PRESETS`, of which further keys change single fields; and its `scale`:
+            "one" number for all latents, or one for each "channel"; with `start`, what of it shall `learn`: "all", or
+            the "decoder" alone, so that every latent stays what it is.
         upsampling: of a diffusion model that is to enlarge small images.
         loss: of a codec, fields of `CodecLoss` where they differ from its kind's own, and `perceptual_from`, a
             classifier's folder or a file of VGG/LPIPS weights, with the file's `perceptual_checksum`.

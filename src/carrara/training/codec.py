@@ -17,6 +17,7 @@ from carrara.codecs.perceptual import LPIPS, ClassifierFeatures, Perceptual
 from carrara.data import Batch, Batches, LatentBatch, Preprocess, Source
 from carrara.distributed import Processes
 from carrara.errors import UserError, nearest
+from carrara.interop import published_codecs
 from carrara.networks.autoencoder import AutoencoderParams
 from carrara.networks.discriminator import Discriminator, DiscriminatorParams
 from carrara.objectives import Examples
@@ -32,9 +33,12 @@ KINDS = {
     "vq": "vq",
     "vqgan": "vq",
     "dvae": "discrete",
+    "gumbel": "discrete",
     "hierarchical": "hierarchical",
 }
 """The rungs of the ladder, by the codec that each is; `LOSSES` has the loss of each."""
+_PUBLISHED = {"kl": "kl", "vq": "vqgan", "discrete": "gumbel"}
+"""The rung that a published first stage of each kind of codec stands on: all were trained against a discriminator."""
 _PARTS = {"vq": ("quantiser", QuantiserParams), "discrete": ("choice", DiscreteParams)}
 SCALE_IMAGES = 4096
 """The latent scale is measured on so many training images."""
@@ -70,7 +74,7 @@ class CodecTask:
         self.summary: dict[str, Any] = {
             "image": "×".join(map(str, (recipe.data.channels, *recipe.data.resolution))),
             "latent": "×".join(map(str, latent)),
-            "codec": recipe.codec.get("kind", codec.kind),
+            "codec": recipe.codec.get("preset") or recipe.codec.get("kind", codec.kind),
         }
         if recipe.start is not None:
             self.summary["starts from"] = recipe.start
@@ -129,14 +133,11 @@ def make_codec(recipe: Recipe) -> LearnedCodec:
     """The recipe's codec: with random weights, or the one that the run starts from.
 
     Raises:
-        UserError: no kind or an unknown one, an unknown key, or one that the data decide.
+        UserError: no kind or preset or an unknown one, an unknown key, or one that the data decide.
     """
     if recipe.start is not None:
         return _begun(recipe.start, recipe.codec.get("learn") == "decoder")
-    given = {key: value for key, value in recipe.codec.items() if key != "scale"}
-    word = given.pop("kind", None)
-    if word not in KINDS:
-        raise UserError(f"codec.kind is '{word}': {nearest(str(word), KINDS)}")
+    word, given = _chosen(recipe.codec)
     decided = {"in_channels": recipe.data.channels}
     _refuse_unknown(word, given)
     config: dict[str, Any] = {"kind": KINDS[word]}
@@ -151,6 +152,8 @@ def make_codec(recipe: Recipe) -> LearnedCodec:
         if word in ("vae", "dvae"):  # their KL weighs 1 against a likelihood, whose width is learned
             config["learned_scale"] = True
     return cast(LearnedCodec, codecs.build(config))
+            if params is DiscreteParams:
+                own = _annealed(own, recipe.training.steps * recipe.training.batch_size)
 
 
 def _names(params: Any) -> list[str]:
@@ -158,12 +161,50 @@ def _names(params: Any) -> list[str]:
 
 
 def _refuse_unknown(word: str, given: Mapping[str, Any]) -> None:
+def _chosen(codec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The word of `KINDS` that a recipe's codec is, and the keys of its shape, those that a preset fills in included.
+
+    Raises:
+        UserError: neither kind nor preset, an unknown one, or a kind that is not the preset's.
+    """
+    given = {key: value for key, value in codec.items() if key not in ("kind", "preset", "scale")}
+    word, preset = codec.get("kind"), codec.get("preset")
+    if preset is None:
+        if word is None:
+            raise UserError(f"the recipe lacks codec.kind ({', '.join(KINDS)}), or a published shape as codec.preset.")
+        if word not in KINDS:
+            raise UserError(f"codec.kind is '{word}': {nearest(str(word), KINDS)}")
+        return word, given
+    published = published_codecs.preset(preset)
+    rung, shape = _PUBLISHED[published["kind"]], published["params"]
+    if word not in (None, rung):
+        raise UserError(f"codec.preset={preset} is of kind {rung}, not {word}: leave codec.kind out.")
+    if published["kind"] in _PARTS:
+        shape |= published[_PARTS[published["kind"]][0]]
+    # The data decide their channels and the run's length the annealing, and β's first place is for old weights only.
+    return rung, {k: v for k, v in shape.items() if k not in ("in_channels", "temperature", "anneal", "legacy")} | given
+
+
+def _annealed(own: Mapping[str, Any], images: int) -> dict[str, Any]:
+    """The keys of `DiscreteParams`, whose τ falls over the first four fifths of the run's images unless they say so.
+
+    Raises:
+        UserError: a temperature to begin with, but no annealing.
+    """
+    if "temperature" in own and own.get("anneal") == 0:
+        raise UserError("codec.temperature is where annealing begins, but codec.anneal is 0: leave one of them out.")
+    return {"anneal": 4 * images // 5, **own}
+
+
     """Whether a kind of codec has all the keys that are given for it.
 
     Raises:
-        UserError: it lacks one; the kinds that have it are named, or the nearest of its own keys.
+        UserError: it lacks one; the kinds that have it are named, or the nearest of its own keys. Or a new codec is
+            to have the loss of old weights.
     """
-    known = {kind: {"kind", "scale", *_names(AutoencoderParams)} for kind in KINDS}
+    if given.get("legacy"):
+        raise UserError("codec.legacy is the loss of VQGAN's first weights, which are loaded with it: leave it out.")
+    known = {kind: {"kind", "preset", "scale", *_names(AutoencoderParams)} for kind in KINDS}
     known["hierarchical"].add("levels")
     for kind, codec in KINDS.items():
         known[kind] |= set(_names(_PARTS[codec][1])) if codec in _PARTS else set()
@@ -197,6 +238,7 @@ def make_loss(recipe: Recipe, codec: LearnedCodec) -> CodecLoss:
     usual = asdict(LOSSES[recipe.codec.get("kind", usually)])
     if "perceptual" not in changes and "perceptual_from" not in recipe.loss:
         usual["perceptual"] = 0.0  # without a network to look through there is none
+    told |= _PUBLISHED if recipe.codec.get("preset") else {}
     loss = cast(CodecLoss, params_from(CodecLoss, {**usual, **changes}, {}, "loss"))
     idle = [key for key in ("gan", "adaptive", "start", "ramp") if key in changes and not loss.adversarial]
     if idle:
