@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from carrara import DiffusionModel
-from carrara.codecs import Identity
+from carrara.codecs import Autoencoder, Identity, Tiled
 from carrara.errors import UserError
 from carrara.networks import UNet, UNetParams
+from carrara.networks.autoencoder import AutoencoderParams
 from carrara.process import Noise, schedules
 from carrara.solvers import DDIM
 
@@ -115,6 +116,10 @@ def test_files_of_samples(model: DiffusionModel, tmp_path: Path) -> None:
         ({"labels": [1], "guidance": float("nan")}, "finite"),
         ({"labels": [1, 2], "count": 3}, "one label for each picture"),
         ({"labels": [1], "start": torch.zeros(2, 1, 8, 8)}, "2 starting noises were given for 1"),
+        ({"labels": [1], "start": torch.zeros(1, 3, 8, 8)}, "start = [N, 1, 8, 8], not from [1, 3, 8, 8]"),
+        ({"labels": [1], "start": torch.zeros(1, 1, 16, 8)}, "start = [N, 1, 8, 8], not from [1, 1, 16, 8]"),
+        ({"labels": [1], "start": torch.zeros(1, 8, 8)}, "start = [N, 1, 8, 8], not from [1, 8, 8]"),
+        ({"labels": [1], "start": torch.tensor(0.0)}, "start = [N, 1, 8, 8], not from []"),
     ],
 )
 def test_mistakes_in_sampling_are_one_sentence(
@@ -178,6 +183,21 @@ def test_configs_that_do_not_fit(tiny_run: Path, tmp_path: Path, change: dict[st
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UserError, match=sentence):
         DiffusionModel.load(folder)
+
+
+def test_a_start_has_the_shape_of_the_latents_not_of_the_images() -> None:
+    model = unconditional()
+    model.codec = Autoencoder(AutoencoderParams(in_channels=2, channels=8, channel_mult=(1, 2), latent_channels=2))
+    with pytest.raises(UserError, match=r"start = \[N, 2, 4, 6\], not from \[1, 2, 8, 12\]"):
+        model.sample(count=1, steps=1, start=torch.zeros(1, 2, 8, 12))
+
+
+def test_a_codec_that_works_in_tiles_moves_with_the_model() -> None:
+    model = unconditional()
+    codec = Autoencoder(AutoencoderParams(in_channels=2, channels=8, channel_mult=(1, 2), latent_channels=2))
+    model.codec = Tiled(codec, tile=12, overlap=4)
+    model.to("meta")
+    assert {parameter.device.type for parameter in codec.parameters()} == {"meta"}
 
 
 def test_a_latent_is_not_thresholded() -> None:

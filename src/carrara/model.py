@@ -118,8 +118,9 @@ class DiffusionModel:
     def to(self, device: torch.device | str) -> DiffusionModel:
         """Move the weights; returns the model itself."""
         self.network.to(device)
-        if isinstance(self.codec, nn.Module):
-            self.codec.to(device)
+        codec = codecs.whole(self.codec)
+        if isinstance(codec, nn.Module):
+            codec.to(device)
         return self
 
     def denoiser(self) -> Denoiser:
@@ -179,7 +180,7 @@ class DiffusionModel:
             seed: of all noise.
             eta: DDIM's η, 0..1.
             spacing: "trailing", "leading", "linspace", "quadratic", "karras" or "log_snr".
-            start: the noise to begin from, [N, C', H', W'], in place of the seed's.
+            start: the noise to begin from, [N, C', H', W'] of the model's own latents, in place of the seed's.
             first: the row number of the first picture, so that a large set can be made in parts.
             batch_size: how many pictures are worked on at once.
             on_step: called after every step with the step and the first row of its batch.
@@ -189,14 +190,15 @@ class DiffusionModel:
 
         Raises:
             UserError: a label out of range, guidance of a model that knows no null condition, a classifier of another
-                schedule, size or classes, small images of another size or with more noise than training had, steps
-                outside 1..T.
+                schedule, size or classes, small images of another size or with more noise than training had, a start
+                of another shape, steps outside 1..T.
         """
         said = {"solver": solver, "steps": steps, "spacing": spacing, "guidance": guidance}
         choices = _DEFAULTS | self.sampling | {key: value for key, value in said.items() if value is not None}
         method, scale = _solver(choices["solver"], eta), float(choices["guidance"])
         grid = self.grid(int(choices["steps"]), choices["spacing"])
         denoiser, leader = self._guided(scale, rescale), self._leader(classifier, classifier_scale)
+        self._check_start(start)
         given = {"starting noises": start, "small images": small}
         condition, asked, total = self._told(labels, count, classifier, given)
         beside = self._enlarging(small, small_noise)
@@ -354,6 +356,15 @@ class DiffusionModel:
             )
         if not bool((small.abs() <= _WHITE).all()):
             raise UserError("the small images lie outside of [-1, 1]: make them with carrara.images.from_uint8, say.")
+
+    def _check_start(self, start: Tensor | None) -> None:
+        """Whether sampling can begin from this noise."""
+        wanted = self.codec.latent_shape(*self.shape)
+        if start is not None and start.shape[1:] != wanted:
+            raise UserError(
+                f"sampling starts from noise of the model's own shape, start = [N, {', '.join(map(str, wanted))}], not "
+                f"from {list(start.shape)}."
+            )
 
     def _begin(self, grid: Grid, noise: Noise, count: int) -> Tensor:
         """Pure noise at the grid's first time, s(t)·ε, float32 [count, C', H', W']."""

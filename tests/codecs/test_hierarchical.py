@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -138,6 +139,20 @@ def test_three_levels_learn_report_each_level_and_sample() -> None:
     assert codec.sample(2, 8, 12, Noise(0)).shape == (2, 3, 8, 12)
     alone = codec.sample(1, 8, 12, Noise(0).rows([1]))
     torch.testing.assert_close(codec.sample(2, 8, 12, Noise(0))[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use", ["latent_shape", "forward", "sample"])
+def test_images_that_an_upper_level_would_have_to_cut_are_refused_by_their_own_size(use: str) -> None:
+    """6×6 fits the first level, whose 3×3 the second cannot halve."""
+    codec = HierarchicalVAE([params(), upper()])
+    sentence = r"images of 6×6 .* a hierarchical codec of total reduction 4: .* the nearest sizes are 4×4 and 8×8\.$"
+    uses: dict[str, Callable[[], object]] = {
+        "latent_shape": lambda: codec.latent_shape(3, 6, 6),
+        "forward": lambda: codec(pictures(size=6), Noise(0)),
+        "sample": lambda: codec.sample(1, 6, 6, Noise(0)),
+    }
+    with pytest.raises(UserError, match=sentence):
+        uses[use]()
 
 
 def test_levels_that_do_not_fit_together_are_refused() -> None:

@@ -200,3 +200,23 @@ def test_a_codec_in_tiles_is_known_and_saved_as_itself(tmp_path: Path) -> None:
     assert codecs.content_hash(tiled) == codecs.content_hash(codec)
     assert codecs.save(tiled, tmp_path) == codecs.content_hash(codec)
     assert codecs.content_hash(codecs.load(tmp_path)) == codecs.content_hash(codec)
+
+
+def test_codes_are_decoded_in_tiles_as_the_codec_decodes_them() -> None:
+    inner = codec("vq")
+    indices = torch.randint(0, 16, (2, 20, 12), generator=torch.Generator().manual_seed(0))
+    codes = inner.codes(indices)
+    with torch.no_grad():
+        assert torch.equal(Tiled(inner, tile=40, overlap=8).decode(codes), inner.decode(codes))  # one tile
+        tiled = Tiled(inner, tile=24, overlap=8)
+        # The entries' own latents are quantised to the same entries.
+        assert torch.equal(tiled.decode(codes), tiled.decode(codes.latent))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (32, 32), (1, 1, 3, 32, 32)])
+def test_what_is_no_batch_is_refused(shape: tuple[int, ...]) -> None:
+    tiled = Tiled(codec("kl"), tile=12, overlap=4)
+    with pytest.raises(UserError, match=r"encodes images \[B, C, H, W\], not \["):
+        tiled.encode(noise(*shape))
+    with pytest.raises(UserError, match=r"decodes latents \[B, C', h, w\], not \["):
+        tiled.decode(noise(*shape))

@@ -8,6 +8,7 @@ the bound below is the diffusion bound (MATH §4), which a test shows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from carrara.codecs.kl import DiagonalGaussian
 from carrara.codecs.learned import LearnedCodec, Reconstruction, begun_scale
 from carrara.errors import UserError
-from carrara.networks.autoencoder import AutoencoderParams, Decoder, Encoder
+from carrara.networks.autoencoder import AutoencoderParams, Decoder, Encoder, check_divisible
 from carrara.process.noise import Noise
 from carrara.process.transitions import Gaussian
 
@@ -150,13 +151,36 @@ class HierarchicalVAE(LearnedCodec):
         """The levels, from the image on."""
         return [_FirstLink(self.encoder, self.decoder, self.log_scale), *self.above]
 
+    def check_size(self, height: int, width: int) -> None:
+        """Whether every level has whole positions for images of this size.
+
+        Raises:
+            UserError: a side is not divisible by what all levels together reduce it by; the nearest sizes are named.
+        """
+        total = math.prod(params.reduction for params in self.level_params)
+        check_divisible(height, width, total, "a hierarchical codec of total reduction")
+
+    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        """z_1's [C', H', W'] for an image's [C, H, W].
+
+        Raises:
+            UserError: another number of channels, or a side that the levels' reductions together do not divide.
+        """
+        self.check_size(height, width)
+        return super().latent_shape(channels, height, width)
+
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """q(z_1|x) of images [B, C, H, W] in [-1, 1], scaled."""
         raw = DiagonalGaussian.of(self.encoder(x).float())
         return raw.scaled(self.latent_shift, self.latent_scale)
 
     def bound(self, x: Tensor, noise: Noise) -> ChainBound:
-        """-ELBO of images [B, C, H, W] by level, in nats."""
+        """-ELBO of images [B, C, H, W] by level, in nats.
+
+        Raises:
+            UserError: see `check_size`.
+        """
+        self.check_size(*x.shape[2:])
         return chain_bound(self.links, x, [noise.at(noise.draw + t) for t in range(len(self.links))])
 
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
@@ -167,10 +191,14 @@ class HierarchicalVAE(LearnedCodec):
         return self._made(bound.latents[0], penalty, scalars, log_scale=self.log_scale)
 
     def sample(self, count: int, height: int, width: int, noise: Noise) -> Tensor:
-        """Pictures of the model's own: z_T from N(0, I), then down the chain, [count, C, height, width]."""
+        """Pictures of the model's own: z_T from N(0, I), then down the chain, [count, C, height, width].
+
+        Raises:
+            UserError: see `check_size`.
+        """
+        self.check_size(height, width)
         shape = (self.params.in_channels, height, width)
         for params in self.level_params:
-            params.check_size(*shape[1:])
             shape = (params.latent_channels, shape[1] // params.reduction, shape[2] // params.reduction)
         z = noise.normal((count, *shape), device=self.latent_scale.device)
         for number, link in enumerate(reversed(self.links[1:]), start=1):

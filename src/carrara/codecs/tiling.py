@@ -87,8 +87,11 @@ class Tiled:
         codes the latents before they are quantised, which `decode` does.
 
         Raises:
-            UserError: a side that the reduction does not divide, or a posterior that cannot be mixed.
+            UserError: no images [B, C, H, W], a side that the reduction does not divide, or a posterior that cannot be
+                mixed.
         """
+        if x.ndim != 4:
+            raise UserError(f"a codec in tiles encodes images [B, C, H, W], not {list(x.shape)}.")
         _, height, width = self.latent_shape(*x.shape[1:])
         r = self.reduction
         kinds: set[type[Posterior]] = set()
@@ -101,13 +104,25 @@ class Tiled:
         mixed = self._mixed(one, height, width, 1)
         return DiagonalGaussian(*mixed.chunk(2, dim=1)) if kinds == {DiagonalGaussian} else Exact(mixed)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents [B, C', h, w] to images [B, C, H, W], about [-1, 1]."""
+    def decode(self, z: Tensor | Codes) -> Tensor:
+        """Scaled latents [B, C', h, w], or the codes of a codec that decodes codes, to images [B, C, H, W], about
+        [-1, 1].
+
+        Raises:
+            UserError: no latents [B, C', h, w].
+        """
+        latent = z.latent if isinstance(z, Codes) else z
+        if latent.ndim != 4:
+            raise UserError(f"a codec in tiles decodes latents [B, C', h, w], not {list(latent.shape)}.")
+        decode: Callable[[Tensor | Codes], Tensor] = self.codec.decode  # type: ignore[assignment]
 
         def one(top: int, left: int, rows: int, columns: int) -> Tensor:
-            return self.codec.decode(z[..., top : top + rows, left : left + columns])
+            def cut(whole: Tensor) -> Tensor:
+                return whole[..., top : top + rows, left : left + columns]
 
-        return self._mixed(one, z.shape[2], z.shape[3], self.reduction)
+            return decode(Codes(cut(z.indices), cut(z.vectors), cut(z.latent)) if isinstance(z, Codes) else cut(z))
+
+        return self._mixed(one, latent.shape[2], latent.shape[3], self.reduction)
 
     def _mixed(self, one: Callable[[int, int, int, int], Tensor], height: int, width: int, scale: int) -> Tensor:
         """The tiles `one(top, left, rows, columns)` of an area in latent positions, mixed at `scale` times its size."""

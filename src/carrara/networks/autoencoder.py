@@ -120,16 +120,28 @@ class AutoencoderParams:
         Raises:
             UserError: a side is not divisible by the reduction; the nearest sizes are named.
         """
-        if height > 0 and width > 0 and height % self.reduction == 0 and width % self.reduction == 0:
-            return
-        below, above = (
-            "×".join(str(max(1, (side + extra) // self.reduction) * self.reduction) for side in (height, width))
-            for extra in (0, self.reduction - 1)
-        )
-        raise UserError(
-            f"images of {height}×{width} do not fit a codec of reduction {self.reduction}: each side must be a "
-            f"multiple of it, the nearest sizes are {below} and {above}."
-        )
+        check_divisible(height, width, self.reduction, "a codec of reduction")
+
+
+def check_divisible(height: int, width: int, reduction: int, codec: str) -> None:
+    """Whether images of this size can be made smaller by a factor.
+
+    Args:
+        codec: what makes them smaller, for the sentence, which goes on with the factor.
+
+    Raises:
+        UserError: a side is not divisible by it; the nearest sizes are named.
+    """
+    if height > 0 and width > 0 and height % reduction == 0 and width % reduction == 0:
+        return
+    below, above = (
+        "×".join(str(max(1, (side + extra) // reduction) * reduction) for side in (height, width))
+        for extra in (0, reduction - 1)
+    )
+    raise UserError(
+        f"images of {height}×{width} do not fit {codec} {reduction}: each side must be a multiple of it, the nearest "
+        f"sizes are {below} and {above}."
+    )
 
 
 class Block(nn.Module):
