@@ -147,20 +147,15 @@ def make_codec(recipe: Recipe) -> LearnedCodec:
         if KINDS[word] in _PARTS:
             name, params = _PARTS[KINDS[word]]
             own = {key: given.pop(key) for key in _names(params) if key in given}
+            if params is DiscreteParams:
+                own = _annealed(own, recipe.training.steps * recipe.training.batch_size)
             config[name] = asdict(params_from(params, own, {}, "codec"))
         config["params"] = asdict(params_from(AutoencoderParams, given, decided, "codec"))
         if word in ("vae", "dvae"):  # their KL weighs 1 against a likelihood, whose width is learned
             config["learned_scale"] = True
     return cast(LearnedCodec, codecs.build(config))
-            if params is DiscreteParams:
-                own = _annealed(own, recipe.training.steps * recipe.training.batch_size)
 
 
-def _names(params: Any) -> list[str]:
-    return [field.name for field in fields(params)]
-
-
-def _refuse_unknown(word: str, given: Mapping[str, Any]) -> None:
 def _chosen(codec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The word of `KINDS` that a recipe's codec is, and the keys of its shape, those that a preset fills in included.
 
@@ -196,6 +191,11 @@ def _annealed(own: Mapping[str, Any], images: int) -> dict[str, Any]:
     return {"anneal": 4 * images // 5, **own}
 
 
+def _names(params: Any) -> list[str]:
+    return [field.name for field in fields(params)]
+
+
+def _refuse_unknown(word: str, given: Mapping[str, Any]) -> None:
     """Whether a kind of codec has all the keys that are given for it.
 
     Raises:
@@ -233,12 +233,12 @@ def make_loss(recipe: Recipe, codec: LearnedCodec) -> CodecLoss:
     """
     likelihood = getattr(codec, "log_scale", None) is not None
     told = {"kl": "vae", "discrete": "dvae"} if likelihood else {"discrete": "gumbel"}
+    told |= _PUBLISHED if recipe.codec.get("preset") else {}
     usually = told.get(codec.kind, codec.kind)
     changes = {key: value for key, value in recipe.loss.items() if not key.startswith("perceptual_")}
     usual = asdict(LOSSES[recipe.codec.get("kind", usually)])
     if "perceptual" not in changes and "perceptual_from" not in recipe.loss:
         usual["perceptual"] = 0.0  # without a network to look through there is none
-    told |= _PUBLISHED if recipe.codec.get("preset") else {}
     loss = cast(CodecLoss, params_from(CodecLoss, {**usual, **changes}, {}, "loss"))
     idle = [key for key in ("gan", "adaptive", "start", "ramp") if key in changes and not loss.adversarial]
     if idle:
