@@ -93,6 +93,41 @@ def test_files_are_checked_by_path_and_checksum(weights: dict[str, Tensor], tmp_
         weights["features.5.weight"] = torch.zeros(128, 64, 3, 3)
 
 
+def damaged(path: Path, content: object) -> Path:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("vgg.safetensors", b"\xff" * 100, "is cut short or no safetensors file .*: fetch it again"),
+        ("vgg.safetensors", b"", "is cut short or no safetensors file .*: fetch it again"),
+        ("vgg.pt", b"no pickle", "is cut short, holds code, or is no PyTorch file"),
+        ("vgg.pt", [torch.zeros(1)], "holds no table of named weights"),
+        ("vgg.pt", torch.zeros(1), "holds no table of named weights"),
+        ("vgg.pt", {"state_dict": [1]}, "holds no table of named weights"),
+        ("vgg.pt", {0: torch.zeros(1)}, r"lack 'features\.0\.weight'"),
+    ],
+)
+def test_files_that_hold_no_weights_are_one_sentence(name: str, content: object, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{name}'? {sentence}"):
+        LPIPS.load(damaged(tmp_path / name, content))
+
+
+def test_pictures_that_the_network_cannot_look_at_are_refused(weights: dict[str, Tensor]) -> None:
+    vgg, own = LPIPS.of(weights), ClassifierFeatures(classifier())
+    vgg.check_size(1, 16, 16)
+    for shape in ((4, 32, 32), (3, 8, 32)):
+        with pytest.raises(UserError, match=f"VGG-16 .* not at {shape[0]} channels of {shape[1]}×{shape[2]}"):
+            vgg(torch.zeros(1, *shape), torch.zeros(1, *shape))
+    with pytest.raises(UserError, match="reads images of 3 channels, not of 1"):
+        own(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16))
+
+
 def test_a_place_without_features_has_a_gradient_of_zero() -> None:
     """Where all rectifiers are shut the length is 0, whose root has no derivative."""
     features = torch.zeros(1, 4, 2, 2, requires_grad=True)

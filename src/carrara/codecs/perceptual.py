@@ -24,6 +24,8 @@ _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 """ImageNet's mean and standard deviation, for pictures in [-1, 1]."""
 _SMALL = 1e-10
+_SIDE = 2 ** (len(VGG16) - 1)
+"""The least side that VGG-16 can halve between its groups."""
 
 
 class Perceptual(Protocol):
@@ -81,8 +83,21 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE).reshape(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
+    def check_size(self, channels: int, height: int, width: int) -> None:
+        """Whether VGG-16 can look at pictures [channels, height, width].
+
+        Raises:
+            UserError: it cannot; what it can is named.
+        """
+        if channels not in (1, 3) or min(height, width) < _SIDE:
+            raise UserError(
+                f"VGG-16 looks at gray or RGB images of at least {_SIDE}×{_SIDE}, not at {channels} channels of "
+                f"{height}×{width}: look through a classifier of such images, or leave the perceptual distance out."
+            )
+
     def features(self, x: Tensor) -> list[Tensor]:
         """The maps after the last rectifier of each of VGG's five groups; x is [B, 3 or 1, H, W] in [-1, 1]."""
+        self.check_size(*x.shape[1:])
         if x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
         h = (x - self.shift) / self.scale
@@ -155,15 +170,21 @@ def _find(state: Mapping[str, Tensor], keys: Sequence[str], like: Tensor, name: 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{path}' is cut short or no safetensors file ({error}): fetch it again.") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a cut pickle fails in whatever it was about to do
         raise UserError(f"'{path}' is cut short, holds code, or is no PyTorch file: fetch it again.") from error
-    state = content.get("state_dict", content)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise UserError(f"'{path}' holds no table of named weights: name a file of VGG-16's or LPIPS' weights.")
+    return {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 class ClassifierFeatures(nn.Module):
@@ -183,9 +204,23 @@ class ClassifierFeatures(nn.Module):
         """The classifier stays in eval mode, whatever is asked."""
         return self
 
+    def check_size(self, channels: int, height: int, width: int) -> None:
+        """Whether the classifier can look at pictures [channels, height, width].
+
+        Raises:
+            UserError: it cannot; what it can is named.
+        """
+        own = self.classifier.params
+        if channels != own.in_channels:
+            raise UserError(
+                f"this classifier reads images of {own.in_channels} channels, not of {channels}: take one that was "
+                "trained on such images."
+            )
+        own.check_size(height, width)
+
     def features(self, x: Tensor) -> list[Tensor]:
         """The last map of every resolution; x is [B, C, H, W] in [-1, 1], of the classifier's own size."""
-        self.classifier.params.check_size(*x.shape[2:])
+        self.check_size(*x.shape[1:])
         time = x.new_full((len(x),), self.network_time)
         last, maps = self.classifier.encoder(x, F.silu(self.classifier.time(time)), None)
         ends = [a for a, b in zip(maps, (*maps[1:], last), strict=True) if a.shape[2:] != b.shape[2:]]

@@ -264,7 +264,14 @@ def _perceptual(recipe: Recipe, loss: CodecLoss) -> Perceptual | None:
     for key in recipe.loss:
         if key.startswith("perceptual_") and key not in allowed:
             raise UserError(f"the recipe has an unknown key 'loss.{key}': {nearest(key, allowed)}")
-    path = recipe.loss.get("perceptual_from")
+        if key in allowed and not isinstance(recipe.loss[key], str | None):
+            raise UserError(f"loss.{key} is {recipe.loss[key]!r}: write it as text, in quotes.")
+    path, checksum = recipe.loss.get("perceptual_from"), recipe.loss.get("perceptual_checksum")
+    if checksum is not None and (path is None or Path(path).is_dir()):
+        raise UserError(
+            "loss.perceptual_checksum is given, but loss.perceptual_from names no file of weights: name one, or leave "
+            "this out."
+        )
     if not loss.perceptual:
         if path is not None:
             raise UserError("loss.perceptual_from is given, but loss.perceptual is 0: set it above 0, or leave it out.")
@@ -274,7 +281,14 @@ def _perceptual(recipe: Recipe, loss: CodecLoss) -> Perceptual | None:
             "loss.perceptual is above 0: name a classifier's folder or a file of VGG or LPIPS weights as "
             "loss.perceptual_from, or set loss.perceptual=0."
         )
+    perceptual: LPIPS | ClassifierFeatures
     if Path(path).is_dir():
         classifier = Classifier.load(path)
-        return ClassifierFeatures(classifier.network, classifier.clean_network_time)
-    return LPIPS.load(path, recipe.loss.get("perceptual_checksum"))
+        perceptual = ClassifierFeatures(classifier.network, classifier.clean_network_time)
+    else:
+        perceptual = LPIPS.load(path, checksum)
+    try:
+        perceptual.check_size(recipe.data.channels, *recipe.data.resolution)
+    except UserError as error:
+        raise UserError(f"loss.perceptual_from={path} does not fit the data: {error}") from None
+    return perceptual
