@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,12 @@ def test_codes_latents_and_indices_decode_alike(kind: str) -> None:
         assert torch.equal(decoded, codec.decode(codes.mode()))
 
 
+def step(own: Quantiser, z: Tensor, ids: Sequence[int] = range(4)) -> None:
+    """What a training step does."""
+    own.note(z, own.indices(z), Noise(0).rows(ids))
+    own.settle()
+
+
 def test_an_ema_codebook_follows_the_moving_mean_of_what_chose_it() -> None:
     """e = m/N with N ← γN + (1-γ)n, m ← γm + (1-γ)Σz, by hand over three batches."""
     own = quantiser(decay=0.9, restart=0.0)
@@ -76,7 +83,7 @@ def test_an_ema_codebook_follows_the_moving_mean_of_what_chose_it() -> None:
     for seed in range(3):
         z = latents(seed=seed)
         indices = own.indices(z)
-        own.observe(z, indices)
+        step(own, z)
         flat, chosen = z.double().permute(0, 2, 3, 1).reshape(-1, 3), indices.flatten()
         for code in range(8):
             mine = flat[chosen == code]
@@ -96,27 +103,31 @@ def test_gradient_codebooks_learn_and_ema_codebooks_have_no_gradient() -> None:
         assert (own.codebook.grad is not None) == (decay is None)
 
 
-def test_the_first_batch_fills_the_codebook_and_dead_codes_start_anew() -> None:
+def test_the_first_step_fills_the_codebook_and_dead_codes_start_anew() -> None:
     own = quantiser()
     z = latents()
-    own.prepare(z, Noise(0).rows(range(4)))
+    step(own, z)
     said = z.permute(0, 2, 3, 1).reshape(-1, 3)
     assert all((said == entry).all(1).any() for entry in own.codebook)
-    # Then only codes that nobody chose move.
+    # Then only codes that nobody chooses move by more than the mean does.
     alive = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
-    own.usage.share.copy_(alive / alive.sum())
-    before = own.codebook.clone()
-    own.prepare(latents(seed=1), Noise(0).rows(range(4, 8)))
-    assert torch.equal((own.codebook != before).any(1), alive == 0)
+    own.credit.copy_(alive / alive.sum())
+    chosen = torch.arange(0, 64).reshape(4, 4, 4) % 8
+    chosen[(chosen == 1) | (chosen == 4)] = 0
+    own.note(latents(seed=1), chosen, Noise(0).rows(range(4, 8)))
+    own.settle()
+    heard = latents(seed=1).permute(0, 2, 3, 1).reshape(-1, 3)
+    anew = torch.stack([(heard == entry).all(1).any() for entry in own.codebook])
+    assert torch.equal(anew, alive == 0)
+    torch.testing.assert_close(own.credit[alive == 0], torch.full((2,), 1 / 8))
 
 
 def test_restarts_end_where_they_are_told_to() -> None:
-    own = quantiser(restart_until=100)
-    before = own.codebook.clone()
-    own.prepare(latents(), Noise(0).rows(range(97, 101)))
-    assert torch.equal(own.codebook, before)
-    own.prepare(latents(), Noise(0).rows(range(96, 100)))
-    assert not torch.equal(own.codebook, before)
+    for first, moves in ((97, False), (96, True)):
+        own = quantiser(restart_until=100)
+        step(own, latents(), range(first, first + 4))
+        said = latents().permute(0, 2, 3, 1).reshape(-1, 3)
+        assert bool((said == own.codebook[0]).all(1).any()) == moves
 
 
 def test_a_restart_does_not_depend_on_the_order_of_the_batch() -> None:
@@ -124,9 +135,44 @@ def test_a_restart_does_not_depend_on_the_order_of_the_batch() -> None:
     books = []
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
         own = quantiser()
-        own.prepare(latents()[order], Noise(0).rows([10 + i for i in order]))
+        step(own, latents()[order], [10 + i for i in order])
         books.append(own.codebook)
     assert torch.equal(*books)
+
+
+@pytest.mark.parametrize("decay", [0.9, None])
+def test_a_batch_teaches_the_same_in_parts(decay: float | None) -> None:
+    """The codebook learns once for each step, however many passes it took: γ and restarts mean the same."""
+    books = []
+    for parts in (1, 4):
+        own = quantiser(decay=decay)
+        for number in range(3):
+            whole, ids = latents(seed=number), range(4 * number, 4 * number + 4)
+            for rows in torch.arange(4).chunk(parts):
+                own.note(whole[rows], own.indices(whole[rows]), Noise(0).rows([ids[i] for i in rows]))
+            own.settle()
+        books.append(own)
+    assert int(books[0].usage.batches) == int(books[1].usage.batches) == 3
+    # the parts' sums are added up in another order
+    for name, value in books[0].state_dict().items():
+        torch.testing.assert_close(value, books[1].state_dict()[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_batch_that_is_not_finite_teaches_nothing() -> None:
+    own = quantiser()
+    step(own, latents())
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    step(own, torch.full_like(latents(), torch.nan))
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+
+
+def test_a_collapsed_codebook_is_known_while_codes_start_anew() -> None:
+    """All positions choose one code, and in some steps another one, which has started anew where they are."""
+    own = quantiser()
+    for number in range(600):
+        step(own, torch.ones(4, 3, 4, 4), range(4 * number, 4 * number + 4))
+    assert float(own.usage.scalars()["perplexity"]) > 2
+    assert float(own.usage.of_a_step) == pytest.approx(1, abs=0.02)  # 0.99^600 of its beginning, 8
 
 
 def test_perplexity_and_use() -> None:

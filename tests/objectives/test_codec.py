@@ -211,18 +211,32 @@ def test_a_weight_that_is_not_a_number_stops_the_run() -> None:
         objective.terms(examples(), at(4), CODEC)
 
 
-def test_a_collapsed_codebook_stops_the_run_after_its_beginning() -> None:
+@pytest.mark.parametrize("restart", [0.0, 0.1])
+def test_a_collapsed_codebook_stops_the_run_after_its_beginning(restart: float) -> None:
+    """Of an encoder that says the same of every picture, also where codes that nobody chose keep starting anew."""
     codec = make("vq")
     assert isinstance(codec, VQAutoencoder)
     objective = CodecObjective(codec, CodecLoss())
-    codec.quantiser.params = type(codec.quantiser.params)(codes=16, restart=0.0)
-    codec.quantiser.usage.share.zero_()[3] = 1.0  # all positions have long chosen one code
-    codec.quantiser.indices = lambda latent: torch.full((len(latent), *latent.shape[2:]), 3)  # type: ignore[method-assign]
-    objective.terms(examples(), at(0), CODEC)
+    codec.quantiser.params = type(codec.quantiser.params)(codes=16, restart=restart, usage_decay=0.5)
+    for parameter in codec.encoder.parameters():
+        parameter.data.zero_()
+    for number in range(20):
+        objective.terms(examples(), at(4 * number), CODEC)
+        objective.settle()
     codec.quantiser.usage.batches.fill_(_PATIENCE)
-    with pytest.raises(UserError, match=r"codebook has collapsed: all positions choose 1\.0 codes"):
-        objective.terms(examples(), at(0), CODEC)
+    with pytest.raises(UserError, match=r"codebook has collapsed: all positions of a batch choose 1\.\d codes"):
+        objective.terms(examples(), at(80), CODEC)
     assert _COLLAPSED > 1.0
+
+
+def test_the_use_of_a_codebook_is_told_of_training_only() -> None:
+    """On held-out images the moving mean of training would pass for theirs."""
+    codec = make("vq")
+    told = CodecObjective(codec, CodecLoss()).terms(examples(), at(0), CODEC).scalars
+    assert {"codebook use", "perplexity"} <= told.keys()
+    with torch.no_grad():
+        held_out = CodecObjective(codec.eval(), CodecLoss()).terms(examples(), at(0), CODEC).scalars
+    assert not {"codebook use", "perplexity"} & held_out.keys()
 
 
 def test_terms_without_their_networks_are_refused() -> None:
@@ -258,6 +272,7 @@ def test_a_few_steps_of_both_players_learn(kind: str) -> None:
                     other.zero_grad(set_to_none=True)
                 if name == CODEC:
                     errors.append(float(terms.scalars["reconstruction"].mean()))
+            objective.settle()
         assert errors[-1] < 0.7 * errors[0]
         ends.append(torch.cat([p.detach().flatten() for p in codec.parameters()]))
     assert torch.equal(*ends)

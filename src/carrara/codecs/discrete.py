@@ -32,7 +32,7 @@ class DiscreteParams:
         final_temperature: τ from `anneal` images on, reached along a half cosine (DALL·E ends at 1/16).
         anneal: over how many images τ falls; 0 starts with the final one.
         hard: choose one entry in the forward pass, too, with the soft choice's gradient (straight-through).
-        usage_decay: of the moving mean of how often each code is chosen, over batches.
+        usage_decay: of the moving mean of how often each code is chosen, over steps.
     """
 
     codes: int = 512
@@ -75,6 +75,7 @@ class DiscreteAutoencoder(LearnedCodec):
         self.logits = convolution(2, params.latent_channels, choice.codes, 1)
         self.codebook = nn.Parameter(torch.randn(choice.codes, params.latent_channels))
         self.usage = Usage(choice.codes, choice.usage_decay)
+        self._chosen: list[Tensor] = []
 
     @property
     def code_usage(self) -> Usage:
@@ -123,13 +124,13 @@ class DiscreteAutoencoder(LearnedCodec):
             chosen = chosen + (one - chosen).detach()
         latent = torch.einsum("bkhw,kc->bchw", chosen, self.codebook)
         if self.latents_learn:
-            self._observe(logits)
+            self._chosen.append(torch.bincount(logits.argmax(1).flatten(), minlength=self.choice.codes))
         # KL(q ‖ uniform) = ln K - H(q), summed over the positions, per dimension of the image.
         kl = (log_q.exp() * (log_q + math.log(self.choice.codes))).flatten(1).sum(1)
-        scalars = {"kl": kl.detach(), "temperature": kl.new_tensor(temperature), **self.usage.scalars()}
+        scalars = {"kl": kl.detach(), "temperature": kl.new_tensor(temperature), **self._used()}
         return self._made(latent, kl / x[0].numel(), scalars, log_scale=self.log_scale)
 
-    @torch.no_grad()
-    def _observe(self, logits: Tensor) -> None:
-        counts = torch.bincount(logits.argmax(1).flatten(), minlength=self.choice.codes)
-        self.usage.observe(summed(counts.float()))
+    def settle(self) -> None:
+        if self._chosen:
+            self.usage.observe(summed(torch.stack(self._chosen).sum(0).float()))
+            self._chosen = []

@@ -82,6 +82,13 @@ class LearnedCodec(nn.Module):
         """How often each code was chosen lately, where there is a codebook."""
         return None
 
+    def _used(self) -> dict[str, Tensor]:
+        """The same as numbers to log; of held-out images, and of latents that stay what they are, they tell nothing."""
+        return self.code_usage.scalars() if self.code_usage is not None and self.latents_learn else {}
+
+    def settle(self) -> None:
+        """Learn, after a training step, what no gradient teaches: a codebook."""
+
     def config(self) -> dict[str, Any]:
         """Everything but the weights, as plain data: `kind` and the arguments that make the codec again."""
         return {"kind": self.kind, "params": asdict(self.params)}

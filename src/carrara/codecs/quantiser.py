@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,9 @@ class QuantiserParams:
         beta: weight β of the commitment term.
         legacy: VQGAN's first published loss, whose β stands at the codebook term instead: for old weights only.
         decay: of the moving means that an EMA codebook follows; None learns the codebook by gradient.
-        usage_decay: of the moving mean of how often each code is chosen, over batches.
-        restart: a code chosen less often than this share of 1/K starts anew at what the encoder says at some
-            position; 0 never. Above 0, the first batch of all fills the codebook.
+        usage_decay: of the moving mean of how often each code is chosen, over steps.
+        restart: a code chosen less often than this share of 1/K starts anew, after a step, at what the encoder said at
+            some position; 0 never. Above 0, the first step of all fills the codebook.
         restart_until: images seen after which no code starts anew; None for no end.
     """
 
@@ -117,25 +118,38 @@ def used(usage: Tensor) -> Tensor:
 
 
 class Usage(nn.Module):
-    """How often each code was chosen lately: a moving mean over the batches of training."""
+    """How often each code was chosen lately: a moving mean over the steps of training."""
 
     def __init__(self, codes: int, decay: float) -> None:
         super().__init__()
         self.decay = decay
         self.register_buffer("share", torch.zeros(codes))
+        self.register_buffer("of_a_step", torch.zeros(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     share: Tensor
+    of_a_step: Tensor
+    """The moving mean of the perplexity of a single step. Codes that start anew take turns in being the one that all
+    positions choose, so that over many steps a collapsed codebook looks used."""
     batches: Tensor
 
     def observe(self, counts: Tensor) -> None:
-        """Take in a batch's counts of every code, float [K], added up over the processes."""
+        """Take in a step's counts of every code, float [K], added up over the processes."""
         self.batches += 1
         self.share.lerp_(counts / counts.sum(), 1 - self.decay)
+        self.of_a_step.lerp_(perplexity(counts), 1 if int(self.batches) == 1 else 1 - self.decay)
 
     def scalars(self) -> dict[str, Tensor]:
         """What to log."""
         return {"codebook use": used(self.share), "perplexity": perplexity(self.share)}
+
+
+class _Noted(NamedTuple):
+    """What a part of a training batch was quantised to."""
+
+    latent: Tensor
+    indices: Tensor
+    noise: Noise
 
 
 class Quantiser(nn.Module):
@@ -150,6 +164,9 @@ class Quantiser(nn.Module):
         super().__init__()
         self.params = params
         self.usage = Usage(params.codes, params.usage_decay)
+        # What restarts go by: a code that starts anew is given an even use, to prove itself in the steps that follow.
+        self.register_buffer("credit", torch.zeros(params.codes))
+        self._noted: list[_Noted] = []
         entries = torch.empty(params.codes, channels).uniform_(-1 / params.codes, 1 / params.codes)
         if params.decay is None:
             self.codebook = nn.Parameter(entries)
@@ -160,6 +177,7 @@ class Quantiser(nn.Module):
 
     codebook: Tensor
     counts: Tensor
+    credit: Tensor
     sums: Tensor
 
     def indices(self, latent: Tensor) -> Tensor:
@@ -196,62 +214,85 @@ class Quantiser(nn.Module):
 
     # ---- learning ------------------------------------------------------------------------------------------
 
+    def note(self, latent: Tensor, indices: Tensor, noise: Noise) -> None:
+        """Keep what a training batch, or a part of one, was quantised to, for `settle`.
+
+        Args:
+            latent: z, [B, C', h, w].
+            indices: of the entries chosen, int64 [B, h, w].
+            noise: at the batch's samples.
+        """
+        self._noted.append(_Noted(latent.detach().float(), indices, noise))
+
     @torch.no_grad()
-    def prepare(self, latent: Tensor, noise: Noise) -> None:
-        """Let dead codes start anew, before a training batch is quantised.
+    def settle(self) -> None:
+        """Learn from what was noted, once a step: how often each code was chosen, and for an EMA codebook by what. A
+        batch teaches the same in one piece and in parts, on one process and on several.
+
+        N ← γN + (1-γ)n, m ← γm + (1-γ)Σz, e = m/N, with N smoothed by 1e-5 (van den Oord et al. 2017, appendix A.1).
+        """
+        noted, self._noted = self._noted, []
+        if not noted:
+            return
+        params = self.params
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            parts = [_totals(part.indices.flatten(), _vectors(part.latent), params.codes) for part in noted]
+        counts, sums = (summed(torch.stack(values).sum(0)) for values in zip(*parts, strict=True))
+        if not bool(torch.isfinite(sums).all()):
+            return  # the step was not taken, either
+        self.usage.observe(counts)
+        self.credit.lerp_(counts / counts.sum(), 1 - params.usage_decay)
+        if params.decay is not None:
+            self.counts.lerp_(counts, 1 - params.decay)
+            self.sums.lerp_(sums, 1 - params.decay)
+            total = self.counts.sum()
+            smoothed = (self.counts + 1e-5) / (total + params.codes * 1e-5) * total
+            self.codebook.copy_(self.sums / smoothed[:, None])
+        if params.restart:
+            self._restart(noted)
+
+    def _restart(self, noted: list[_Noted]) -> None:
+        """Let dead codes start anew.
 
         Code j takes what the batch's sample j mod B says at a position drawn from that sample's own randomness,
-        so that the number of processes does not matter.
+        so that the number of processes and of parts does not matter.
         """
         params = self.params
-        seen = max(noise.ids or (0,))
-        if params.restart == 0 or (params.restart_until is not None and seen >= params.restart_until):
-            return
         if params.decay is None and is_sharded(self):
             raise UserError("a gradient codebook spread over processes cannot restart codes: set codec.decay to 0.99.")
-        dead = self.usage.share < params.restart / params.codes
-        if not bool(dead.any()):
+        dead = self.credit < params.restart / params.codes
+        if int(self.usage.batches) == 1:
+            dead = torch.ones_like(dead)
+        ids = [i for part in noted for i in part.noise.ids or range(len(part.latent))]
+        everyone = gather(torch.tensor(ids, device=dead.device)).sort().values
+        ended = params.restart_until is not None and int(everyone[-1]) >= params.restart_until
+        if ended or not bool(dead.any()):
             return
-        offered = self._offered(latent, noise)
+        latent, noise = torch.cat([part.latent for part in noted]), noted[0].noise.rows(ids)
+        offered = self._offered(latent, noise, everyone)
         self.codebook.data.copy_(torch.where(dead[:, None], offered, self.codebook.data))
-        self.usage.share.masked_fill_(dead, 1 / params.codes)
+        self.credit.masked_fill_(dead, 1 / params.codes)
         if params.decay is not None:
             self.counts.masked_fill_(dead, 1.0)
             self.sums.copy_(torch.where(dead[:, None], offered, self.sums))
 
-    def _offered(self, latent: Tensor, noise: Noise) -> Tensor:
+    def _offered(self, latent: Tensor, noise: Noise, everyone: Tensor) -> Tensor:
         """One vector of the batch for every code, [K, C']: zeros but for this process's samples, added up."""
         codes, (samples, channels) = self.params.codes, latent.shape[:2]
-        flat = latent.float().flatten(2)  # [B, C', N]
+        flat = latent.flatten(2)  # [B, C', N]
         uniform = noise.uniform((samples, codes), sub=POSITIONS)
         places = (uniform * flat.shape[2]).long().to(latent.device)  # [B, K]
-        rows = torch.tensor(noise.ids or tuple(range(samples)), device=latent.device)
-        everyone = gather(rows).sort().values
-        mine = torch.searchsorted(everyone, rows)  # the samples' places in the batch of all processes
+        mine = torch.searchsorted(everyone, torch.tensor(noise.ids, device=latent.device))  # places in the whole batch
         offered = flat.new_zeros(codes, channels)
         for sample, place in enumerate(mine.tolist()):
             chosen = torch.arange(place, codes, len(everyone), device=latent.device)
             offered[chosen] = flat[sample, :, places[sample, chosen]].T
         return summed(offered)
 
-    @torch.no_grad()
-    def observe(self, latent: Tensor, indices: Tensor) -> None:
-        """Take in a training batch: how often each code was chosen, and for an EMA codebook by what.
 
-        N ← γN + (1-γ)n, m ← γm + (1-γ)Σz, e = m/N, with N smoothed by 1e-5 (van den Oord et al. 2017, appendix A.1).
-        """
-        params = self.params
-        flat = latent.float().permute(0, 2, 3, 1).flatten(0, 2)
-        with torch.autocast(latent.device.type, enabled=False):
-            counts, sums = (summed(value) for value in _totals(indices.flatten(), flat, params.codes))
-        self.usage.observe(counts)
-        if params.decay is None:
-            return
-        self.counts.lerp_(counts, 1 - params.decay)
-        self.sums.lerp_(sums, 1 - params.decay)
-        total = self.counts.sum()
-        smoothed = (self.counts + 1e-5) / (total + params.codes * 1e-5) * total
-        self.codebook.copy_(self.sums / smoothed[:, None])
+def _vectors(latent: Tensor) -> Tensor:
+    """[B, C', h, w] as [B·h·w, C']."""
+    return latent.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _totals(indices: Tensor, vectors: Tensor, codes: int) -> tuple[Tensor, Tensor]:

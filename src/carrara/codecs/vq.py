@@ -58,14 +58,14 @@ class VQAutoencoder(LearnedCodec):
 
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
         latent = self.encoder(x).float()
-        learns = self.latents_learn
-        if learns:
-            self.quantiser.prepare(latent, noise)
         indices = self.quantiser.indices(latent)
         vectors = self.quantiser.lookup(indices)
         loss, commitment, codebook = self.quantiser.loss(latent, vectors)
-        if learns:
-            self.quantiser.observe(latent.detach(), indices)
+        if self.latents_learn:
+            self.quantiser.note(latent, indices, noise)
         through = latent + (vectors - latent).detach()  # the decoder's gradient goes straight to the encoder
-        scalars = {"commitment": commitment.detach(), "codebook": codebook.detach(), **self.quantiser.usage.scalars()}
+        scalars = {"commitment": commitment.detach(), "codebook": codebook.detach(), **self._used()}
         return self._made(through, loss, scalars, shown=latent)
+
+    def settle(self) -> None:
+        self.quantiser.settle()

@@ -36,7 +36,7 @@ _SMALL = 1e-4
 _COLLAPSED = 2.0
 """A codebook whose perplexity is below this says hardly anything."""
 _PATIENCE = 500
-"""Batches after which a collapsed codebook is no longer a beginning."""
+"""Steps after which a collapsed codebook is no longer a beginning."""
 _CHANNELS = 16
 """Latents of more channels are logged as a whole."""
 
@@ -148,7 +148,9 @@ class CodecObjective:
         return self._codec(batch.x0, draw, seen) if player == CODEC else self._discriminator(batch.x0, draw, seen)
 
     def settle(self) -> None:
-        pass
+        codec = _bare(self.codec)
+        if isinstance(codec, LearnedCodec):
+            codec.settle()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -175,7 +177,7 @@ class CodecObjective:
                 self._made[draw.ids] = made.image.detach()
         per_sample = value + self.loss.latent * made.penalty + _attached(made.image, gradient)
         scalars |= made.scalars | {"latent cost": made.penalty.detach(), **_spread(made.latent)}
-        self._check_codebook(scalars)
+        self._check_codebook()
         return Terms(per_sample, scalars)
 
     def _error(self, x: Tensor, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -234,19 +236,19 @@ class CodecObjective:
         share = (since >= 0).double() if self.loss.ramp == 0 else (since / self.loss.ramp).clamp(0, 1)
         return share.float()
 
-    def _check_codebook(self, scalars: dict[str, Tensor]) -> None:
+    def _check_codebook(self) -> None:
         """Whether the codebook still says something, after its beginning.
 
         Raises:
             UserError: it has collapsed.
         """
         codec = _bare(self.codec)
-        usage = codec.code_usage if isinstance(codec, LearnedCodec) else None
-        if usage is None or int(usage.batches) < _PATIENCE or float(scalars["perplexity"]) >= _COLLAPSED:
+        usage = codec.code_usage if isinstance(codec, LearnedCodec) and codec.latents_learn else None
+        if usage is None or int(usage.batches) < _PATIENCE or float(usage.of_a_step) >= _COLLAPSED:
             return
         raise UserError(
-            f"the codebook has collapsed: all positions choose {float(scalars['perplexity']):.1f} codes. Set "
-            "codec.restart above 0, or lower the learning rate."
+            f"the codebook has collapsed: all positions of a batch choose {float(usage.of_a_step):.1f} codes. Lower "
+            "the learning rate, or set codec.restart above 0 where it is not."
         )
 
     # ---- the discriminator's turn ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.classifier import Classifier
+from carrara.codecs import Codec
 from carrara.condition import Condition
 from carrara.data import Batch, Batches, LatentBatch, Source
 from carrara.distributed import Processes
@@ -30,6 +31,7 @@ class ClassifierTask:
     """
 
     pictures = 0
+    codec: Codec | None = None
 
     def __init__(self, recipe: Recipe, source: Source, processes: Processes) -> None:
         if source.class_names is None:

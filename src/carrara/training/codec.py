@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from carrara import codecs, weights
 from carrara.classifier import Classifier
-from carrara.codecs import DiscreteParams, LearnedCodec, QuantiserParams
+from carrara.codecs import Codec, DiscreteParams, LearnedCodec, QuantiserParams
 from carrara.codecs.perceptual import LPIPS, ClassifierFeatures, Perceptual
 from carrara.data import Batch, Batches, LatentBatch, Preprocess, Source
 from carrara.distributed import Processes
@@ -50,6 +50,8 @@ class CodecTask:
     Raises:
         UserError: choices of the recipe that do not go together, or with the images.
     """
+
+    codec: Codec | None = None
 
     def __init__(self, recipe: Recipe, source: Source, processes: Processes) -> None:
         self.recipe, self.source, self.device = recipe, source, processes.device
@@ -100,8 +102,11 @@ class CodecTask:
         return Examples(torch.zeros(1, self.recipe.data.channels, *self.recipe.data.resolution, device=self.device))
 
     def ask(self, module: nn.Module, examples: Examples) -> Tensor:
-        """A reconstruction, as training makes it."""
+        """A reconstruction, as training makes it, of which the codebook learns nothing."""
+        training = module.training
+        module.eval()
         image: Tensor = module(examples.x0, Noise(0).rows(range(len(examples.x0)))).image
+        module.train(training)
         return image
 
     @torch.no_grad()

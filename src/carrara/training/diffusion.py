@@ -75,6 +75,7 @@ class DiffusionTask:
             upsampling=begun.upsampling if begun else _upsampling(recipe),
             sampling=recipe.sampling.model_dump(include={"solver", "steps", "spacing", "guidance"}),
         )
+        self.codec = None if codec.pixels else codec
         self._check_upsampling()
         self.model.grid(recipe.sampling.steps, recipe.sampling.spacing)
         self.objective(self.modules)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import carrara
-from carrara import distributed
+from carrara import codecs, distributed
 from carrara import images as pictures
 from carrara.data import Batch, LatentBatch
 from carrara.distributed import Processes
@@ -414,6 +414,7 @@ class Trainer:
             "scale": asdict(self.stepper.scale) if self.stepper.scale else None,
             "optimisers": self._copy["optimisers"],
             "objective": self._copy["objective"],
+            "codec": self._codec(),
             "recipe": self.recipe.to_yaml(),
         }
 
@@ -456,8 +457,16 @@ class Trainer:
             "compile": self.recipe.training.compile,
         }
 
+    def _codec(self) -> dict[str, str] | None:
+        """In whose latents the run works, for the checkpoint."""
+        codec = self.task.codec
+        return None if codec is None else {"kind": codec.kind, "hash": codecs.content_hash(codec)}
+
     def _take_up(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        if state.get("codec") and self.task.codec is not None:
+            told = state["codec"]
+            codecs.check_same(self.task.codec, told["kind"], told["hash"], f"the run {self.run.folder}")
         try:
             for name, module in self.task.modules.items():
                 put_weights(module, weights[name])

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from carrara.codecs import Codec
 from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source
 from carrara.distributed import Processes
 from carrara.objectives import Examples, Objective
@@ -27,12 +28,14 @@ class Task(Protocol):
         summary: what is said of it once at the start.
         notices: what the user should know before it begins.
         pictures: how many a preview shows; 0 for what makes none.
+        codec: in whose latents it works, which no run changes on its way; None on pixels.
     """
 
     modules: dict[str, nn.Module]
     summary: dict[str, Any]
     notices: list[str]
     pictures: int
+    codec: Codec | None
 
     def walked(self, images: Batches) -> Batches | LatentBatches:
         """What the run walks over: the images, or cached latents of them at the same positions."""
