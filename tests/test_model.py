@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,23 @@ import torch
 from PIL import Image
 
 from carrara import DiffusionModel
-from carrara.codecs import Autoencoder, Identity, Tiled
+from carrara.codecs import Autoencoder, Identity, KLAutoencoder, Tiled
 from carrara.errors import UserError
 from carrara.networks import UNet, UNetParams
 from carrara.networks.autoencoder import AutoencoderParams
 from carrara.process import Noise, schedules
 from carrara.solvers import DDIM
+
+
+@pytest.mark.filterwarnings("ignore:what was decoded is not finite")
+def test_a_picture_that_is_not_finite_is_refused_and_not_black() -> None:
+    params = AutoencoderParams(in_channels=3, channels=8, channel_mult=(1,), latent_channels=2, norm_groups=4)
+    codec = KLAutoencoder(params).eval()
+    with torch.no_grad():
+        codec.decoder.out.weight.fill_(torch.nan)
+    model = replace(unconditional(), codec=codec, shape=(3, 8, 12))
+    with pytest.raises(UserError, match="what the codec's decoder made of 2 of 2 pictures is not finite"):
+        model.sample(count=2, steps=1)
 
 
 @pytest.fixture(scope="module")

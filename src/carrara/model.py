@@ -218,6 +218,7 @@ class DiffusionModel:
             parts = [slice(low, min(low + batch_size, total)) for low in range(0, total, batch_size)]
             latents = torch.cat([walked(part) for part in parts])
             decoded = torch.cat([self.codec.decode(z) for z in latents.split(batch_size)])
+            _refuse_black(decoded)
         protocol = {
             "carrara": __version__,
             "weights": self.origin,
@@ -434,6 +435,16 @@ class DiffusionModel:
         weights.load_weights(network, folder / "network.safetensors")
         network.eval()
         return model.to(device)
+
+
+def _refuse_black(decoded: Tensor) -> None:
+    """Raises UserError where a decoder's answer is not finite: as pixels it would be black."""
+    bad = len(decoded) - int(decoded.flatten(1).isfinite().all(1).sum())
+    if bad:
+        raise UserError(
+            f"what the codec's decoder made of {bad} of {len(decoded)} pictures is not finite (NaN or infinite): its "
+            "weights are damaged, so copy the model again, or take the codec of an earlier checkpoint."
+        )
 
 
 @contextmanager

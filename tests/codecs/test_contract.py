@@ -188,9 +188,15 @@ def test_half_precision_that_overflows_is_decoded_again(kind: str) -> None:
         assert float((again - exact).abs().max() / exact.abs().max()) < 0.02
 
 
-def test_decoding_in_float32_is_never_done_twice(recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("damaged", ["decoder", "latents"])
+def test_what_is_not_finite_in_float32_is_said(damaged: str) -> None:
     codec = make("kl").eval()
     with torch.no_grad():
-        codec.decoder.out.weight.fill_(float("inf"))
-        codec.decode(codec.encode(pictures()).mode())
-    assert not recwarn.list
+        z = codec.encode(pictures()).mode()
+        if damaged == "decoder":
+            codec.decoder.out.weight.fill_(float("inf"))
+        else:
+            z[0, 0, 0, 0] = float("nan")
+        with pytest.warns(UserWarning, match="what was decoded is not finite") as said:
+            codec.decode(z)
+    assert len(said) == 1  # and it was not done again

@@ -185,22 +185,25 @@ class LearnedCodec(nn.Module):
         return self._decoded(self.unscaled(z))
 
     def _decoded(self, latent: Tensor) -> Tensor:
-        """Decode; what is not finite in half precision is decoded again in float32, and that is said."""
+        """Decode; what is not finite in half precision is decoded again in float32. That is said, and so is what is not
+        finite after all."""
         image: Tensor = self.decoder(latent)
-        device = latent.device.type
-        weight = self.decoder.stem.weight
-        half = weight.dtype in _HALF or torch.is_autocast_enabled(device)
-        if not half or bool(image.isfinite().all()) or not bool(latent.isfinite().all()):
+        if bool(image.isfinite().all()):
             return image
-        warnings.warn(
-            f"decoding in {image.dtype} was not finite: it is done again in float32 (load the codec in float32 or "
-            "bfloat16 to spare that).",
-            stacklevel=3,
-        )
-        wide = {name: value.float() for name, value in self.decoder.state_dict(keep_vars=True).items()}
-        with torch.autocast(device, enabled=False):
-            again: Tensor = functional_call(self.decoder, wide, (latent.float(),))
-        return again
+        device = latent.device.type
+        half = self.decoder.stem.weight.dtype in _HALF or torch.is_autocast_enabled(device)
+        if half and bool(latent.isfinite().all()):
+            warnings.warn(
+                f"decoding in {image.dtype} was not finite: it is done again in float32 (load the codec in float32 or "
+                "bfloat16 to spare that).",
+                stacklevel=3,
+            )
+            wide = {name: value.float() for name, value in self.decoder.state_dict(keep_vars=True).items()}
+            with torch.autocast(device, enabled=False):
+                image = functional_call(self.decoder, wide, (latent.float(),))
+        if not bool(image.isfinite().all()):
+            warnings.warn("what was decoded is not finite: the latents or the decoder's weights are not.", stacklevel=3)
+        return image
 
     def _made(
         self,
