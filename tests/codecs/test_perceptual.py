@@ -112,6 +112,7 @@ def damaged(path: Path, content: object) -> Path:
         ("vgg.pt", {"state_dict": [1]}, "holds no table of named weights"),
         ("vgg.pt", {0: torch.zeros(1)}, r"lack 'features\.0\.weight'"),
     ],
+    ids=["damaged", "empty", "no pickle", "a list", "a tensor", "a wrapped list", "numbered weights"],
 )
 def test_files_that_hold_no_weights_are_one_sentence(name: str, content: object, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{name}'? {sentence}"):
