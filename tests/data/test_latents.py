@@ -353,6 +353,8 @@ def test_what_cannot_be_cached_is_refused(images: Path, tmp_path: Path) -> None:
         encode_latents(source, replace(PREPARE, height=7), Toy(), tmp_path / "cache")
     with pytest.raises(UserError, match="a codec whose posterior is of the type object cannot be cached"):
         encode_latents(source, PREPARE, Strange(), tmp_path / "cache")
+    with pytest.raises(UserError, match=r"the latents of .*000\.png are not finite: name another codec"):
+        encode_latents(source, PREPARE, Toy(float("nan")), tmp_path / "cache")
     encode_latents(source, replace(PREPARE, flip=False), Toy(), tmp_path / "plain")
     plain = open_latents(tmp_path / "plain")
     with pytest.raises(UserError, match=r"data\.flip = False, not True"):

@@ -75,7 +75,8 @@ def encode_latents(
 
     Raises:
         UserError: the folder holds the latents of another codec or preparation, the images do not fit the codec, the
-            codec's posterior cannot be stored, too many images are unreadable, or the folder cannot be made.
+            codec's posterior cannot be stored, latents are not finite, too many images are unreadable, or the
+            folder cannot be made.
     """
     if prepare.crop != "center":
         raise UserError("a cache would freeze one random crop of each image: set data.crop=center to cache latents.")
@@ -153,6 +154,7 @@ class _Work:
                 good, pixels = self._pixels(batch)
                 if good:
                     parts.append(self._latents(pixels))
+                    self._refuse_broken(good, parts[-1])
                     done += good
                 if progress is not None:
                     progress("encoding", first + len(batch), len(numbers))
@@ -188,6 +190,14 @@ class _Work:
         kinds, packed = zip(*(pack(self.codec.encode(entry)) for entry in entries), strict=True)
         self.index.posterior = kinds[0]
         return {name: torch.stack([tensors[name] for tensors in packed], dim=1) for name in packed[0]}
+
+    def _refuse_broken(self, numbers: Sequence[int], latents: dict[str, Tensor]) -> None:
+        for number, *rows in zip(numbers, *latents.values(), strict=True):
+            if not all(bool(row.isfinite().all()) for row in rows):
+                raise UserError(
+                    f"the latents of {self.index.names[number]} are not finite: name another codec, or train this one "
+                    "anew."
+                )
 
     def _write(self, numbers: Sequence[int], parts: Sequence[dict[str, Tensor]]) -> None:
         """One more file, and where each image lies in it."""
