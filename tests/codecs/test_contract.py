@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from carrara import codecs
-from carrara.codecs import Codec, LearnedCodec, content_hash
+from carrara.codecs import Autoencoder, Codec, LearnedCodec, content_hash
 from carrara.errors import UserError
 from carrara.process import Noise
-from tests.codecs.small import CODECS, make, pictures
+from tests.codecs.small import CODECS, make, params, pictures
 
 KINDS = sorted(CODECS)
 
@@ -84,6 +84,13 @@ def test_a_sample_is_trained_on_alike_in_any_company(kind: str) -> None:
     # Convolutions over other batch sizes round otherwise.
     torch.testing.assert_close(together.image[2:3], alone.image, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.penalty[2:3], alone.penalty, rtol=1e-4, atol=1e-5)
+
+
+def test_a_latent_of_one_place_needs_groups_of_several_channels() -> None:
+    codec = Autoencoder(params(channels=8, channel_mult=(1, 1), norm_groups=8))
+    with pytest.raises(UserError, match=r"2×2 have a latent of one place .* 8 channels in as many groups"):
+        codec.encode(pictures(size=2))
+    assert Autoencoder(params(norm_groups=8)).encode(pictures(size=2)).mode().shape[2:] == (1, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,6 +21,7 @@ from carrara.networks.layers import (
     activated,
     channels_last,
     convolution,
+    largest_divisor,
     remembered,
     zeroed,
 )
@@ -118,9 +119,16 @@ class AutoencoderParams:
         """Whether images of this size can be encoded.
 
         Raises:
-            UserError: a side is not divisible by the reduction; the nearest sizes are named.
+            UserError: a side is not divisible by the reduction; the nearest sizes are named. Or the latent has a single
+                place, and a group norm a single channel: there is nothing to compare it with.
         """
         check_divisible(height, width, self.reduction, "a codec of reduction")
+        width_there = self.widths[-1]
+        if height == width == self.reduction and largest_divisor(width_there, self.norm_groups) == width_there:
+            raise UserError(
+                f"images of {height}×{width} have a latent of one place here, which {width_there} channels in as many "
+                "groups (codec.norm_groups) cannot normalise: take larger images, fewer levels or fewer groups."
+            )
 
 
 def check_divisible(height: int, width: int, reduction: int, codec: str) -> None:
