@@ -160,6 +160,7 @@ def test_every_codec_is_trained_and_what_matters_is_logged(kind: str) -> None:
     wanted = {
         "reconstruction",
         "psnr",
+        "ssim",
         "latent cost",
         *(f"latent {what} {c}" for what in ("mean", "std") for c in range(3)),
     }
