@@ -286,7 +286,8 @@ class DiffusionModel:
         Args:
             given: what was given for each picture, by name; their number follows from it where nothing else says it.
         """
-        known = self.labels or (Labels(classifier.names) if classifier else None)
+        names = self.class_names(classifier)
+        known = self.labels or (Labels(names) if names else None)
         condition, asked = Condition(), None
         if known is None:
             if labels is not None:
@@ -310,6 +311,12 @@ class DiffusionModel:
             if rows is not None and len(rows) != total:
                 raise UserError(f"{len(rows)} {name} were given for {total} pictures.")
         return condition, asked, total
+
+    def class_names(self, classifier: Classifier | None = None) -> tuple[str, ...] | None:
+        """The classes that samples can be asked for: the model's own, else those a classifier leads it to; or None."""
+        if self.labels is not None:
+            return self.labels.names
+        return None if classifier is None else classifier.names
 
     def check_enlarges(
         self, small: tuple[int, int, int], small_noise: float = 0.0, labels: Sequence[int | str] | None = None

@@ -172,7 +172,7 @@ def test_a_collapsed_codebook_is_known_while_codes_start_anew() -> None:
     for number in range(600):
         step(own, torch.ones(4, 3, 4, 4), range(4 * number, 4 * number + 4))
     assert float(own.usage.scalars()["perplexity"]) > 2
-    assert float(own.usage.of_a_step) == pytest.approx(1, abs=0.02)  # 0.99^600 of its beginning, 8
+    assert float(own.usage.step_perplexity) == pytest.approx(1, abs=0.02)  # 0.99^600 of its beginning, 8
 
 
 def test_perplexity_and_use() -> None:

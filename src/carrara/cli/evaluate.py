@@ -64,7 +64,8 @@ Judge = Annotated[
 ]
 PerClass = Annotated[bool, Option("--per-class", help="The figures of each class, too.")]
 Classes = Annotated[
-    Words, Option(help="Of samples: turn, as many of each; or reference, in its shares, as it is if it knows them.")
+    Words,
+    Option(help="Of samples: in turn, or in the shares of the reference, the default where it tells them."),
 ]
 Steps = Annotated[Number, Option("--steps", "--num_inference_steps", help="Solver steps.")]
 SolverWord = Annotated[Words, Option("--solver", help="ddpm, ddim, dpm++2m, …")]
@@ -442,7 +443,6 @@ class Work:
             UserError: the shares were asked for, and the reference tells no classes.
         """
         from carrara.errors import UserError
-        from carrara.evaluation.pictures import classes_of
 
         asked = self.options.classes
         labels = None if real.pictures is None else real.pictures.labels
@@ -451,7 +451,7 @@ class Work:
         if asked == "turn" or labels is None:
             return None
         shares = Counter(labels)
-        return shares if asked == "reference" or shares.keys() <= set(classes_of(model, self.leader) or ()) else None
+        return shares if asked == "reference" or shares.keys() <= set(model.class_names(self.leader) or ()) else None
 
     def _progress(self, what: str, total: int) -> Callable[[int], None]:
         task = self.bar.add_task(what, total=total, note="")

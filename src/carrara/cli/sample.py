@@ -100,7 +100,7 @@ def sample(
     enlarging = DiffusionModel.load(upsampler) if upsampler else None
     leading = Classifier.load(classifier) if classifier else None
     pictures = small_pictures(small, base.shape[0]) if small else None
-    names = base.labels.names if base.labels else leading.names if leading else None
+    names = base.class_names(leading)
     labels, total = _asked(label, count, names, pictures)
     if enlarging is not None:  # before the base model works for it in vain
         enlarging.check_enlarges(base.shape, small_noise or 0.0, labels)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara.codecs.learned import LearnedCodec, Reconstruction, begun_scale
+from carrara.codecs.learned import LearnedCodec, Reconstruction, initial_log_scale
 from carrara.codecs.quantiser import Codes, Usage, check_indices, nearest, summed
 from carrara.errors import UserError
 from carrara.networks.autoencoder import AutoencoderParams
@@ -71,7 +71,7 @@ class DiscreteAutoencoder(LearnedCodec):
     def __init__(self, params: AutoencoderParams, choice: DiscreteParams, *, learned_scale: bool = False) -> None:
         super().__init__(params)
         self.choice = choice
-        self.log_scale = begun_scale() if learned_scale else None
+        self.log_scale = initial_log_scale() if learned_scale else None
         self.logits = convolution(2, params.latent_channels, choice.codes, 1)
         self.codebook = nn.Parameter(torch.randn(choice.codes, params.latent_channels))
         self.usage = Usage(choice.codes, choice.usage_decay)

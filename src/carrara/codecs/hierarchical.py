@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.codecs.kl import DiagonalGaussian
-from carrara.codecs.learned import LearnedCodec, Reconstruction, begun_scale
+from carrara.codecs.learned import LearnedCodec, Reconstruction, initial_log_scale
 from carrara.errors import UserError
 from carrara.networks.autoencoder import AutoencoderParams, Decoder, Encoder, check_divisible
 from carrara.process.noise import Noise
@@ -139,7 +139,7 @@ class HierarchicalVAE(LearnedCodec):
                     f"latents of {below.latent_channels}."
                 )
         super().__init__(levels[0], moments=2)
-        self.log_scale = begun_scale()
+        self.log_scale = initial_log_scale()
         self.above = nn.ModuleList(LearnedLink(params) for params in levels[1:])
         self.level_params = tuple(levels)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carrara.codecs.learned import LearnedCodec, Reconstruction, begun_scale, channelwise
+from carrara.codecs.learned import LearnedCodec, Reconstruction, channelwise, initial_log_scale
 from carrara.networks.autoencoder import AutoencoderParams
 from carrara.process.noise import Noise
 from carrara.process.transitions import Gaussian
@@ -69,7 +69,7 @@ class KLAutoencoder(LearnedCodec):
 
     def __init__(self, params: AutoencoderParams, *, learned_scale: bool = False) -> None:
         super().__init__(params, moments=2)
-        self.log_scale = begun_scale() if learned_scale else None
+        self.log_scale = initial_log_scale() if learned_scale else None
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"learned_scale": self.log_scale is not None}

@@ -20,6 +20,8 @@ from carrara.process.noise import Noise
 _HALF = (torch.float16, torch.bfloat16)
 DECODER = ("decoder.", "log_scale")
 """The weights that no latent depends on."""
+STATISTICS = ("usage.", "quantiser.usage.", "quantiser.credit")
+"""What training keeps beside the weights: how often codes were chosen, and which of them start anew."""
 
 
 class Reconstruction(NamedTuple):
@@ -223,7 +225,7 @@ class LearnedCodec(nn.Module):
         )
 
 
-def begun_scale() -> nn.Parameter:
+def initial_log_scale() -> nn.Parameter:
     """ln b of a p(x|z) whose scale b is learned, where it begins: at b = 0.1.
 
     An optimiser moves it by about its learning rate a step, so thousands of steps lie between b = 1 and the 0.05 to

@@ -124,11 +124,11 @@ class Usage(nn.Module):
         super().__init__()
         self.decay = decay
         self.register_buffer("share", torch.zeros(codes))
-        self.register_buffer("of_a_step", torch.zeros(()))
+        self.register_buffer("step_perplexity", torch.zeros(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     share: Tensor
-    of_a_step: Tensor
+    step_perplexity: Tensor
     """The moving mean of the perplexity of a single step. Codes that start anew take turns in being the one that all
     positions choose, so that over many steps a collapsed codebook looks used."""
     batches: Tensor
@@ -137,7 +137,7 @@ class Usage(nn.Module):
         """Take in a step's counts of every code, float [K], added up over the processes."""
         self.batches += 1
         self.share.lerp_(counts / counts.sum(), 1 - self.decay)
-        self.of_a_step.lerp_(perplexity(counts), 1 if int(self.batches) == 1 else 1 - self.decay)
+        self.step_perplexity.lerp_(perplexity(counts), 1 if int(self.batches) == 1 else 1 - self.decay)
 
     def scalars(self) -> dict[str, Tensor]:
         """What to log."""
@@ -263,10 +263,11 @@ class Quantiser(nn.Module):
         dead = self.credit < params.restart / params.codes
         if int(self.usage.batches) == 1:
             dead = torch.ones_like(dead)
+        if not bool(dead.any()):
+            return
         ids = [i for part in noted for i in part.noise.ids or range(len(part.latent))]
         everyone = gather(torch.tensor(ids, device=dead.device)).sort().values
-        ended = params.restart_until is not None and int(everyone[-1]) >= params.restart_until
-        if ended or not bool(dead.any()):
+        if params.restart_until is not None and int(everyone[-1]) >= params.restart_until:
             return
         latent, noise = torch.cat([part.latent for part in noted]), noted[0].noise.rows(ids)
         offered = self._offered(latent, noise, everyone)

@@ -20,7 +20,7 @@ from carrara.codecs.base import Codec, Identity
 from carrara.codecs.discrete import DiscreteAutoencoder, DiscreteParams
 from carrara.codecs.hierarchical import HierarchicalVAE
 from carrara.codecs.kl import KLAutoencoder
-from carrara.codecs.learned import DECODER, LearnedCodec
+from carrara.codecs.learned import DECODER, STATISTICS, LearnedCodec
 from carrara.codecs.quantiser import QuantiserParams
 from carrara.codecs.tiling import whole
 from carrara.codecs.vq import VQAutoencoder
@@ -108,7 +108,7 @@ def content_hash(codec: Codec) -> str:
     latents = hashlib.sha256(json.dumps(_config(codec), sort_keys=True).encode())
     decoder = hashlib.sha256()
     for name, value in sorted(_state(codec).items()):
-        if "usage." in name:
+        if name.startswith(STATISTICS):
             continue
         digest = decoder if name.startswith(DECODER) else latents
         digest.update(name.encode())

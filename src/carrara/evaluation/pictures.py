@@ -98,7 +98,7 @@ def model_pictures(
         UserError: `shares` without classes to choose among, or with one that is not known.
     """
     refuse_fewer_than_one(count)
-    names = classes_of(model, classifier)
+    names = model.class_names(classifier)
     told_classifier = {"classifier": classifier}
     classes = None if names is None else apportioned([1] * len(names), count)
     if shares is not None:
@@ -115,13 +115,6 @@ def model_pictures(
         return _rounded(made.images)
 
     return Pictures(name, count, make, batch_size, labels, levels=model.levels, sampling=sampling)
-
-
-def classes_of(model: DiffusionModel, classifier: Classifier | None = None) -> Sequence[str] | None:
-    """The names of the classes that samples can be asked for: the model's, or those a classifier leads it to."""
-    if model.labels is not None:
-        return model.labels.names
-    return None if classifier is None else classifier.names
 
 
 def apportioned(counts: Sequence[int], n: int) -> list[int]:

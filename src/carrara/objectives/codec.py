@@ -246,11 +246,11 @@ class CodecObjective:
         """
         codec = _bare(self.codec)
         usage = codec.code_usage if isinstance(codec, LearnedCodec) and codec.latents_learn else None
-        if usage is None or int(usage.batches) < _PATIENCE or float(usage.of_a_step) >= _COLLAPSED:
+        if usage is None or int(usage.batches) < _PATIENCE or float(usage.step_perplexity) >= _COLLAPSED:
             return
         raise UserError(
-            f"the codebook has collapsed: all positions of a batch choose {float(usage.of_a_step):.1f} codes. Lower "
-            "the learning rate, or set codec.restart above 0 where it is not."
+            f"the codebook has collapsed: all positions of a batch choose {float(usage.step_perplexity):.1f} codes. "
+            "Lower the learning rate, or set codec.restart above 0 where it is not."
         )
 
     # ---- the discriminator's turn ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.distributed import local
+from carrara.recipe import Training
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,11 @@ class EMA:
         torch._foreach_lerp_(mean, weights, 1 - self.decay(step))
         for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
             own.copy_(other)
+
+
+def decays_of(training: Training) -> dict[str, Callable[[int], float]]:
+    """The means that a recipe asks for, by the names of their files; samples are made from "ema"."""
+    first, *others = training.decays
+    decays: dict[str, Callable[[int], float]] = {"ema": Exponential(first)}
+    decays |= {f"ema-{decay:g}": Exponential(decay) for decay in others}
+    return decays | {f"power-{width:g}": PowerFunction(width) for width in training.power_ema}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +31,7 @@ from carrara.objectives import Examples
 from carrara.recipe import Recipe
 from carrara.training import checkpoint
 from carrara.training.assembly import open_batches, open_held_out, spread
-from carrara.training.ema import EMA, Exponential, PowerFunction
+from carrara.training.ema import EMA, Exponential, PowerFunction, decays_of
 from carrara.training.log import Log
 from carrara.training.micro_batch import largest_micro_batch
 from carrara.training.phases import Phases, Watchdog
@@ -75,7 +76,7 @@ class Trainer:
         self.network = next(iter(self.task.modules.values()))
         wrapped = recipe.training.parallel == "fsdp" or recipe.training.compile
         self._plain = copy.deepcopy(self.network).to("meta") if wrapped else None  # its shape, as it is now
-        self.means = {name: EMA(self.network, decay) for name, decay in _decays(recipe).items()}
+        self.means = {name: EMA(self.network, decay) for name, decay in decays_of(recipe.training).items()}
         self.step, self.bad_steps, self.window = 0, 0, Window()
         self.notices = [*self.source.warnings, *self.task.notices]
         self._stop = False
@@ -414,7 +415,7 @@ class Trainer:
             "scale": asdict(self.stepper.scale) if self.stepper.scale else None,
             "optimisers": self._copy["optimisers"],
             "objective": self._copy["objective"],
-            "codec": self._codec(),
+            "codec": self._codec,
             "recipe": self.recipe.to_yaml(),
         }
 
@@ -457,8 +458,9 @@ class Trainer:
             "compile": self.recipe.training.compile,
         }
 
+    @cached_property
     def _codec(self) -> dict[str, str] | None:
-        """In whose latents the run works, for the checkpoint."""
+        """In whose latents the run works, for the checkpoint; hashed once, as no step changes it."""
         codec = self.task.codec
         return None if codec is None else {"kind": codec.kind, "hash": codecs.content_hash(codec)}
 
@@ -494,11 +496,3 @@ class Trainer:
 def _passed(then: float, now: float) -> float:
     """Seconds between two readings of a clock; never 0 or less, whatever a broken clock says."""
     return max(now - then, 1e-9)
-
-
-def _decays(recipe: Recipe) -> dict[str, Callable[[int], float]]:
-    """The means that the recipe asks for, by the names of their files; samples are made from "ema"."""
-    first, *others = recipe.training.decays
-    decays: dict[str, Callable[[int], float]] = {"ema": Exponential(first)}
-    decays |= {f"ema-{decay:g}": Exponential(decay) for decay in others}
-    return decays | {f"power-{width:g}": PowerFunction(width) for width in recipe.training.power_ema}
