@@ -1,19 +1,33 @@
-"""What long work shows: tables, a bar with speed and time left."""
+"""How events are shown: bars on a terminal, lines where the output is piped, JSON where it was asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console()
+if TYPE_CHECKING:
+    from carrara.app.events import Event, StepDone
+
+# Names of classes and files are the user's own: "[/INST]" is not markup.
+console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+errors = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, stderr=True)
+
+HEARTBEAT = 15.0
+"""Seconds after which piped output repeats how far the work is."""
 
 
 def table(values: Mapping[str, object]) -> Table:
     """Names and values, one pair a row."""
     result = Table(show_header=False, box=None, pad_edge=False)
+    result.add_column(no_wrap=True)
+    result.add_column(overflow="fold")
     for name, value in values.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         result.add_row(name, shown)
@@ -22,11 +36,84 @@ def table(values: Mapping[str, object]) -> Table:
 
 def progress_bar() -> Progress:
     """A bar with counts, a free note, and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    description, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
+    return Progress(description, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn(), console=console)
+
+
+def show(events: Iterable[Event], quiet: bool = False) -> Iterator[Event]:
+    """Show the steps and notices of a use case, and hand on every other event.
+
+    Args:
+        quiet: keep stdout for the result: progress and notices go to stderr, and only where that is piped.
+    """
+    from carrara.app.events import Notice, StepDone
+
+    with _progress(quiet) as progress:
+        for event in events:
+            if isinstance(event, StepDone):
+                progress.step(event)
+            elif isinstance(event, Notice):
+                (errors if quiet else console).print(f"! {event.text}", style="yellow")
+            else:
+                yield event
+
+
+class _Bars:
+    """A bar for each task."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.tasks: dict[str, object] = {}
+
+    def step(self, event: StepDone) -> None:
+        if event.task not in self.tasks:
+            self.tasks[event.task] = self.bar.add_task(event.task, note="")
+        task = self.tasks[event.task]
+        self.bar.update(task, completed=event.step, total=event.total or None, note=event.note)  # type: ignore[arg-type]
+
+
+class _Lines:
+    """A line now and then, whether or not anything has moved since the last."""
+
+    def __init__(self, to: Console) -> None:
+        self.to, self.text, self.began = to, "starting", time.monotonic()
+        self.printed = self.began
+
+    def step(self, event: StepDone) -> None:
+        total = f" of {event.total:,}" if event.total else ""
+        self.text = f"{event.task}: {event.step:,}{total}  {event.note}".rstrip()
+        if time.monotonic() - self.printed >= HEARTBEAT:
+            self.line()
+
+    def line(self) -> None:
+        self.printed = time.monotonic()
+        self.to.print(f"[{self.printed - self.began:,.0f} s] {self.text}")
+
+    def beat(self, ended: threading.Event) -> None:
+        while not ended.wait(min(1.0, HEARTBEAT)):
+            if time.monotonic() - self.printed >= HEARTBEAT:
+                self.line()
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[_Bars | _Lines]:
+    to = errors if quiet else console
+    if to.is_terminal:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+        with Progress(
+            *columns,
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeRemainingColumn(),
+            console=to,
+            transient=quiet,
+        ) as bar:
+            yield _Bars(bar)
+        return
+    lines, ended = _Lines(to), threading.Event()
+    thread = threading.Thread(target=lines.beat, args=(ended,), name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        ended.set()
+        thread.join()

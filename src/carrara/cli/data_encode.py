@@ -23,7 +23,7 @@ def encode(
     caption_column: Annotated[str | None, typer.Option(help="The caption column, if not 'text'.")] = None,
     unreadable_limit: Annotated[float, typer.Option(help="Share of unreadable images that is skipped.")] = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Encode the images in PATH and keep their latents: training on them then never sees a pixel.
@@ -42,8 +42,9 @@ def encode(
     from carrara.data import Preprocess, open_source
     from carrara.data.encode import encode_latents
     from carrara.data.preprocess import Resize
+    from carrara.devices import resolve_device
 
-    _check_device(device)
+    device = str(resolve_device(device))
     height, width = parse_resolution(resolution)
     prepare = Preprocess(height, width, channels, resize=cast(Resize, resize), flip=flip)
     found = open_codec(codec, device)
@@ -73,17 +74,6 @@ def encode(
         markup=False,
         soft_wrap=True,
     )
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    from carrara.errors import UserError
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0].rstrip('.')}).") from None
 
 
 def open_codec(path: str, device: str) -> Codec:

@@ -1,0 +1,48 @@
+"""What piped output shows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from carrara.app.events import Event, Metrics, Notice, Saved, StepDone
+from carrara.cli import console
+
+
+def silent_work() -> Iterator[Event]:
+    yield StepDone("measuring [/b]", 3, 10, "t = 0.5")
+    time.sleep(0.4)  # nothing is reported meanwhile
+    yield Metrics("all", {"a": 1})
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_piped_output_repeats_itself_while_nothing_moves(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "HEARTBEAT", 0.1)
+    assert [type(event) for event in console.show(silent_work(), quiet)] == [Metrics]
+    out, err = capsys.readouterr()
+    lines = (err if quiet else out).splitlines()
+    assert len(lines) >= 2
+    assert all("measuring [/b]: 3 of 10  t = 0.5" in line for line in lines)
+    assert not quiet or out == ""
+
+
+def test_a_users_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("[/INST]", "runs/[v2]", "[bold]x", ":smile:", "x" * 300)
+    list(console.show(iter([Notice(name) for name in names])))
+    for name in names:
+        console.console.print(name)
+        console.console.print(console.table({name: name}))
+    shown = capsys.readouterr().out
+    for name in names[:-1]:
+        assert shown.count(name) == 4
+    assert names[-1] in shown
+
+
+def test_events_are_plain_data(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    for event in (Notice("a"), StepDone("b", 1, 2), Metrics("c", {"d": 1}), Saved("e", tmp_path, {"f": [1]})):
+        assert json.loads(json.dumps(event.as_json()))["event"] in ("notice", "step", "metrics", "saved")
