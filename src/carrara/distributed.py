@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from carrara.devices import resolve_device
 from carrara.errors import UserError
 
 Item = TypeVar("Item")
@@ -41,18 +42,25 @@ class Processes:
         return self.rank == 0
 
 
-def start() -> Processes:
-    """Join the group that a launcher made, or be alone: NCCL on GPUs, gloo on CPUs."""
+def start(device: str = "auto") -> Processes:
+    """Join the group that a launcher made, or be alone: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        device: where this process computes; of "auto" and "cuda" each process of a machine takes its own GPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    place = resolve_device(device)
+    cuda = place.type == "cuda"
     if cuda:
-        torch.cuda.set_device(device)
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if place.index is None else place.index)
+        torch.cuda.set_device(place)
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world)
-    return Processes(rank, world, device)
+    return Processes(rank, world, place)
 
 
 def finish() -> None:

@@ -163,3 +163,41 @@ def test_every_command_explains_itself(command: str, carrara: Command) -> None:
     result = carrara(command, "--help")
     assert result.returncode == 0
     assert len(result.stdout) > 200
+
+
+def test_options_of_other_programs_work_and_help_shows_one_spelling(
+    tmp_path: Path, carrara: Command, refused: Callable[..., str]
+) -> None:
+    words = ("--max_train_steps=2", "--train_batch_size", "8", "--resume_from_checkpoint", "latest")
+    more = ("--mixed_precision", "fp32", "--output_dir", tmp_path / "x", "--learning_rate", "1e-3")
+    sets = [word for a in TINY if not a.startswith(("training.steps", "training.batch")) for word in ("--set", a)]
+    result = carrara("train", "digits", *sets, *words, *more, "--json")
+    assert result.returncode == 0, result.stderr
+    start = json.loads(result.stdout.splitlines()[0])["start"]
+    assert (start["batch"], start["steps"], start["learning rate"]) == (8, 2, 1e-3)
+    assert "train_batch_size" not in carrara("train", "--help").stdout
+    assert "no_such" in carrara("train", "digits", "--no_such", "1").stderr.replace("-", "_")
+
+
+@pytest.mark.parametrize(("option", "word"), [("--device", "moon"), ("--device", "cuda:99"), ("--precision", "fp8")])
+def test_devices_and_precisions_that_are_not_there_are_refused(
+    option: str, word: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    assert word in refused("train", "digits", "--out", tmp_path / "x", option, word)
+    assert not (tmp_path / "x").exists()
+
+
+def test_auto_trains_in_fp32_on_a_cpu(tmp_path: Path, carrara: Command) -> None:
+    words = ("--device", "cpu", "--precision", "auto", "--steps", "1", "--json")
+    first = carrara("train", "digits", "--out", tmp_path / "x", *SETS, *words).stdout.splitlines()[0]
+    assert json.loads(first)["start"]["precision"] == "fp32"
+    assert json.loads(first)["start"]["device"] == "cpu"
+
+
+def test_self_tests_end_with_their_verdict(carrara: Command) -> None:
+    profile = carrara("train", "digits", *SETS, "--profile", "--json")
+    assert profile.returncode == 0, profile.stderr
+    assert json.loads(profile.stdout)["profile"]["images_per_s"] > 0
+    hopeless = carrara("train", "digits", *SETS, "--overfit-one-batch", "--learning-rate", "1e-9", "--json")
+    assert hopeless.returncode == 1
+    assert json.loads(hopeless.stdout)["overfit"]["passed"] is False

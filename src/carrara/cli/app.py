@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from carrara.cli import convert, data, data_encode, demo, ema, evaluate, recipes, sample, train
 
+FAMILIAR = {
+    "guidance-rescale": "rescale",
+    "guidance-scale": "guidance",
+    "max-train-steps": "steps",
+    "mixed-precision": "precision",
+    "num-inference-steps": "steps",
+    "output-dir": "out",
+    "train-batch-size": "batch-size",
+}
+"""Options of other programs, and ours."""
+
+
+class Commands(TyperGroup):
+    """The commands, which take the options of other programs too: `--num_inference_steps 20` is `--steps 20`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Spell every option our way."""
+        return super().parse_args(ctx, [_ours(word) for word in args])
+
+
+def _ours(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("_", "-")
+    return f"--{FAMILIAR.get(name, name)}{equals}{value}"
+
+
 app = typer.Typer(
+    cls=Commands,
     name="carrara",
     help="The whole life of a diffusion model: look at your images, train, sample, measure.",
     no_args_is_help=True,

@@ -41,10 +41,10 @@ def progress_bar() -> Progress:
 
 
 def show(events: Iterable[Event], quiet: bool = False) -> Iterator[Event]:
-    """Show the steps and notices of a use case, and hand on every other event.
+    """Show the steps and notices of a use case, and yield every other event.
 
     Args:
-        quiet: keep stdout for the result: progress and notices go to stderr, and only where that is piped.
+        quiet: keep stdout for the result: progress and notices go to stderr, and notices are yielded, too.
     """
     from carrara.app.events import Notice, StepDone
 
@@ -52,9 +52,10 @@ def show(events: Iterable[Event], quiet: bool = False) -> Iterator[Event]:
         for event in events:
             if isinstance(event, StepDone):
                 progress.step(event)
-            elif isinstance(event, Notice):
+                continue
+            if isinstance(event, Notice):
                 (errors if quiet else console).print(f"! {event.text}", style="yellow")
-            else:
+            if quiet or not isinstance(event, Notice):
                 yield event
 
 

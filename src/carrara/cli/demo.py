@@ -76,8 +76,9 @@ def demo(
 
 def make_demo(out: Path, assignments: list[str], plan: Plan) -> Findings:
     """Everything that `carrara demo` does, into the run folder `out`."""
+    from carrara.app.train import training
     from carrara.cli.demo_report import measure, write_report
-    from carrara.cli.train import run
+    from carrara.cli.train import show_training
     from carrara.files import write_whole
     from carrara.model import DiffusionModel
     from carrara.recipe import load
@@ -88,7 +89,7 @@ def make_demo(out: Path, assignments: list[str], plan: Plan) -> Findings:
         recipe = load("digits", assignments)
         trainer = Trainer(recipe, out)
     with clock.phase("training"):
-        run(trainer, [])
+        show_training(training(trainer, []))
     model = DiffusionModel.load(out)
     data = Digits.read()
     with clock.phase("sampling"):

@@ -60,15 +60,16 @@ class Trainer:
         recipe: what to train.
         folder: the run folder.
         accept_changes: go on although the folder's recipe differs.
+        device: as of `distributed.start`.
 
     Raises:
         UserError: data, recipe and folder do not fit together; said before anything is trained.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, accept_changes: bool = False) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, accept_changes: bool = False, device: str = "auto") -> None:
         self.recipe = recipe
         self.phases = Phases()
-        self.processes: Processes = distributed.start()
+        self.processes: Processes = distributed.start(device)
         self.source, images = open_batches(recipe, self.processes)
         self.held_out = open_held_out(recipe, self.processes)
         self.task = make_task(recipe, self.source, self.processes)
