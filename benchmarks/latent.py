@@ -47,7 +47,8 @@ def training_step(run: Path, batch: int) -> tuple[int, Callable[[], object]]:
 def sampling(run: Path, batch: int, steps: int) -> Callable[[], object]:
     """One batch of samples, decoded."""
     model = DiffusionModel.load(run)
-    labels = None if model.labels is None else [row % len(model.labels.names) for row in range(batch)]
+    classes = model.class_labels
+    labels = None if classes is None else [row % len(classes.names) for row in range(batch)]
     return lambda: model.sample(labels, None if labels else batch, steps=steps, guidance=1.0)
 
 

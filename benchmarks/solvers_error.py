@@ -249,8 +249,8 @@ def trained_curves(folder: str, counts: Sequence[int], samples: int) -> dict[str
 
     model = DiffusionModel.load(folder)
     condition = Condition()
-    if model.labels is not None:
-        condition = model.labels.condition([i % len(model.labels.names) for i in range(samples)])
+    if model.class_labels is not None:
+        condition = Condition(label=torch.arange(samples) % len(model.class_labels.names))
     schedule = model.schedule
     shape = (samples, *model.codec.latent_shape(*model.shape))
     start = Noise(1).normal(shape) * float(schedule.sigma(schedule.final_time))

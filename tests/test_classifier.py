@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from carrara.classifier import Classifier
+from carrara.condition import Condition
+from carrara.conditioning import ClassLabels
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
 from carrara.networks import EncoderClassifier, EncoderClassifierParams
 from carrara.process import NoisyClassifier, schedules
+from tests.errors import refused
 
 NAMES = tuple("0123456789")
 
@@ -57,7 +60,7 @@ def test_a_scale_of_nought_changes_no_bit_and_the_guide_leads(model: DiffusionMo
         return float(logits.log_softmax(1).gather(1, torch.tensor(labels)[:, None]).mean())
 
     assert support(led.images) > support(plain.images) > support(away.images)
-    assert led.protocol["classifier_scale"] == 20
+    assert led.metadata["classifier_scale"] == 20
 
 
 def test_each_solver_hears_the_classifier(model: DiffusionModel) -> None:
@@ -95,36 +98,36 @@ def test_one_that_does_not_fit_is_refused(model: DiffusionModel) -> None:
     ):
         with pytest.raises(UserError, match=words):
             model.sample([1], steps=2, classifier=wrong)
-    named = replace(model, labels=replace(model.labels, names=tuple("abcdefghij")))  # type: ignore[type-var]
+    named = replace(model, conditioners=(ClassLabels(tuple("abcdefghij"), 0.1),))
     swapped = replace(good, names=tuple("bacdefghij"))
     with pytest.raises(UserError, match="class 0 is 'b' to the classifier and 'a'"):
         named.sample([1], steps=2, classifier=swapped)
     for scale in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="finite"):
             model.sample([1], steps=2, classifier=good, classifier_scale=scale)
-    with pytest.raises(UserError, match="out of range"):
+    with refused("invalid", "labels"):
         model.sample([10], steps=2, classifier=good)
 
 
 def test_a_model_that_is_told_nothing_is_led_by_the_classifiers_own_classes(model: DiffusionModel) -> None:
-    assert model.labels is not None
-    bare = replace(model, labels=None, network=_Deaf(model), sampling={})
+    bare = replace(model, conditioners=(), network=_Deaf(model), sampling={})
     named = replace(untrained(), names=tuple("abcdefghij"))
     by_name = bare.sample(["b", "d"], steps=3, classifier=named, classifier_scale=5)
     by_number = bare.sample([1, 3], steps=3, classifier=named, classifier_scale=5)
     assert by_name.labels == [1, 3]
     assert torch.equal(by_name.images, by_number.images)
-    with pytest.raises(UserError, match="a classifier leads to a class: give labels"):
+    with refused("missing", "labels"):
         bare.sample(count=2, steps=2, classifier=named)
 
 
 class _Deaf(torch.nn.Module):
-    """The model's network, told the null label always."""
+    """The model's network under its null label, whatever the condition."""
 
     def __init__(self, model: DiffusionModel) -> None:
         super().__init__()
-        assert model.labels is not None
-        self.network, self.null = model.network, model.labels.null()
+        assert model.class_labels is not None
+        self.network = model.network
+        self.null = model.class_labels.null(Condition(label=torch.tensor([0])))
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, condition: object) -> torch.Tensor:
         answer: torch.Tensor = self.network(x, time, self.null.batch(len(x)))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from carrara.condition import Condition
-from carrara.conditioning import Labels
-from carrara.errors import UserError
+from carrara.process import NetworkDenoiser, schedules
+from tests.errors import refused
 
 
 def test_one_row_serves_a_batch_and_other_counts_are_refused() -> None:
@@ -15,19 +14,19 @@ def test_one_row_serves_a_batch_and_other_counts_are_refused() -> None:
     batch = condition.batch(3)
     assert batch.label is not None
     assert batch.label.tolist() == [4, 4, 4]
-    with pytest.raises(UserError, match="vector has 3 rows for a batch of 5"):
+    with refused("shape", "vector"):
         condition.batch(5)
 
 
 def test_dropout_is_per_sample() -> None:
-    told = Condition(label=torch.tensor([0, 1, 2, 3]))
-    mixed = told.mix(torch.tensor([True, False, True, False]), Condition(label=torch.tensor([10])))
+    given = Condition(label=torch.tensor([0, 1, 2, 3]))
+    mixed = given.mix(torch.tensor([True, False, True, False]), Condition(label=torch.tensor([10])))
     assert mixed.label is not None
     assert mixed.label.tolist() == [0, 10, 2, 10]
 
 
 def test_mixing_different_slots_is_refused() -> None:
-    with pytest.raises(UserError, match="null condition fills"):
+    with refused("mismatch", "null"):
         Condition(label=torch.tensor([1])).mix(torch.tensor([True]), Condition(vector=torch.ones(1, 2)))
 
 
@@ -37,7 +36,7 @@ def test_join_and_rows_are_inverse() -> None:
     label = both.rows(slice(2, 3)).label
     assert label is not None
     assert label.tolist() == [3]
-    with pytest.raises(UserError, match="cannot share a batch"):
+    with refused("mismatch", "condition"):
         Condition.join([a, Condition(vector=torch.ones(1, 2))])
 
 
@@ -45,28 +44,27 @@ def test_two_attention_seams_cannot_share_a_batch() -> None:
     def one(site: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return v
 
-    with pytest.raises(UserError, match="attention seams"):
+    with refused("mismatch", "attend"):
         Condition.join([Condition(attend=one), Condition()])
 
 
-def test_labels_by_number_and_by_name() -> None:
-    labels = Labels(("cat", "dog", "7"), dropout=0.1)
-    told = labels.condition(["dog", 0, "2", "7"])
-    assert told.label is not None
-    assert told.label.tolist() == [1, 0, 2, 2], "a class name goes before a number"
-    null = labels.null().label
-    assert null is not None
-    assert null.tolist() == [3]
+def test_conditions_merge_where_they_fill_different_slots() -> None:
+    label, vector = Condition(label=torch.tensor([1])), Condition(vector=torch.ones(1, 2))
+    assert label.merge(vector).tensors().keys() == {"label", "vector"}
+    with refused("conflict", "label"):
+        label.merge(label)
 
 
-@pytest.mark.parametrize(
-    ("label", "sentence"), [(3, "label 3 is out of range"), (-1, "out of range"), ("dgo", "did you mean 'dog'")]
-)
-def test_a_class_that_is_not_known(label: int | str, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        Labels(("cat", "dog", "cow")).condition([label])
+def test_the_target_follows_its_rows_and_no_network_reads_it() -> None:
+    seen: list[Condition] = []
 
+    def network(x: torch.Tensor, time: torch.Tensor, condition: Condition) -> torch.Tensor:
+        seen.append(condition)
+        return x
 
-def test_a_null_label_that_was_never_trained_is_refused() -> None:
-    with pytest.raises(UserError, match="trained without label dropout"):
-        Labels(("cat", "dog")).null()
+    condition = Condition(label=torch.tensor([1, 2]), target=torch.tensor([3, 4]))
+    part = condition.rows(slice(1, 2))
+    assert part.target is not None
+    assert part.target.tolist() == [4]
+    NetworkDenoiser(network, schedules.linear(50))(torch.zeros(2, 1), 5.0, condition)
+    assert seen[0].tensors().keys() == {"label"}

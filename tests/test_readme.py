@@ -24,7 +24,7 @@ def test_the_snippets_run_one_after_the_other(tiny_run: Path, tmp_path: Path, mo
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
     result = names["result"]
-    assert result.protocol["classifier_scale"] == 4  # type: ignore[attr-defined]
+    assert result.metadata["classifier_scale"] == 4  # type: ignore[attr-defined]
     assert (tmp_path / "out" / "samples.npz").exists()
 
 

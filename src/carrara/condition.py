@@ -1,4 +1,4 @@
-"""What a model is told besides the noisy image and the time, in named slots."""
+"""What a model is conditioned on, besides the noisy image and the time, in named slots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ through any softmax(QKᵀ/√d), d being the width of q."""
 
 @dataclass(frozen=True)
 class Condition:
-    """What the model is told. Every slot is optional; nothing is guessed from a tensor's rank.
+    """What the model is conditioned on. Every slot is optional; nothing is guessed from a tensor's rank.
 
     Attributes:
         label: int64 [B], class indices in 0..classes-1; `classes` itself is the null label of a model that
@@ -28,7 +28,8 @@ class Condition:
         vector: float [B, D], one vector for each sample (an image embedding, a style).
         context: float [B, L, D], tokens for cross-attention.
         context_mask: bool [B, L], True where a token may be attended to; None means everywhere.
-        concat: float [B, C', H, W], laid beside x along the channels (low-resolution image, mask).
+        concat: float [B, C', H, W], concatenated with x along the channels (low-resolution image, mask).
+        target: int64 [B], the class that classifier guidance moves toward; no network reads it.
         attend: the attention seam (see `Attend`); None lets every layer use fused attention.
     """
 
@@ -37,6 +38,7 @@ class Condition:
     context: Tensor | None = None
     context_mask: Tensor | None = None
     concat: Tensor | None = None
+    target: Tensor | None = None
     attend: Attend | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -69,9 +71,25 @@ class Condition:
             if value.shape[0] not in (1, size):
                 raise UserError(
                     f"the condition's {name} has {value.shape[0]} rows for a batch of {size}: "
-                    "give one row or one for each sample."
+                    "give one row or one for each sample.",
+                    key=name,
+                    code="shape",
                 )
         return self.map(lambda v: v if v.shape[0] == size else v.expand(size, *v.shape[1:]))
+
+    def merge(self, other: Condition) -> Condition:
+        """This condition with the filled slots of another added.
+
+        Raises:
+            UserError: both fill a slot.
+        """
+        both = sorted(self.tensors().keys() & other.tensors().keys())
+        if both:
+            raise UserError(
+                f"two conditions fill the slot {both[0]}: each needs a slot of its own.", key=both[0], code="conflict"
+            )
+        attend = {"attend": other.attend} if other.attend is not None else {}
+        return self._filled({**other.tensors(), **attend})
 
     def mix(self, keep: Tensor, null: Condition) -> Condition:
         """Per sample: this condition where `keep` (bool [B]) is True, `null` elsewhere.
@@ -83,9 +101,15 @@ class Condition:
         other = null.batch(size).tensors()
         own = self.batch(size).tensors()
         if own.keys() != other.keys():
-            raise UserError(f"the null condition fills {sorted(other)} where the condition fills {sorted(own)}.")
+            raise UserError(
+                f"the null condition fills {sorted(other)} where the condition fills {sorted(own)}.",
+                key="null",
+                code="mismatch",
+            )
 
         def choose(name: str, value: Tensor) -> Tensor:
+            if other[name] is value:
+                return value
             mask = keep.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
             return torch.where(mask, value, other[name].to(value))
 
@@ -105,8 +129,12 @@ class Condition:
         for other in conditions[1:]:
             if other.tensors().keys() != slots:
                 raise UserError(
-                    f"conditions that fill {sorted(slots)} and {sorted(other.tensors())} cannot share a batch."
+                    f"conditions that fill {sorted(slots)} and {sorted(other.tensors())} cannot share a batch.",
+                    key="condition",
+                    code="mismatch",
                 )
             if other.attend is not first.attend:
-                raise UserError("conditions with different attention seams cannot share a batch.")
+                raise UserError(
+                    "conditions with different attention seams cannot share a batch.", key="attend", code="mismatch"
+                )
         return first._filled({name: torch.cat([c.tensors()[name] for c in conditions]) for name in slots})

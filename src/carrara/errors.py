@@ -7,6 +7,7 @@ read its `code` and `key`; the wording is free to improve.
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 from typing import Literal
 
@@ -49,3 +50,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known are: {', '.join(known)}."
+
+
+def whole_number(value: object, key: str, least: int | None = None) -> int:
+    """A whole number of any integer type (numpy's and 0-d tensors' too).
+
+    Raises:
+        UserError: text, a fraction, or less than `least`.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{key} is {value!r}: it must be a whole number.", key=key) from None
+    if least is not None and number < least:
+        raise UserError(f"{key} is {number}: it must be at least {least}.", key=key)
+    return number

@@ -12,8 +12,9 @@ import pytest
 
 from carrara.evaluation.protocol import Evaluation
 from carrara.evaluation.tables import ETAS, GUIDANCE, PUBLISHED, PUBLISHED_STEPS, Cell, cells, fill
-from carrara.model import DiffusionModel, Samples
+from carrara.model import DiffusionModel
 from carrara.process import schedules
+from carrara.sampling import Samples
 from carrara.solvers import named
 from tests.cli.conftest import Command
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from carrara.conditioning import LowRes
 from carrara.model import DiffusionModel
 from carrara.networks import UNet, UNetParams
 from carrara.process import schedules
@@ -67,7 +68,9 @@ def upsampler(tmp_path: Path) -> Path:
     network = UNet(params)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    DiffusionModel(network, schedules.linear(100), (1, 16, 16)).save(tmp_path / "up")
+    DiffusionModel(network, schedules.linear(100), (1, 16, 16), conditioners=(LowRes((1, 16, 16)),)).save(
+        tmp_path / "up"
+    )
     return tmp_path / "up"
 
 
@@ -84,13 +87,13 @@ def test_a_cascade_is_one_command(
     ):
         assert (large.size, base.size) == ((16, 16), (8, 8))
     small = DiffusionModel.load(tiny_run).sample([1, 2], steps=3).images
-    enlarged = DiffusionModel.load(upsampler).sample(count=2, steps=2, small=small)
+    enlarged = DiffusionModel.load(upsampler).sample(count=2, steps=2, low_res=small)
     with Image.open(tmp_path / "s" / "seed0-00000.png") as large:
         pixels = torch.tensor(list(large.getdata())).reshape(16, 16)
     assert torch.equal(((enlarged.images[0, 0] + 1) * 127.5).round(), pixels.float())
     assert "--upsampler is not" in refused(*words, "--upsampler-steps", "2")
-    assert "give it the small images" in refused("sample", upsampler)
-    assert "no up-sampler" in refused(*words, "--upsampler", tiny_run)
+    assert "low-resolution images" in refused("sample", upsampler)
+    assert "low_res" in refused(*words, "--upsampler", tiny_run)
 
 
 def test_the_table_compares_guidance_with_and_without_a_classifier(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from carrara.codecs import DiscreteAutoencoder, DiscreteParams, KLAutoencoder, LearnedCodec, VQAutoencoder
 from carrara.codecs.quantiser import QuantiserParams
-from carrara.conditioning import Labels
+from carrara.conditioning import ClassLabels
 from carrara.convert import Convertible
 from carrara.model import DiffusionModel
 from carrara.networks import UNet, UNetParams
@@ -72,8 +72,8 @@ def model(told: str = "nothing", first: LearnedCodec | None = None, **changes: A
     }
     network = drawn(UNet(UNetParams(**(chosen | TOLD[told] | changes))), seed=1)
     schedule = schedules.scaled_linear(1000, 0.0015, 0.0195)
-    labels = None if told == "nothing" else Labels(NAMES, 0.1 if "none" in told or "context" in told else 0.0)
-    made = DiffusionModel(network, schedule, (3, 16, 16), labels=labels)
+    labels = None if told == "nothing" else ClassLabels(NAMES, 0.1 if "none" in told or "context" in told else 0.0)
+    made = DiffusionModel(network, schedule, (3, 16, 16), conditioners=(labels,) if labels else ())
     if first is not None:
         made.codec = first
     return made
@@ -85,8 +85,9 @@ def pictures(made: Convertible) -> Tensor:
         with torch.no_grad():
             return made.decode(made.encode(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).mode())
     assert isinstance(made, DiffusionModel)
-    labels = None if made.labels is None else [1, 3]
-    guidance = 1.5 if made.labels is not None and made.labels.dropout else 1.0
+    classes = made.class_labels
+    labels = None if classes is None else [1, 3]
+    guidance = 1.5 if classes is not None and classes.dropout else 1.0
     return made.sample(labels, solver="ddim", steps=3, guidance=guidance, seed=5).images
 
 

@@ -64,7 +64,7 @@ def test_a_latent_model_comes_back_and_makes_the_same_pictures(told: str, kind: 
     again = DiffusionModel.load(tmp_path / "folder")
     assert torch.equal(pictures(again), pictures(ours))
     assert again.schedule.spec == ours.schedule.spec
-    assert again.labels == ours.labels
+    assert again.class_labels == ours.class_labels
 
 
 @pytest.mark.parametrize("predicts", ["eps", "x0", "v"])
@@ -94,8 +94,8 @@ def test_without_its_config_the_checkpoint_tells_what_it_holds(tmp_path: Path) -
     again = import_model(tmp_path / "model.ckpt", Asked(arguments=told)).model
     assert torch.equal(pictures(again), pictures(ours))
     assert isinstance(again, DiffusionModel)
-    assert again.labels is not None
-    assert again.labels.names == ("0", "1", "2", "3")
+    assert again.class_labels is not None
+    assert again.class_labels.names == ("0", "1", "2", "3")
 
 
 @pytest.fixture

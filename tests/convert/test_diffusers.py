@@ -11,6 +11,7 @@ import torch
 
 from carrara import codecs
 from carrara.codecs import LearnedCodec
+from carrara.condition import Condition
 from carrara.convert import Asked, export_model, import_model
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
@@ -50,15 +51,15 @@ def test_a_pipeline_comes_back_and_opens_in_diffusers(told: str, kind: str | Non
     again = DiffusionModel.load(tmp_path / "ours")
     assert torch.equal(pictures(again), pictures(ours))
     assert again.schedule.spec == ours.schedule.spec
-    assert again.labels == ours.labels
+    assert again.class_labels == ours.class_labels
 
     pipeline: Any = DiffusionPipeline.from_pretrained(tmp_path / "theirs")
     assert isinstance(ours.network, UNet)
     x, t = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8), torch.tensor([37])
-    label = None if ours.labels is None else torch.tensor([2])
+    label = None if ours.class_labels is None else torch.tensor([2])
     with torch.no_grad():
         theirs = pipeline.unet(x, t, class_labels=label).sample
-        condition = None if ours.labels is None else ours.labels.condition([2])
+        condition = None if label is None else Condition(label=label)
         torch.testing.assert_close(ours.network(x, t, condition), theirs, rtol=TOLERANCE, atol=TOLERANCE)
         if kind is not None:
             decoded = pipeline.vqvae.decode(x / pipeline.vqvae.config.scaling_factor).sample
@@ -222,8 +223,8 @@ def test_names_of_classes_go_with_the_pipeline(tmp_path: Path) -> None:
     write(tmp_path / "p" / "model_index.json", index)
     again = import_model(tmp_path / "p").model
     assert isinstance(again, DiffusionModel)
-    assert again.labels is not None
-    assert again.labels.names == ("0", "1", "2", "3")
+    assert again.class_labels is not None
+    assert again.class_labels.names == ("0", "1", "2", "3")
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

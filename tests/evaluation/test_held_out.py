@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.evaluation import bits_per_dimension, data_pictures, flow_likelihood, measure_held_out
 from carrara.evaluation.pictures import Size
@@ -30,8 +31,8 @@ def test_figures_are_those_of_the_functions_with_their_intervals(model: Diffusio
     assert told == [5, 5, 2]
     images = torch.cat(list(pictures.batches()))
     assert pictures.labels is not None
-    assert model.labels is not None
-    condition = model.labels.condition(pictures.labels)
+    assert model.class_labels is not None
+    condition = Condition(label=model.class_labels.indices(pictures.labels))
     bound = bits_per_dimension(model, images, condition=condition, noise=Noise(0))
     # The same sums in batches of another size: float32 of terms of order one.
     assert figures["bits_per_dimension"].value == pytest.approx(float(bound.total.mean()), rel=1e-4)

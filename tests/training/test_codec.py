@@ -277,7 +277,7 @@ def test_a_model_takes_the_codec_whose_decoder_learned_on_and_no_other(tmp_path:
     own, with_tuned = model.sample([1, 2], steps=2), model.with_codec(tuned).sample([1, 2], steps=2)
     assert torch.equal(own.latents, with_tuned.latents)
     assert not torch.equal(own.images, with_tuned.images)
-    assert codecs.content_hash(tuned) in with_tuned.protocol["weights"]
+    assert codecs.content_hash(tuned) in with_tuned.metadata["weights"]
     with pytest.raises(UserError) as error:
         model.with_codec(other)
     for codec in (model.codec, other):

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from carrara import codecs
+from carrara.conditioning import LowRes, shrink
 from carrara.data import Batches, Preprocess, open_source
 from carrara.data.encode import encode_latents
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
-from carrara.objectives import pairs
 from carrara.recipe import Recipe
 from carrara.training import Trainer
 from tests.data.builders import files, folder
@@ -33,25 +33,25 @@ UNTOLD = ("conditioning.kind=none", "sampling.guidance=1", *FACTOR)
 def digits(count: int) -> tuple[Tensor, Tensor]:
     """Images and what is left of them at half their size."""
     images = Batches(open_source("digits"), Preprocess(8, 8, 1), 1, count).at(0).images
-    small = pairs(images, 2).condition.concat
-    assert small is not None
-    return images, small
+    return images, shrink(images, 2)
 
 
 def test_the_model_says_what_it_was_trained_for(upsampler_run: Path) -> None:
     model = DiffusionModel.load(upsampler_run)
-    assert model.upsampling is not None
-    assert (model.upsampling.factor, model.upsampling.augmentation.share) == (2, 0.3)
+    low_res = model.low_res
+    assert low_res is not None
+    assert low_res.augmentation is not None
+    assert (low_res.factor, low_res.augmentation.fraction) == (2, 0.3)
     params: Any = model.network.params
     assert (params.concat_channels, params.upsample_concat, params.vector_channels) == (1, True, 1)
     _, small = digits(3)
-    made = model.sample(small=small, steps=2, seed=4)
+    made = model.sample(low_res=small, steps=2, seed=4)
     assert made.images.shape == (3, 1, 8, 8)
-    assert made.protocol["small_noise"] == 0
-    noisy = model.sample(small=small, steps=2, seed=4, small_noise=0.3)
-    assert noisy.protocol["small_noise"] == 0.3
+    assert "noise_level" not in made.metadata
+    noisy = model.sample(low_res=small, steps=2, seed=4, noise_level=0.3)
+    assert noisy.metadata["noise_level"] == 0.3
     assert not torch.equal(noisy.images, made.images)
-    alone = model.sample(small=small[2:], steps=2, seed=4, small_noise=0.3, first=2)
+    alone = model.sample(low_res=small[2:], steps=2, seed=4, noise_level=0.3, first=2)
     # the noise is the same to the bit; matrix products of another batch size round differently
     torch.testing.assert_close(alone.images[0], noisy.images[2], atol=2e-5, rtol=0)
 
@@ -89,9 +89,8 @@ def test_it_learns_which_image_the_small_one_comes_from(tmp_path: Path) -> None:
     quiet = ("training.sample_every=1000", "training.checkpoint_every=1000", "training.tracker=none")
     train(tiny_recipe(*UNTOLD, *words, *quiet, "network.channels=16", "sampling.count=1"), tmp_path)
     _, small = digits(16)
-    made = DiffusionModel.load(tmp_path).sample(small=small, steps=10)
-    again = pairs(made.images, 2).condition.concat
-    assert again is not None
+    made = DiffusionModel.load(tmp_path).sample(low_res=small, steps=10)
+    again = shrink(made.images, 2)
     distances = (again[:, None] - small[None]).square().flatten(2).mean(2)
     nearest = distances.argmin(1) == torch.arange(16)
     assert int(nearest.sum()) >= 12  # by chance one of them would be
@@ -102,10 +101,10 @@ def test_a_class_and_a_small_image_are_told_together(tmp_path: Path) -> None:
     train(tiny_recipe(*FACTOR, "training.validate_every=6", "training.validation_images=16"), tmp_path)
     model = DiffusionModel.load(tmp_path)
     _, small = digits(2)
-    plain, guided, nothing = (model.sample([3, 7], small=small, steps=2, guidance=g).images for g in (1.0, 2.0, 0.0))
+    plain, guided, nothing = (model.sample([3, 7], low_res=small, steps=2, guidance=g).images for g in (1.0, 2.0, 0.0))
     assert not torch.equal(plain, guided)
     assert not torch.equal(plain, nothing)
-    other = model.sample([3, 7], small=-small, steps=2, guidance=0.0).images
+    other = model.sample([3, 7], low_res=-small, steps=2, guidance=0.0).images
     assert not torch.equal(nothing, other)  # without a class there still is a small image
 
 
@@ -122,7 +121,7 @@ def test_latents_of_the_large_image_from_the_pixels_of_the_small_one(tmp_path: P
     list(trainer.steps())
     model = DiffusionModel.load(tmp_path / "run")
     _, small = digits(2)
-    made = model.sample(small=small, steps=2)
+    made = model.sample(low_res=small, steps=2)
     assert (made.images.shape, made.latents.shape) == ((2, 1, 8, 8), (2, 2, 4, 4))
     deep = codec_recipe("autoencoder", codec={"channel_mult": [1, 1, 2]})
     train(deep, tmp_path / "deep")
@@ -154,11 +153,12 @@ def test_an_up_sampler_learns_on_as_what_it_is(upsampler_run: Path, tmp_path: Pa
     tuned = fine_tuning(upsampler_run, **untold)
     train(tuned, tmp_path / "run")
     base, after = (DiffusionModel.load(run) for run in (upsampler_run, tmp_path / "run"))
-    assert after.config()["upsampling"] == base.config()["upsampling"] is not None
+    assert [c.config() for c in after.conditioners] == [c.config() for c in base.conditioners]
+    assert base.low_res is not None
     assert not torch.equal(after.network.state_dict()["out.weight"], base.network.state_dict()["out.weight"])
     with pytest.raises(UserError, match="upsampling follows from the model"):
         fine_tuning(upsampler_run, **untold, upsampling={"factor": 2})
-    replace(base, upsampling=None).save(tmp_path / "foreign")
+    replace(base, conditioners=(LowRes(base.shape),)).save(tmp_path / "foreign")
     with pytest.raises(UserError, match="does not say what it was trained for"):
         Trainer(fine_tuning(tmp_path / "foreign", **untold), tmp_path / "b")
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from carrara.cli.demo_report import Findings
-    from carrara.model import DiffusionModel, Samples
+    from carrara.model import DiffusionModel
+    from carrara.sampling import Samples
 
 STEPS = 20
 """Solver steps of the measured samples."""
@@ -159,7 +160,7 @@ def draw(model: DiffusionModel, data: Digits, plan: Plan, folder: Path) -> Drawn
     pictures.save_npz(folder / "samples.npz", first.images, first.labels)
     pictures.save_npz(folder / "samples_unguided.npz", plain.images, plain.labels)
     sheet = pictures.grid(first.images[:100], 10)
-    pictures.save_png(sheet, folder / "grid.png", first.protocol, scale=6)
+    pictures.save_png(sheet, folder / "grid.png", first.metadata, scale=6)
     return drawn
 
 

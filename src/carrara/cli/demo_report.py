@@ -100,7 +100,7 @@ def measure(
 
 
 def _protocol(samples: Any, seeds: int) -> str:
-    p = samples.protocol
+    p = samples.metadata
     return (
         f"n = {len(samples.images):,} × {seeds} seeds, {p['solver']}, {p['steps']} steps {p['grid']}, "
         f"guidance {p['guidance']:g}, {p['weights']}, 8-bit pixels"

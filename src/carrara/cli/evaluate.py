@@ -304,7 +304,7 @@ class Work:
         about["classes"] = "turn" if shares is None else "reference"
         if self.leader is not None:
             about["classifier"] = tensors_checksum(self.leader.network.state_dict())
-        null = model.labels is not None and model.labels.dropout > 0
+        null = any(c.dropout > 0 for c in model.conditioners)
         plan = tables.cells(options.table, model.schedule, self.leader is not None, null)
 
         def measure(cell: Cell) -> Evaluation:

@@ -87,6 +87,8 @@ def sample(
     """Make pictures: PNG files with their recipe inside, a grid, and samples.npz."""
     import json
 
+    import torch
+
     from carrara.classifier import Classifier
     from carrara.cli.console import console, progress_bar
     from carrara.cli.data_encode import open_codec
@@ -103,7 +105,11 @@ def sample(
     names = base.class_names(leading)
     labels, total = _asked(label, count, names, pictures)
     if enlarging is not None:  # before the base model works for it in vain
-        enlarging.check_enlarges(base.shape, small_noise or 0.0, labels)
+        enlarging.plan(
+            labels if enlarging.class_labels else None,
+            low_res=torch.zeros(max(1, len(labels or ())), *base.shape),
+            noise_level=small_noise or 0.0,
+        )
     folder = out or model / f"samples-seed{seed}"
     with progress_bar() as bar:
         bar.disable = json_output
@@ -116,8 +122,8 @@ def sample(
             rescale=rescale,
             classifier=leading,
             classifier_scale=1.0 if classifier_scale is None else classifier_scale,
-            small=None if pictures is None else pictures[:total],
-            small_noise=(small_noise or 0.0) if small else 0.0,
+            low_res=None if pictures is None else pictures[:total],
+            noise_level=(small_noise or 0.0) if small else None,
             seed=seed,
             eta=eta,
             spacing=spacing,
@@ -127,10 +133,10 @@ def sample(
         if enlarging is not None:
             samples.save(folder / "base")
             samples = enlarging.sample(
-                labels if enlarging.labels else None,
+                labels if enlarging.class_labels else None,
                 total,
-                small=samples.images,
-                small_noise=small_noise or 0.0,
+                low_res=samples.images,
+                noise_level=small_noise or 0.0,
                 steps=upsampler_steps,
                 seed=seed,
                 batch_size=batch_size,
@@ -138,7 +144,7 @@ def sample(
             )
     samples.save(folder)
     if json_output:
-        print(json.dumps({"folder": str(folder), "count": total, "labels": samples.labels, **samples.protocol}))
+        print(json.dumps({"folder": str(folder), "count": total, "labels": samples.labels, **samples.metadata}))
     else:
         console.print(f"{total} pictures in {folder}", highlight=False)
 

@@ -1,5 +1,45 @@
-"""From what a user says (a digit, a caption) to the named slots of a `Condition`."""
+"""From a user's inputs (a digit, a small image) to the slots of a `Condition`: one file for each kind of input."""
 
-from carrara.conditioning.labels import Labels
+from carrara.conditioning.base import (
+    KINDS,
+    Conditioner,
+    DataFacts,
+    Input,
+    NullForm,
+    TrainingInputs,
+    build,
+    count_samples,
+    drop,
+    encode,
+    examples,
+    kind_of,
+    register,
+    stream,
+)
+from carrara.conditioning.class_labels import ClassLabels
+from carrara.conditioning.low_res import LowRes, NoiseAugmentation, shrink, shrunk_size
 
-__all__ = ["Labels"]
+register(ClassLabels)
+register(LowRes)
+
+__all__ = [
+    "KINDS",
+    "ClassLabels",
+    "Conditioner",
+    "DataFacts",
+    "Input",
+    "LowRes",
+    "NoiseAugmentation",
+    "NullForm",
+    "TrainingInputs",
+    "build",
+    "count_samples",
+    "drop",
+    "encode",
+    "examples",
+    "kind_of",
+    "register",
+    "shrink",
+    "shrunk_size",
+    "stream",
+]

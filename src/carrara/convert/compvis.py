@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from carrara.codecs import DiscreteAutoencoder, LearnedCodec, VQAutoencoder
-from carrara.conditioning import Labels
+from carrara.conditioning import ClassLabels
 from carrara.convert.imported import (
     DROPOUT,
     Asked,
@@ -144,8 +144,8 @@ def export_compvis(model: Convertible, path: Path) -> dict[str, Any]:
     codec = model.codec if isinstance(model.codec, LearnedCodec) else None
     scale = 1.0 if codec is None else _one_scale(codec)
     config = compvis_model.config(network, codec, model.schedule, model.predicts, scale)
-    if model.labels is not None:
-        config["classes"] = list(model.labels.names)
+    if model.class_labels is not None:
+        config["classes"] = list(model.class_labels.names)
     weights = _weights(network, codec) | {"scale_factor": torch.tensor(scale)}
     assert isinstance(model.schedule, Discrete)  # or `config` would have refused it
     report = _write(path, config, weights | compvis_model.tables(model.schedule))
@@ -302,7 +302,9 @@ def _unet_arguments(checkpoint: StateDict, name: str | None, settings: Settings)
     return arguments, recognised
 
 
-def _labels(checkpoint: StateDict, tokens: bool, settings: Settings, published: bool) -> tuple[Labels | None, bool]:
+def _labels(
+    checkpoint: StateDict, tokens: bool, settings: Settings, published: bool
+) -> tuple[ClassLabels | None, bool]:
     """The classes, and whether the table's last row means that there is none."""
     table = checkpoint.get(CLASSES if tokens else f"{PART}label_emb.weight")
     if table is None:
@@ -313,7 +315,7 @@ def _labels(checkpoint: StateDict, tokens: bool, settings: Settings, published: 
     if names is not None and len(names) != count:
         raise UserError(f"{len(names)} classes are named, and the checkpoint knows {count}.")
     told = tuple(map(str, names if names is not None else range(count)))
-    return Labels(told, DROPOUT if null else 0.0), null
+    return ClassLabels(told, DROPOUT if null else 0.0), null
 
 
 def _weights(network: UNet, codec: LearnedCodec | None) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from carrara.codecs import LearnedCodec
-from carrara.conditioning import Labels
+from carrara.conditioning import ClassLabels
 from carrara.convert.imported import (
     DROPOUT,
     INDEX,
@@ -98,8 +98,8 @@ def export_diffusers(model: Convertible, folder: Path) -> dict[str, Any]:
         "unet": ["diffusers", diffusers_unet2d.CLASS],
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
-    if model.labels is not None:
-        index["id2label"] = {str(number): name for number, name in enumerate(model.labels.names)}
+    if model.class_labels is not None:
+        index["id2label"] = {str(number): name for number, name in enumerate(model.class_labels.names)}
     if codec is not None:
         index["vqvae"] = ["diffusers", _pipeline_codec(codec)]
     with whole_folder(folder) as new:
@@ -161,7 +161,7 @@ def _model(contents: Contents, first: str | None) -> Imported:
     return Imported(model, {**report, **weights, "fingerprint": fingerprint(network)})
 
 
-def _labels(folder: Path, names: Any) -> Labels | None:
+def _labels(folder: Path, names: Any) -> ClassLabels | None:
     """The classes of a pipeline's U-Net, of which one without a name means "no class"."""
     config = read_json(folder / "unet" / CONFIG, "pipeline")
     if not config.get("sample_size"):
@@ -172,4 +172,4 @@ def _labels(folder: Path, names: Any) -> Labels | None:
     told = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else [str(n) for n in range(rows)]
     if len(told) not in (rows, rows - 1):
         raise UserError(f"{folder / INDEX} names {len(told)} classes, and its U-Net knows {rows}.")
-    return Labels(tuple(told), DROPOUT if len(told) < rows else 0.0)
+    return ClassLabels(tuple(told), DROPOUT if len(told) < rows else 0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from carrara.classifier import Classifier
 from carrara.codecs import LearnedCodec
-from carrara.conditioning import Labels
+from carrara.conditioning import ClassLabels
 from carrara.convert.imported import Asked, Contents, Convertible, Imported, there_and_back, write_weights
 from carrara.convert.parity import fingerprint, own_network
 from carrara.errors import UserError, nearest
@@ -125,6 +125,6 @@ def _assembled(network: UNet | EncoderClassifier, found: Published, origin: str)
         network,
         schedule,
         (network.params.prediction_channels, height, width),
-        labels=Labels(names) if names else None,
+        conditioners=(ClassLabels(names),) if names else (),
         origin=origin,
     )

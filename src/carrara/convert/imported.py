@@ -17,7 +17,7 @@ from torch import Tensor
 from carrara import codecs
 from carrara.classifier import Classifier
 from carrara.codecs import Codec, Identity, LearnedCodec
-from carrara.conditioning import Labels
+from carrara.conditioning import ClassLabels
 from carrara.errors import UserError
 from carrara.files import write_whole
 from carrara.interop.diffusers_folder import CONFIG, read_json
@@ -111,7 +111,7 @@ def assembled(
     network: UNet,
     schedule: Schedule,
     predicts: Predicts,
-    labels: Labels | None,
+    labels: ClassLabels | None,
     codec: LearnedCodec | None,
     size: tuple[int, ...],
     path: Path,
@@ -137,8 +137,11 @@ def assembled(
         channels, factor = codec.params.in_channels, codec.reduction
     shape = (channels, size[0] * factor, size[1] * factor)
     origin = f"{path.name}, imported"
+    conditioners = () if labels is None else (labels,)
     inner: Codec = Identity() if codec is None else codec
-    return DiffusionModel(network, schedule, shape, predicts=predicts, labels=labels, codec=inner, origin=origin)
+    return DiffusionModel(
+        network, schedule, shape, predicts=predicts, conditioners=conditioners, codec=inner, origin=origin
+    )
 
 
 def refuse_taken(folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from carrara.condition import Condition
+from carrara.conditioning import NullForm
 from carrara.distributed import first_tells, in_turn
 from carrara.errors import UserError
 from carrara.evaluation.bootstrap import mean_interval
@@ -105,11 +106,13 @@ def _refuse_other_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ..
 
 def _condition(model: DiffusionModel, pictures: Pictures) -> tuple[Condition, str]:
     """What the model is told of each picture, and that in words."""
-    if model.labels is None:
-        return Condition().batch(pictures.count), "none"
+    classes = model.class_labels
+    if classes is None:
+        return Condition(), "none"
     if pictures.labels is None:
-        return model.labels.null().batch(pictures.count), "dropped label"
-    return model.labels.condition(pictures.labels), "own class"
+        label = torch.zeros(pictures.count, dtype=torch.int64)
+        return NullForm((classes,)).null(Condition(label=label)), "dropped label"
+    return Condition(label=classes.indices(pictures.labels)), "own class"
 
 
 def _together(bounds: tuple[Bound, ...]) -> Bound:

@@ -23,6 +23,7 @@ from carrara.data.batches import in_threads
 from carrara.errors import UserError, nearest
 from carrara.images import from_uint8, to_uint8
 from carrara.model import DiffusionModel
+from carrara.sampling import UNSTAMPED
 from carrara.solvers import Solver
 
 OWN_SIZE = "own size"
@@ -109,7 +110,7 @@ def model_pictures(
     def make(rows: range) -> Tensor:
         told = None if classes is None else classes[rows.start : rows.stop]
         made = model.sample(told, len(rows), first=rows.start, batch_size=len(rows), **told_classifier, **choices)  # type: ignore[arg-type]
-        sampling.update({key: made.protocol[key] for key in made.protocol if key not in ("carrara", "first")})
+        sampling.update({key: value for key, value in made.metadata.items() if key not in UNSTAMPED})
         if classes is not None:
             sampling["classes"] = "in turn" if shares is None else "in the reference's shares"
         return _rounded(made.images)

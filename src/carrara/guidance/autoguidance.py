@@ -12,7 +12,7 @@ from carrara.process.schedules import Time
 
 
 def autoguidance(scale: float, weak: Denoiser) -> Guide:
-    """ε̂ = ε_weak + w (ε - ε_weak), both told the same condition; w = 1 is the model alone and costs one pass.
+    """ε̂ = ε_weak + w (ε - ε_weak), both under the same condition; w = 1 is the model alone and costs one pass.
 
     Args:
         scale: w, any finite number.

@@ -29,18 +29,19 @@ def classifier_guidance(
     schedule: Schedule | None = None,
     grid: Grid | None = None,
 ) -> Guide:
-    """Leads towards p(x_t)·p(y|x_t)^w with g = ∇ log p(y|·), taken in float32 or more whatever the autocast.
+    """Guides toward p(x_t)·p(y|x_t)^w with g = ∇ log p(y|·), taken in float32 or more whatever the autocast.
 
     Args:
-        classifier: trained on noisy images, told the original time whatever grid is walked.
-        scale: w; 0 asks no classifier.
-        label: y, one class for all, or int64 [B]; None takes the condition's label.
+        classifier: trained on noisy images, at the original time whatever the grid.
+        scale: w; 0 does not evaluate the classifier.
+        label: y, one class for all, or int64 [B]; None takes the condition's target, or
+            else its label.
         form: "score" (algorithm 2, for every solver): ε̂ ← ε̂ - w s g. "mean" (algorithm 1): w·g pends until the
             ancestral solver adds Σ·w·g to its mean; every other solver folds it into ε̂ as above.
         at: where g is taken: "x" is (x_t, t), as the authors' program does; "mean" is (μ, s), as the paper
-            writes it: the posterior mean and the next time of the walk. The classifier is never asked at the
+            writes it: the posterior mean and the next time of the grid. The classifier is never evaluated at the
             clean point, but at the least noisy time instead.
-        schedule, grid: the walk, from which μ and s follow; for at = "mean" only.
+        schedule, grid: of the integration, from which μ and s follow; for at = "mean" only.
 
     Raises:
         UserError: a scale that is NaN or infinite, an unknown word, a missing or unknown label or grid.
@@ -48,9 +49,13 @@ def classifier_guidance(
     check_scale(scale)
     for word, known in ((form, ("score", "mean")), (at, ("x", "mean"))):
         if word not in known:
-            raise UserError(f"classifier guidance knows no '{word}': {nearest(word, known)}")
+            raise UserError(f"classifier guidance knows no '{word}': {nearest(word, known)}", key=word, code="unknown")
     if (at == "mean") != (schedule is not None and grid is not None):
-        raise UserError("classifier guidance takes schedule and grid with at='mean', where it needs both.")
+        raise UserError(
+            "classifier guidance takes schedule and grid with at='mean', where it needs both.",
+            key="grid",
+            code="missing",
+        )
 
     def guide(denoiser: Denoiser) -> Denoiser:
         if scale == 0:
@@ -58,10 +63,10 @@ def classifier_guidance(
 
         def guided(x: Tensor, t: Time, condition: Condition) -> Prediction:
             prediction = denoiser(x, t, condition)
-            asked, time = x, t
+            at_x, time = x, t
             if schedule is not None and grid is not None:
-                asked, time = _mean(prediction, t, schedule, grid)
-            gradient = scale * log_gradient(classifier, asked, time, _labels(label, condition, x))
+                at_x, time = _mean(prediction, t, schedule, grid)
+            gradient = scale * log_gradient(classifier, at_x, time, _labels(label, condition, x))
             if form == "score":
                 return prediction.with_score(gradient)
             if prediction.pending is not None:
@@ -80,20 +85,25 @@ def log_gradient(classifier: Classifier, x: Tensor, t: Time, labels: Tensor) -> 
         UserError: a label that the classifier does not know.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        dtype = x.dtype
         precise = torch.promote_types(x.dtype, torch.float32)
-        asked = x.detach().to(precise).clone().requires_grad_()
-        logits = classifier(asked, t)
+        x = x.detach().to(precise).clone().requires_grad_()
+        logits = classifier(x, t)
         _check_labels(labels, logits.shape[1])
         log_probability = logits.to(precise).log_softmax(dim=1).gather(1, labels[:, None])
-        (gradient,) = torch.autograd.grad(log_probability.sum(), asked)
-    return gradient.to(x.dtype)
+        (gradient,) = torch.autograd.grad(log_probability.sum(), x)
+    return gradient.to(dtype)
 
 
 def _labels(label: int | Tensor | None, condition: Condition, x: Tensor) -> Tensor:
     if label is None:
-        label = condition.label
+        label = condition.label if condition.target is None else condition.target
     if label is None:
-        raise UserError("classifier guidance needs a class: give a label, or a condition that holds one.")
+        raise UserError(
+            "classifier guidance needs a class: give a label, or a condition with a target.",
+            key="label",
+            code="missing",
+        )
     return torch.as_tensor(label, dtype=torch.int64, device=x.device).reshape(-1).expand(len(x))
 
 
@@ -102,7 +112,7 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         return  # reading values would stall the device; `gather` fails there by itself
     wrong = labels[(labels < 0) | (labels >= classes)]
     if wrong.numel():
-        raise UserError(f"label {int(wrong[0])} is out of range: the classifier knows 0..{classes - 1}.")
+        raise UserError(f"label {int(wrong[0])} is out of range: the classifier knows 0..{classes - 1}.", key="label")
 
 
 def _mean(prediction: Prediction, t: Time, schedule: Schedule, grid: Grid) -> tuple[Tensor, Time]:

@@ -1,4 +1,4 @@
-"""The arithmetic that the rules share: predictions of one x, weighed so that the weights sum to 1."""
+"""The arithmetic that guides share: predictions for one x, combined with weights that sum to 1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from carrara.condition import Condition
-from carrara.process.prediction import Denoiser, Prediction
+from carrara.process.prediction import Prediction
 from carrara.process.schedules import Time
 
 
@@ -25,18 +25,22 @@ def extrapolate(base: Prediction, target: Prediction, weight: float | Tensor) ->
     return replace(target, eps=torch.lerp(base.eps, target.eps, weight), x0=torch.lerp(base.x0, target.x0, weight))
 
 
-def ask_together(denoiser: Denoiser, x: Tensor, t: Time, conditions: Sequence[Condition]) -> list[Prediction]:
-    """The predictions for one x [B, …] under several conditions, from one call with all rows one after the other.
+def stacked(x: Tensor, t: Time, conditions: Sequence[Condition]) -> tuple[Tensor, Time, Condition]:
+    """The arguments of one call for x [B, …] under several conditions, all rows one after the other.
 
     Args:
-        denoiser: asked once, with a batch of B times the number of conditions.
         x, t: see `Denoiser`.
         conditions: each of one row or of B rows.
     """
     size, count = len(x), len(conditions)
     joined = Condition.join([condition.batch(size) for condition in conditions])
     time = t.repeat(count) if isinstance(t, Tensor) and t.ndim else t
-    prediction = denoiser(torch.cat([x] * count), time, joined)
+    return torch.cat([x] * count), time, joined
+
+
+def predictions(prediction: Prediction, count: int) -> list[Prediction]:
+    """What one call on `stacked` arguments predicted, condition by condition."""
+    size = len(prediction.x) // count
     return [_rows(prediction, slice(i * size, (i + 1) * size)) for i in range(count)]
 
 

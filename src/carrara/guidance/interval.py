@@ -13,7 +13,7 @@ from carrara.process.schedules import Time
 
 
 def interval(guide: Guide, low: float, high: float) -> Guide:
-    """Another guide at times in (low, high], the plain denoiser at all others.
+    """Another guide at times in (low, high]; the plain denoiser at all others.
 
     The paper names noise levels σ/a; `schedule.time_at(-2 ln(σ/a))` is their time. Outside the interval only the
     plain conditional pass is paid for.
@@ -26,7 +26,7 @@ def interval(guide: Guide, low: float, high: float) -> Guide:
         UserError: the interval is empty.
     """
     if not low < high:
-        raise UserError(f"the guidance interval ({low}, {high}] is empty.")
+        raise UserError(f"the guidance interval ({low}, {high}] is empty.", key="interval")
 
     def limited(denoiser: Denoiser) -> Denoiser:
         guided = guide(denoiser)
@@ -39,8 +39,8 @@ def interval(guide: Guide, low: float, high: float) -> Guide:
             plain = denoiser(x, t, condition)
             if not bool(inside.any()):
                 return plain
-            share = inside.to(x).reshape(-1, *[1] * (x.ndim - 1))
-            return extrapolate(plain, guided(x, t, condition).folded(), share)
+            weight = inside.to(x).reshape(-1, *[1] * (x.ndim - 1))
+            return extrapolate(plain, guided(x, t, condition).folded(), weight)
 
         return choose
 

@@ -12,22 +12,22 @@ from carrara.process.prediction import Prediction
 Quantity = Literal["eps", "x0", "v"]
 
 
-def rescaled(guided: Prediction, plain: Prediction, share: float, of: Quantity = "eps") -> Prediction:
-    """Strong guidance spreads the values; this gives a share φ of their old spread back.
+def rescaled(guided: Prediction, plain: Prediction, fraction: float, of: Quantity = "eps") -> Prediction:
+    """Strong guidance widens the values; this restores a fraction φ of their standard deviation.
 
     The factor is φ·std(plain)/std(guided) + 1 - φ, the standard deviation per sample over C, H, W.
 
     Args:
         guided: after guidance.
         plain: the conditional prediction before it, for the same x.
-        share: φ, 0 (no change) to 1 (the plain spread).
+        fraction: φ, 0 (no change) to 1 (the conditional prediction's standard deviation).
         of: what is measured and multiplied. The paper says "the model's output": "eps" for an ε-model, "v" for
             a v-model, "x0" for the clean image's own contrast.
     """
     before, after = _quantity(plain, of), _quantity(guided, of)
     dims = tuple(range(1, after.ndim))
     ratio = before.std(dim=dims, keepdim=True) / after.std(dim=dims, keepdim=True)
-    changed = after * (share * ratio + (1 - share))
+    changed = after * (fraction * ratio + (1 - fraction))
     if of == "eps":
         return guided.with_eps(changed)
     if of == "x0":

@@ -4,13 +4,6 @@ from carrara.objectives.base import Examples, Objective, Terms
 from carrara.objectives.classifier import ClassifierObjective
 from carrara.objectives.codec import LOSSES, CodecLoss, CodecObjective
 from carrara.objectives.diffusion import DiffusionObjective, Loss
-from carrara.objectives.super_resolution import (
-    NoiseAugmentation,
-    SuperResolutionObjective,
-    Upsampling,
-    pairs,
-    shrunk_size,
-)
 from carrara.objectives.times import (
     CleanTimes,
     LogitNormalTimes,
@@ -33,15 +26,10 @@ __all__ = [
     "LogitNormalTimes",
     "Loss",
     "LossAwareTimes",
-    "NoiseAugmentation",
     "Objective",
-    "SuperResolutionObjective",
     "Terms",
     "TimeSampler",
     "UniformTimes",
-    "Upsampling",
     "Weight",
     "WeightKind",
-    "pairs",
-    "shrunk_size",
 ]

@@ -1,14 +1,17 @@
-"""The diffusion objectives: L_simple, L_vlb and L_hybrid, for any prediction kind (MATH §4)."""
+"""The diffusion objectives: L_simple, L_vlb and L_hybrid, for any prediction kind (docs/math.md §4)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from carrara import conditioning
 from carrara.condition import Condition
+from carrara.conditioning import Conditioner
 from carrara.errors import UserError, nearest
 from carrara.objectives.base import Examples, Terms
 from carrara.objectives.times import TimeSampler, UniformTimes, draw_uniform
@@ -23,31 +26,30 @@ from carrara.process.transitions import diffuse
 
 Loss = Literal["simple", "hybrid", "vlb"]
 
-NOISE, TIME, DROPOUT = 0, 1, 2
-"""The draws of one training step, told apart by their sub-draw."""
+NOISE, TIME = 0, 1
+"""The sub-draws of one training step; the conditioners' follow, see `carrara.conditioning`."""
 
 
 class DiffusionObjective:
-    """The mean over dimensions of the squared error of what the network tells, or the variational bound.
+    """The mean over dimensions of the squared error of what the network predicts, or the variational bound.
 
     Args:
         network: `network(x, network_time, condition) -> raw`, [B, C, H, W], 2C channels with a learned variance.
         schedule: the noise levels.
-        predicts: what the network tells.
-        times: which levels are visited; by default all alike.
-        null: the condition of a dropped sample, one row; None trains without condition dropout.
-        dropout: probability with which each sample's condition is dropped (Ho & Salimans 2022 use 0.1).
-        loss: "simple", weight·(target - told)² (Ho et al. 2020, eq. 14); "vlb", T·L_t in bits per dimension, whose
-            expectation over uniform t is the bound without its prior; "hybrid", the first plus `vlb_weight` times
+        predicts: what the network predicts.
+        times: how times are drawn; uniformly by default.
+        conditioners: each is dropped for some samples, by its own probability (Ho & Salimans 2022 use 0.1).
+        loss: "simple", weight·(target - prediction)² (Ho et al. 2020, eq. 14); "vlb", T·L_t in bits per dimension,
+            whose expectation over uniform t is the bound without its prior; "hybrid", the first plus `vlb_weight` times
             the second with the mean detached, so that the bound teaches the variance alone (Nichol & Dhariwal
             2021, eq. 16).
         weight: how much each level counts in the squared error.
-        learned_variance: the network tells its reverse variance too: needs "hybrid" or "vlb".
+        learned_variance: the network predicts its reverse variance too: needs "hybrid" or "vlb".
         chain: the chain whose bound is meant, T pairs; by default the whole table with 256 levels a pixel.
         vlb_weight: λ of the hybrid.
 
     Raises:
-        UserError: settings that cannot train a model, told in one sentence.
+        UserError: settings that cannot train a model.
     """
 
     def __init__(
@@ -56,8 +58,7 @@ class DiffusionObjective:
         schedule: Schedule,
         predicts: Predicts = "eps",
         times: TimeSampler | None = None,
-        null: Condition | None = None,
-        dropout: float = 0.0,
+        conditioners: Sequence[Conditioner] = (),
         *,
         loss: Loss = "simple",
         weight: Weight | None = None,
@@ -65,23 +66,28 @@ class DiffusionObjective:
         chain: Chain | None = None,
         vlb_weight: float = 1e-3,
     ) -> None:
-        if not 0 <= dropout < 1:
-            raise UserError(f"the condition dropout lies in 0..1, {dropout:g} does not.")
-        if dropout > 0 and null is None:
-            raise UserError("condition dropout needs a null condition to drop to.")
+        key = "objective.loss"
         if loss not in get_args(Loss):
-            raise UserError(f"there is no loss '{loss}': {nearest(loss, get_args(Loss))}")
+            raise UserError(f"there is no loss '{loss}': {nearest(loss, get_args(Loss))}", key=key, code="unknown")
         if learned_variance and loss == "simple":
-            raise UserError("loss 'simple' never trains a learned variance: use 'hybrid' or 'vlb'.")
+            raise UserError(
+                "loss 'simple' never trains a learned variance: use 'hybrid' or 'vlb'.", key=key, code="conflict"
+            )
         if loss == "hybrid" and not learned_variance:
-            raise UserError("loss 'hybrid' trains a learned variance, which this network does not have: use 'simple'.")
+            raise UserError(
+                "loss 'hybrid' trains a learned variance, which this network does not have: use 'simple'.",
+                key=key,
+                code="conflict",
+            )
         if loss != "simple" and chain is None:
             if not schedule.discrete:
-                raise UserError("the bound of a continuous schedule needs a chain: name the grid that is meant.")
+                raise UserError(
+                    "the bound of a continuous schedule needs a chain: give its grid.", key="chain", code="missing"
+                )
             chain = Chain(schedule, grids.trailing(schedule, int(schedule.final_time)))
         self.network, self.schedule, self.predicts = network, schedule, predicts
         self.times = times or UniformTimes(chain.grid if chain else None)
-        self.null, self.dropout = null, dropout
+        self.conditioners = tuple(conditioners)
         self.loss, self.weight, self.chain, self.vlb_weight = loss, weight or Weight(), chain, vlb_weight
         self.learned_variance = learned_variance
         _check_zero_snr(schedule, predicts, self.weight if loss != "vlb" else Weight())
@@ -94,7 +100,7 @@ class DiffusionObjective:
         self.players[player]
         x0, size = batch.x0, batch.x0.shape[0]
         times, importance = self.times.draw(self.schedule, draw_uniform(draw, size, TIME))
-        condition = self._condition(batch.condition, draw, size)
+        condition = conditioning.drop(self.conditioners, batch.condition, draw, size)
         loss, scalars = self.losses(x0, times, draw.like(x0, sub=NOISE), condition)
         if loss.requires_grad:
             self.times.observe(times, loss.detach(), range(size) if draw.ids is None else draw.ids)
@@ -106,7 +112,7 @@ class DiffusionObjective:
         Args:
             x0, eps: clean images and noise, [B, …].
             times: schedule time of every sample, [B]; for a bound, times of its grid.
-            condition: what the network is told, dropout done.
+            condition: of every sample, after any dropout.
 
         Returns:
             The loss [B], differentiable; scalars [B] each, detached: `mse`, the plain squared error, and `vb`, the
@@ -114,7 +120,7 @@ class DiffusionObjective:
         """
         x = diffuse(self.schedule, x0, times, eps)
         denoiser = NetworkDenoiser(self.network, self.schedule, self.predicts, self.learned_variance)
-        raw, fraction = denoiser.ask(x, times, condition)
+        raw, fraction = denoiser.raw(x, times, condition)
         error = (raw - target(self.predicts, self.schedule, x0, eps, times)).square().flatten(1).mean(1)
         scalars = {"mse": error.detach()}
         if self.loss == "simple" or self.chain is None:
@@ -131,12 +137,6 @@ class DiffusionObjective:
     def _weigh(self, error: Tensor, times: Tensor) -> Tensor:
         return error * self.weight(self.predicts, self.schedule, times).to(error)
 
-    def _condition(self, condition: Condition, draw: Noise, size: int) -> Condition:
-        if self.null is None or self.dropout == 0:
-            return condition
-        keep = draw_uniform(draw, size, DROPOUT) >= self.dropout
-        return condition.mix(keep, self.null)
-
     def settle(self) -> None:
         self.times.settle()
 
@@ -148,26 +148,30 @@ class DiffusionObjective:
 
 
 def quarters(schedule: Schedule, times: Tensor) -> Tensor:
-    """Which quarter of what the network is told each time falls into, 0 the cleanest; int64 [B].
+    """Which quarter of the network's times each time falls into, 0 the cleanest; int64 [B].
 
-    Counted in the network's own time, so that EDM's levels, of which most lie below 1 of 80, spread too.
+    Counted in the network's own time, so that EDM's levels, of which most lie below 1 of 80, fall into all of them.
     """
     first, final = schedule.network_time(schedule.first_time), schedule.network_time(schedule.final_time)
-    share = (schedule.network_time(times) - first) / (final - first)
-    return (share * 4).long().clamp(0, 3)
+    fraction = (schedule.network_time(times) - first) / (final - first)
+    return (fraction * 4).long().clamp(0, 3)
 
 
 def _check_zero_snr(schedule: Schedule, predicts: Predicts, weight: Weight) -> None:
-    """See that the level where no signal is left, from which sampling starts, can be predicted and is trained."""
+    """Raises UserError unless the level without signal, from which sampling starts, can be predicted and is trained."""
     last = torch.tensor([schedule.final_time], dtype=torch.float64)
     if float(schedule.alpha(last)) > 0:
         return
     if predicts == "eps":
         raise UserError(
-            "this schedule ends at zero SNR, where ε says nothing about the image: predict 'v', 'x0' or 'flow'."
+            "this schedule ends at zero SNR, where ε does not determine the image: predict 'v', 'x0' or 'flow'.",
+            key="objective.predicts",
+            code="conflict",
         )
     if schedule.discrete and float(weight(predicts, schedule, last)) < 1e-12:
         raise UserError(
             f"the weight '{weight.kind}' is 0 at this schedule's zero-SNR end, from which sampling starts: "
-            "give it a floor (0.1, say)."
+            "give it a floor (0.1, for example).",
+            key="objective.weight",
+            code="conflict",
         )

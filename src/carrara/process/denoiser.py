@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -52,10 +52,18 @@ class NetworkDenoiser:
         if self.predicts == "previous" and not isinstance(self.schedule, Discrete):
             raise UserError("a network that predicts the previous image needs the discrete schedule it was trained on.")
 
-    def ask(self, x: Tensor, t: Time, condition: Condition) -> tuple[Tensor, Tensor | None]:
-        """What the network tells, in x's type: its answer [B, …] and its raw variance fraction, if it gives one."""
-        seen = network_input(self.predicts, x, *scales(self.schedule, t, x))
-        raw = self.network(seen, network_times(self.schedule, t, x), condition).to(x.dtype)
+    def raw(self, x: Tensor, t: Time, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """What the network predicts, in x's type: [B, …], and its raw variance fraction, if it has one."""
+        return self._split(x, self.network(*self._arguments(x, t, condition)))
+
+    def _arguments(self, x: Tensor, t: Time, condition: Condition) -> tuple[Tensor, Tensor, Condition]:
+        """What the network is called with; the target of classifier guidance is not for it."""
+        scaled = network_input(self.predicts, x, *scales(self.schedule, t, x))
+        condition = condition if condition.target is None else replace(condition, target=None)
+        return scaled, network_times(self.schedule, t, x), condition
+
+    def _split(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        raw = raw.to(x.dtype)
         expected = x.shape[1] * (2 if self.learned_variance else 1)
         if raw.shape[1] != expected:
             raise UserError(
@@ -64,12 +72,13 @@ class NetworkDenoiser:
             )
         if not self.learned_variance:
             return raw, None
-        answer, fraction = raw.chunk(2, dim=1)
-        return answer, fraction
+        output, fraction = raw.chunk(2, dim=1)
+        return output, fraction
 
     def __call__(self, x: Tensor, t: Time, condition: Condition) -> Prediction:
-        raw, fraction = self.ask(x, t, condition)
-        return to_prediction(self.predicts, self.schedule, x, t, raw, fraction)
+        # called here rather than through `raw`: as few frames as possible stand between `sample` and the network
+        output, fraction = self._split(x, self.network(*self._arguments(x, t, condition)))
+        return to_prediction(self.predicts, self.schedule, x, t, output, fraction)
 
 
 @dataclass(frozen=True)

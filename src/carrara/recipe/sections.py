@@ -85,7 +85,7 @@ class Upsampling(Section):
             factor × factor pixels. In a codec's latents at least the codec's reduction.
         noise: the most noise that the small images get in training, so that the model does not trust every pixel of
             what another one made: a share of the cosine schedule, 0 none, 1 nothing but noise. Sampling may take any
-            level up to it (`DiffusionModel.sample(small_noise=…)`).
+            level up to it (`DiffusionModel.sample(noise_level=…)`).
     """
 
     factor: int = Field(4, ge=2)

@@ -71,7 +71,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         from carrara import solvers
-        from carrara.objectives import shrunk_size
+        from carrara.conditioning import shrunk_size
         from carrara.process import schedules
 
         schedules.build(self.schedule.spec())

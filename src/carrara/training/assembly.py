@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from carrara import distributed
-from carrara.conditioning import Labels
 from carrara.data import Batch, Batches, Preprocess, ShuffledShards, Source, aspect_buckets, open_source
 from carrara.data.order import Order
 from carrara.distributed import Processes
@@ -52,8 +51,8 @@ def order_of(recipe: Recipe, source: Source) -> Order | None:
     if recipe.kind != "diffusion" or recipe.codec or (begun is not None and not begun.codec.pixels):
         raise UserError("data.buckets are for diffusion models of pixels: latents and other networks take one size.")
     params: Any = recipe.network_params(classes=2) if begun is None else begun.network.params
-    upsampling = recipe.upsampling if begun is None else begun.upsampling
-    factor = math.lcm(params.factors[-1], 1 if upsampling is None else upsampling.factor)
+    upsampling = recipe.upsampling if begun is None else begun.low_res
+    factor = math.lcm(params.factors[-1], (upsampling and upsampling.factor) or 1)
     sizes = None if data.buckets == "auto" else data.buckets
     buckets = aspect_buckets(source, data.resolution, recipe.training.batch_size, factor, sizes=sizes)
     source.notices.append(buckets.sentence)
@@ -96,22 +95,6 @@ def shown_batch(recipe: Recipe, source: Source, rows: range) -> Batch:
         positions=torch.cat([batch.positions for batch in found]),
         names=[name for batch in found for name in batch.names],
     )
-
-
-def labels_of(recipe: Recipe, source: Source) -> Labels | None:
-    """The classes that the model is told, or None.
-
-    Raises:
-        UserError: the recipe conditions on labels and the data have none.
-    """
-    if recipe.conditioning.kind == "none":
-        return None
-    if source.class_names is None:
-        raise UserError(
-            f"the recipe conditions on labels, but {source.name} has none: sort the images into one folder per class, "
-            "or set conditioning.kind=none."
-        )
-    return Labels(source.class_names, recipe.conditioning.dropout)
 
 
 def spread(networks: Iterable[nn.Module], processes: Processes) -> None:

@@ -1,9 +1,10 @@
-"""`DiffusionModel.sample` with small images, against closed forms: what is laid on them is what the network is told."""
+"""`DiffusionModel.sample` of low-resolution images, against closed forms: their noise is what the network is given."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.condition import Condition
-from carrara.errors import UserError
+from carrara.conditioning import LowRes, NoiseAugmentation, TrainingInputs, shrink
 from carrara.model import DiffusionModel
-from carrara.objectives import NoiseAugmentation, SuperResolutionObjective, Upsampling, pairs
+from carrara.objectives import DiffusionObjective, Examples
 from carrara.process import Noise, schedules
+from tests.errors import refused
 
 SCHEDULE = schedules.cosine(1000)
 AUGMENTATION = NoiseAugmentation.up_to(0.5)
@@ -22,7 +24,7 @@ FACTOR, VARIANCE = 2, 0.04
 
 
 class Exact(nn.Module):
-    """E[x_0|x_t, small] of pixels N(0, v), each on its own, told the small image with noise and its level.
+    """E[x_0|x_t, small] of independent pixels N(0, v), given the low-resolution image with noise and its level.
 
     A pixel is the mean m of its block, N(0, v/f²), plus what is left of it; the two are independent. The rest is known
     from x_t alone, m from x_t's mean and from the small image α m + σ ε.
@@ -50,20 +52,20 @@ class Exact(nn.Module):
         return (F.interpolate(m, x.shape[2:], mode="nearest") + rest).to(x)
 
 
-def exact(upsampling: Upsampling | None = None) -> DiffusionModel:
-    upsampling = upsampling or Upsampling(FACTOR, AUGMENTATION)
-    return DiffusionModel(Exact(), SCHEDULE, (1, 8, 8), "x0", upsampling=upsampling)
+LOW_RES = LowRes((1, 8, 8), FACTOR, AUGMENTATION)
+
+
+def exact(low_res: LowRes = LOW_RES) -> DiffusionModel:
+    return DiffusionModel(Exact(), SCHEDULE, (1, 8, 8), "x0", (low_res,))
 
 
 def shrunk(images: Tensor) -> Tensor:
-    small = pairs(images, FACTOR).condition.concat
-    assert small is not None
-    return small
+    return shrink(images, FACTOR)
 
 
 def test_shrunk_again_a_sample_is_the_small_image() -> None:
     small = Noise(1).normal((64, 1, 4, 4)) * VARIANCE**0.5 / FACTOR
-    made = exact().sample(small=small, steps=100)
+    made = exact().sample(low_res=small, steps=100)
     # the small image's noise is set to 1e-4 of the oracle where there is none
     torch.testing.assert_close(shrunk(made.images), small, atol=1e-3, rtol=0)
     rest = made.images - F.interpolate(small, (8, 8), mode="nearest")
@@ -73,10 +75,10 @@ def test_shrunk_again_a_sample_is_the_small_image() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
 def test_with_noise_a_sample_keeps_to_the_small_image_as_far_as_that_goes(share: float) -> None:
-    """m given α m_0 + σ ε is N(κ (α m_0 + σ ε), V), V = 1/(f²/v + α²/σ²), κ = V α/σ². A network that is told another
-    level than was laid on the image trusts it too much or too little, which these moments show."""
+    """m given α m_0 + σ ε is N(κ (α m_0 + σ ε), V), V = 1/(f²/v + α²/σ²), κ = V α/σ². A network that is given another
+    level than the image has trusts it too much or too little, which these moments show."""
     truth, count = 0.12, 600
-    made = exact().sample(small=torch.full((count, 1, 4, 4), truth), steps=100, small_noise=share)
+    made = exact().sample(low_res=torch.full((count, 1, 4, 4), truth), steps=100, noise_level=share)
     level = AUGMENTATION.level(share)
     alpha, sigma = float(AUGMENTATION.schedule.alpha(level)), float(AUGMENTATION.schedule.sigma(level))
     variance = 1 / (FACTOR**2 / VARIANCE + (alpha / sigma) ** 2)
@@ -89,18 +91,19 @@ def test_with_noise_a_sample_keeps_to_the_small_image_as_far_as_that_goes(share:
     assert float(means.var()) == pytest.approx(spread, rel=0.08)
 
 
-def test_training_and_sampling_tell_a_level_alike() -> None:
-    """The level that a training step drew, asked for in sampling: the same number is told, and the same noise laid."""
+def test_training_and_sampling_give_a_level_alike() -> None:
+    """The level that a training step drew, requested in sampling: the same number and the same noise."""
     network = Exact()
-    model = DiffusionModel(network, SCHEDULE, (1, 8, 8), "x0", upsampling=Upsampling(FACTOR, AUGMENTATION))
+    model = DiffusionModel(network, SCHEDULE, (1, 8, 8), "x0", (LOW_RES,))
     images = Noise(1).uniform((5, 1, 8, 8)).float() * 2 - 1
-    objective = SuperResolutionObjective(network, SCHEDULE, AUGMENTATION, predicts="x0")
-    objective.terms(pairs(images, FACTOR), Noise(3).rows(range(5)), "network")
+    draw = Noise(3).rows(range(5))
+    pairs = Examples(images, LOW_RES.examples(TrainingInputs(images), draw))
+    DiffusionObjective(network, SCHEDULE, "x0", conditioners=(LOW_RES,)).terms(pairs, draw, "network")
     trained = network.conditions[-1]
     assert trained.vector is not None
     assert trained.concat is not None
     for row, share in enumerate(trained.vector[:, 0].tolist()):
-        model.sample(small=shrunk(images)[row : row + 1], steps=1, small_noise=share, seed=3, first=row)
+        model.sample(low_res=shrunk(images)[row : row + 1], steps=1, noise_level=share, seed=3, first=row)
         told = network.conditions[-1]
         assert told.vector is not None
         assert told.concat is not None
@@ -120,30 +123,32 @@ def test_what_it_was_trained_for_is_saved(upsampler_run: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("small", "share", "sentence"),
+    ("low_res", "level", "code", "key"),
     [
-        (torch.zeros(2, 1, 8, 8), 0.0, "makes images of 1×8×8 from smaller ones of 1×4×4, not from 1×8×8"),
-        (torch.zeros(2, 3, 4, 4), 0.0, "of 1×4×4, not from 3×4×4"),
-        (torch.zeros(4, 4), 0.0, "of 1×4×4, not from 4"),
-        (torch.full((2, 1, 4, 4), 200.0), 0.0, r"outside of \[-1, 1\]"),
-        (torch.full((2, 1, 4, 4), float("nan")), 0.0, r"outside of \[-1, 1\]"),
-        (torch.zeros(2, 1, 4, 4), 0.6, "up to 0.5 in training, 0.6 was never learned from"),
-        (torch.zeros(2, 1, 4, 4), -0.1, "-0.1 was never learned from"),
-        (None, 0.0, "give it the small images"),
+        (torch.zeros(2, 1, 8, 8), 0.0, "shape", "low_res"),
+        (torch.zeros(2, 3, 4, 4), 0.0, "shape", "low_res"),
+        (torch.zeros(4, 4), 0.0, "shape", "low_res"),
+        (torch.full((2, 1, 4, 4), 200.0), 0.0, "invalid", "low_res"),
+        (torch.full((2, 1, 4, 4), float("nan")), 0.0, "invalid", "low_res"),
+        (torch.zeros(2, 1, 4, 4), 0.6, "invalid", "noise_level"),
+        (torch.zeros(2, 1, 4, 4), -0.1, "invalid", "noise_level"),
+        (None, 0.0, "missing", "low_res"),
     ],
 )
-def test_what_an_up_sampler_cannot_enlarge_is_refused(small: Tensor | None, share: float, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        exact().sample(small=small, small_noise=share)
+def test_what_an_up_sampler_cannot_enlarge_is_refused(
+    low_res: Tensor | None, level: float, code: Any, key: str
+) -> None:
+    with refused(code, key):
+        exact().sample(low_res=low_res, noise_level=level)
 
 
-def test_an_up_sampler_of_others_knows_no_noise(tiny_run: Path) -> None:
-    model = exact()
-    model.upsampling = None
-    with pytest.raises(UserError, match="knows no noise"):
-        model.sample(small=torch.zeros(1, 1, 4, 4), small_noise=0.1)
-    with pytest.raises(UserError, match="whose sides divide its own, not from 1×3×4"):
-        model.sample(small=torch.zeros(1, 1, 3, 4))
-    for words in ({"small": torch.zeros(1, 1, 4, 4)}, {"small_noise": 0.1}):
-        with pytest.raises(UserError, match="no up-sampler"):
-            DiffusionModel.load(tiny_run).sample([3], **words)
+def test_an_up_sampler_of_other_programs_takes_no_noise(tiny_run: Path) -> None:
+    model = exact(LowRes((1, 8, 8)))
+    with refused("unsupported", "noise_level"):
+        model.sample(low_res=torch.zeros(1, 1, 4, 4), noise_level=0.1)
+    with refused("shape", "low_res"):
+        model.sample(low_res=torch.zeros(1, 1, 3, 4))
+    inputs: dict[str, Any] = {"low_res": torch.zeros(1, 1, 4, 4), "noise_level": 0.1}
+    for name, value in inputs.items():
+        with refused("unsupported", name):
+            DiffusionModel.load(tiny_run).sample([3], **{name: value})

@@ -1,0 +1,230 @@
+"""Sampling as a plan: everything decided, nothing computed; and what it gives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from carrara import images as pictures
+from carrara.condition import Condition
+from carrara.errors import UserError
+from carrara.modes import eval_mode
+from carrara.process import Denoiser, Grid, Guide, Noise, Prediction, Schedule
+from carrara.process.schedules import Time
+from carrara.solvers import DDIM, SOLVERS, Solver, Step, integrate
+from carrara.version import __version__
+
+METADATA = 1
+"""The version of samples' metadata; newer ones are refused."""
+
+UNSTAMPED = ("carrara", "format", "first", "arguments", "needs")
+"""The metadata that do not tell one way of sampling from another."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What sampling returns.
+
+    Attributes:
+        images: float32 [N, C, H, W] in [-1, 1].
+        latents: what the codec decoded, [N, C', H', W']; for pixel models the images before clamping.
+        labels: the class of every image, or None.
+        metadata: how they were made; `replay` gives the arguments that make them again.
+    """
+
+    images: Tensor
+    latents: Tensor
+    labels: list[int] | None
+    metadata: dict[str, Any]
+
+    def save(self, folder: str | Path, columns: int | None = None) -> None:
+        """Write one PNG per image (its metadata and row inside), `grid.png`, and `samples.npz`
+        (`arr_0` uint8 [N, H, W, C], `arr_1` labels)."""
+        folder = Path(folder)
+        first = int(self.metadata["first"])
+        for row, image in enumerate(self.images):
+            own = {**self.metadata, "row": first + row}
+            if self.labels is not None:
+                own["label"] = self.labels[row]
+            pictures.save_png(image, folder / f"seed{self.metadata['seed']}-{first + row:05d}.png", own)
+        sheet = pictures.grid(self.images, columns)
+        pictures.save_png(sheet, folder / "grid.png", self.metadata, scale=max(1, 64 // self.images.shape[-1]))
+        pictures.save_npz(folder / "samples.npz", self.images, self.labels)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sampling run, ready to start. `with plan.running(): for step in plan.steps(): …`; cancelling is `break`.
+
+    Attributes:
+        denoiser: the network with all guides around it.
+        schedule, solver, grid: what is integrated, by which method, at which times.
+        condition: of all samples, N rows.
+        noise: bound to the N samples.
+        shape: of one latent, [C', H', W'].
+        start: the noise to start from, [N, C', H', W']; None draws it.
+        device: where the network is.
+        modules: every network that is evaluated.
+        metadata: plain data, see `Samples`.
+    """
+
+    denoiser: Denoiser
+    schedule: Schedule
+    solver: Solver
+    grid: Grid
+    condition: Condition
+    noise: Noise
+    shape: tuple[int, ...]
+    start: Tensor | None
+    device: torch.device
+    modules: tuple[nn.Module, ...]
+    metadata: dict[str, Any]
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.noise.ids or ())
+
+    def parts(self, batch_size: int) -> Iterator[Plan]:
+        """The plan in batches; each sample is the same in any of them, up to the rounding of batched sums.
+
+        Raises:
+            UserError: a batch size below 1.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be at least 1.", key="batch_size")
+        ids = self.noise.ids or ()
+        for low in range(0, len(ids), batch_size):
+            rows = slice(low, low + batch_size)
+            yield replace(
+                self,
+                condition=self.condition.rows(rows),
+                noise=self.noise.rows(ids[rows]),
+                start=None if self.start is None else self.start[rows],
+                metadata={**self.metadata, "first": ids[low]},
+            )
+
+    def initial(self) -> Tensor:
+        """x at the grid's first time, float32 [N, C', H', W']: `start`, or pure noise σ(t)·ε."""
+        if self.start is not None:
+            return self.start.to(self.device, torch.float32)
+        scale = float(self.schedule.sigma(self.grid.times[0]))
+        return (scale * self.noise.normal((len(self), *self.shape))).to(self.device)
+
+    def steps(self) -> Iterator[Step]:
+        """The steps of the solver, one by one, the last at the clean end."""
+        condition = self.condition.to(self.device)
+        return integrate(self.denoiser, self.schedule, self.solver, self.grid, self.initial(), condition, self.noise)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Without gradients, and with every network in evaluation mode."""
+        with torch.no_grad(), eval_mode(*self.modules):
+            yield
+
+
+def describe(
+    solver: Solver, grid: Grid, word: str | Grid, scale: float, rescale: float, noise: Noise, inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The metadata of a plan: what made the picture, in words, `arguments` for `sample`, and what these need besides.
+
+    Args:
+        word: what the grid was asked by.
+        noise: bound to the samples.
+        inputs: what was given for the samples; the tensors among them are told apart by their fingerprints.
+    """
+    options: dict[str, Any] = {"guidance": scale, "rescale": rescale or None}
+    options |= {name: value for name, value in inputs.items() if isinstance(value, int | float) and name != "labels"}
+    options = {name: value for name, value in options.items() if value is not None}
+    named = solver_word(solver)
+    known = {"solver": named, "grid": word if isinstance(word, str) else None}
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
+    arguments: dict[str, Any] = {"steps": len(grid), **(named or {}), "grid": known["grid"], **options}
+    return {
+        "carrara": __version__,
+        "format": METADATA,
+        "solver": repr(solver),
+        "steps": len(grid),
+        "grid": grid.name,
+        **options,
+        **{name: fingerprint(value) for name, value in tensors.items()},
+        "seed": noise.seed,
+        "first": (noise.ids or (0,))[0],
+        "arguments": {name: value for name, value in arguments.items() if value is not None},
+        "needs": [*(name for name, value in known.items() if value is None), *tensors],
+    }
+
+
+def solver_word(solver: Solver) -> dict[str, Any] | None:
+    """The arguments `solver` (and `eta`) of `sample` that name a solver; None where no words do."""
+    if isinstance(solver, DDIM) and solver == DDIM(eta=solver.eta):
+        return {"solver": "ddim", "eta": solver.eta}
+    found = next((word for word, known in SOLVERS.items() if known() == solver), None)
+    return None if found is None else {"solver": found}
+
+
+def replay(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `DiffusionModel.sample` that make the picture of some metadata again.
+
+    Args:
+        metadata: of a saved picture, with its `row` and `label`.
+
+    Raises:
+        UserError: metadata of a newer version, or of a picture that needs more than they hold (a start, a
+            low-resolution image, a classifier, one's own guides or solver); `key` is the first such input.
+    """
+    if not isinstance(metadata.get("arguments"), Mapping) or not isinstance(metadata.get("format"), int):
+        raise UserError(
+            "this picture's metadata do not hold the arguments that made it.", key="arguments", code="missing"
+        )
+    if metadata["format"] > METADATA:
+        raise UserError(
+            f"this picture's metadata were written by a newer Carrara (format {metadata['format']}): upgrade this one.",
+            key="format",
+            code="newer",
+        )
+    needs = list(metadata.get("needs", ()))
+    if needs:
+        raise UserError(
+            f"this picture was made with its own {' and '.join(needs)}, which its metadata do not hold: give "
+            f"{'it' if len(needs) == 1 else 'them'} again.",
+            key=str(needs[0]),
+            code="missing",
+        )
+    label = {"labels": [metadata["label"]]} if "label" in metadata else {}
+    return {**metadata["arguments"], "seed": metadata["seed"], "first": metadata["row"], "count": 1, **label}
+
+
+def fingerprint(values: Tensor) -> str:
+    """What tells a tensor from another in metadata: 16 hexadecimal digits of its SHA-256."""
+    data = values.detach().cpu().float().contiguous()
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+
+
+def checked(guide: Guide) -> Guide:
+    """A user's guide whose answers are looked at.
+
+    Raises:
+        UserError: (when it is evaluated) the guide returns something else than a `Prediction`.
+    """
+
+    def wrap(denoiser: Denoiser) -> Denoiser:
+        guided = guide(denoiser)
+
+        def predict(x: Tensor, t: Time, condition: Condition) -> Prediction:
+            prediction = guided(x, t, condition)
+            if not isinstance(prediction, Prediction):
+                raise UserError(
+                    f"a guide returned {type(prediction).__name__}: a denoiser returns a Prediction.", key="guides"
+                )
+            return prediction
+
+        return predict
+
+    return wrap
