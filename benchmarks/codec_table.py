@@ -20,9 +20,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from carrara import distributed
+from carrara import codecs, distributed
 from carrara import images as pictures
-from carrara.cli.data_encode import open_codec
 from carrara.codecs import LearnedCodec
 from carrara.data import open_source
 from carrara.evaluation.features import open_features
@@ -107,7 +106,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipes = {run.name: load(run / "recipe.yaml") for run in options.runs}
-    found = {run.name: cast(LearnedCodec, open_codec(str(run), "cpu")) for run in options.runs}
+    found = {run.name: cast(LearnedCodec, codecs.load(str(run), "cpu")) for run in options.runs}
     real = originals(options.originals, options.split, next(iter(recipes.values())))
     images = real.make(range(options.batch))
     training = speeds({n: training_step(r, images) for n, r in recipes.items()}, options.turns, options.batch)

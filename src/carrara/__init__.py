@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from carrara.version import __version__
 
-__all__ = ["Classifier", "DiffusionModel", "__version__"]
+__all__ = ["Classifier", "DiffusionModel", "__version__", "load"]
 
 if TYPE_CHECKING:
     from carrara.classifier import Classifier
+    from carrara.loading import load
     from carrara.model import DiffusionModel
 
 
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> object:
         from carrara.classifier import Classifier
 
         return Classifier
+    if name == "load":
+        from carrara.loading import load
+
+        return load
     raise AttributeError(f"module 'carrara' has no attribute '{name}'")

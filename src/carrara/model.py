@@ -334,7 +334,7 @@ class DiffusionModel:
                 schedule=schedules.build(config["schedule"]),
                 shape=tuple(config["shape"]),
                 predicts=config["predicts"],
-                conditioners=tuple(conditioning.build(entry) for entry in _conditioners(config)),
+                conditioners=tuple(conditioning.build(entry) for entry in conditioner_configs(config)),
                 levels=config["levels"],
                 codec=codec,
                 sampling=dict(config["sampling"]),
@@ -355,7 +355,7 @@ class DiffusionModel:
         return model.to(device)
 
 
-def _conditioners(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def conditioner_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The conditioners of a config; the first edition had an entry for each of its two kinds."""
     if "conditioners" in config:
         return list(config["conditioners"])

@@ -431,4 +431,4 @@ def test_the_command_encodes_and_says_what_it_did(images: Path, tmp_path: Path) 
     arguments[4] = str(tmp_path / "nowhere")
     refused = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "cache")])
     assert isinstance(refused.exception, UserError)
-    assert "there is no codec in" in str(refused.exception)
+    assert refused.exception.code == "missing"

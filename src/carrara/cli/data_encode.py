@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from carrara.codecs import Codec
+    pass
 
 
 def encode(
@@ -38,6 +38,7 @@ def encode(
     from rich.console import Console
     from rich.progress import Progress
 
+    from carrara import codecs
     from carrara.cli.data import parse_resolution
     from carrara.data import Preprocess, open_source
     from carrara.data.encode import encode_latents
@@ -47,7 +48,7 @@ def encode(
     device = str(resolve_device(device))
     height, width = parse_resolution(resolution)
     prepare = Preprocess(height, width, channels, resize=cast(Resize, resize), flip=flip)
-    found = open_codec(codec, device)
+    found = codecs.load(codec, device)
     source = open_source(path, split=split, caption_column=caption_column, unreadable_limit=unreadable_limit)
     start = time.perf_counter()
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -74,23 +75,3 @@ def encode(
         markup=False,
         soft_wrap=True,
     )
-
-
-def open_codec(path: str, device: str) -> Codec:
-    """A codec from its own folder, from a run, or from a model that works in its latents.
-
-    Raises:
-        UserError: there is none.
-    """
-    from carrara import codecs
-    from carrara.codecs.storage import WEIGHTS
-    from carrara.errors import UserError
-
-    folder = Path(path)
-    places = [folder, folder / "codec", folder / "model", folder / "model" / "codec"]
-    found = next((place for place in places if (place / WEIGHTS).is_file()), None)
-    if found is None:
-        raise UserError(
-            f"there is no codec in '{path}': name a folder that holds {WEIGHTS}, or a run that trained one."
-        )
-    return codecs.load(found, device)

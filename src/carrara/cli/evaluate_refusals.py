@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from carrara import weights
 from carrara.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ def spelt(names: set[str]) -> str:
 
 def is_model(subject: str) -> bool:
     """Whether a path is a run folder or a model folder."""
-    folder = Path(subject)
-    return (folder / "config.json").is_file() or (folder / "model").is_dir()
+    return weights.holds(subject)
 
 
 def codec_folder(subject: str) -> Path | None:

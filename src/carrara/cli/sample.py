@@ -89,16 +89,16 @@ def sample(
 
     import torch
 
+    from carrara import codecs
     from carrara.classifier import Classifier
     from carrara.cli.console import console, progress_bar
-    from carrara.cli.data_encode import open_codec
     from carrara.model import DiffusionModel
 
     _refuse_alone("--classifier-scale", classifier_scale, {"--classifier": classifier})
     _refuse_alone("--upsampler-steps", upsampler_steps, {"--upsampler": upsampler})
     _refuse_alone("--small-noise", small_noise, {"--small": small, "--upsampler": upsampler})
     base = DiffusionModel.load(model)
-    base = base.with_codec(open_codec(codec, "cpu")) if codec else base
+    base = base.with_codec(codecs.load(codec)) if codec else base
     enlarging = DiffusionModel.load(upsampler) if upsampler else None
     leading = Classifier.load(classifier) if classifier else None
     pictures = small_pictures(small, base.shape[0]) if small else None

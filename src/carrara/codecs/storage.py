@@ -40,12 +40,14 @@ def build(config: dict[str, Any]) -> Codec:
     """
     kind = config.get("kind", "")
     if kind not in KINDS:
-        raise UserError(f"codec.kind is '{kind}': {nearest(str(kind), KINDS)}")
+        raise UserError(f"codec.kind is '{kind}': {nearest(str(kind), KINDS)}", key="codec.kind", code="unknown")
     rest = {key: value for key, value in config.items() if key != "kind"}
     try:
         return _made(kind, rest)
     except TypeError as error:
-        raise UserError(f"the codec's config does not describe a codec of kind '{kind}': {error}.") from None
+        raise UserError(
+            f"the codec's config does not describe a codec of kind '{kind}': {error}.", key="codec", code="damaged"
+        ) from None
 
 
 def _made(kind: str, rest: dict[str, Any]) -> Codec:
@@ -75,16 +77,18 @@ def save(codec: Codec, folder: str | Path) -> str:
     return told
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu") -> Codec:
-    """A codec from its folder, in eval mode.
+def load(path: str | Path, device: torch.device | str = "cpu") -> Codec:
+    """A codec from its folder, from a run, or from a model that works in its latents; in eval mode.
 
     Raises:
         UserError: a missing, cut or changed file, or a config of a newer version.
     """
-    folder = Path(folder)
+    folder = weights.find(path, "codec")
     config = weights.read_config(folder, "codec")
     if not isinstance(config.get("codec"), dict) or "hash" not in config:
-        raise UserError(f"{folder / 'config.json'} does not describe a codec: copy it again.")
+        raise UserError(
+            f"{folder / 'config.json'} does not describe a codec: copy it again.", key=str(folder), code="damaged"
+        )
     codec, expected = build(config["codec"]), config["hash"]
     if isinstance(codec, torch.nn.Module):
         weights.load_weights(codec, folder / WEIGHTS)
@@ -92,7 +96,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Codec:
     if content_hash(codec) != expected:
         raise UserError(
             f"the weights in {folder} are not those of its config.json (hash {content_hash(codec)} where {expected} is "
-            "written): copy both files again."
+            "stored): copy both files again.",
+            key=str(folder),
+            code="mismatch",
         )
     return codec
 
@@ -140,7 +146,9 @@ def check_same(codec: Codec, kind: str, expected: str, owner: str) -> str:
     if not same_latents(found, expected):
         raise UserError(
             f"{owner} belongs to the codec {expected} ({kind}), not to {found} ({codec.kind}): its latents mean "
-            "nothing to another codec, so name its own."
+            "nothing to another codec, so give its own.",
+            key="codec",
+            code="mismatch",
         )
     return found
 

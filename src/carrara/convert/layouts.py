@@ -7,14 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from carrara import codecs
+from carrara import loading
 from carrara.classifier import Classifier
 from carrara.codecs import DiscreteAutoencoder, KLAutoencoder, LearnedCodec, VQAutoencoder
 from carrara.convert import compvis, diffusers, guided_diffusion
 from carrara.convert.imported import Asked, Contents, Convertible, Imported
 from carrara.errors import UserError, nearest
 from carrara.model import DiffusionModel
-from carrara.weights import find, kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +168,11 @@ def load(path: str | Path) -> Convertible:
     Raises:
         UserError: it is nothing that Carrara saved, or nothing that can be written elsewhere.
     """
-    kind = kind_of(path)
-    if kind == "classifier":
-        return Classifier.load(path)
-    if kind != "codec":
-        return DiffusionModel.load(path)
-    codec = codecs.load(find(path))
-    if not isinstance(codec, LearnedCodec):
-        raise UserError(f"{path} holds a codec of the kind '{codec.kind}', which no other program knows.")
-    return codec
+    model = loading.load(path)
+    if not isinstance(model, DiffusionModel | Classifier | LearnedCodec):
+        raise UserError(
+            f"{path} contains a codec of the kind '{model.kind}', which no other program knows.",
+            key=str(path),
+            code="unsupported",
+        )
+    return model

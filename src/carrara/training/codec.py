@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from carrara import codecs, weights
+from carrara import codecs
 from carrara.classifier import Classifier
 from carrara.codecs import Codec, DiscreteParams, LearnedCodec, QuantiserParams
 from carrara.codecs.perceptual import LPIPS, ClassifierFeatures, Perceptual
@@ -222,7 +222,7 @@ def _refuse_unknown(word: str, given: Mapping[str, Any]) -> None:
 
 def _begun(start: str, decoder_only: bool) -> LearnedCodec:
     """A trained codec, all or the decoder of which is to learn on."""
-    codec = codecs.load(weights.find(start))
+    codec = codecs.load(start)
     if not isinstance(codec, LearnedCodec):
         raise UserError(f"{start} is the {codec.kind} codec, which has nothing to learn: name another as 'start'.")
     if decoder_only:

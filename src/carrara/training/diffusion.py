@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara import codecs, conditioning, weights
+from carrara import codecs, conditioning
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import ClassLabels, Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
@@ -219,7 +219,7 @@ class DiffusionTask:
 
 def _codec(recipe: Recipe) -> Codec:
     """The codec that the recipe names."""
-    return codecs.load(weights.find(recipe.codec["path"])) if recipe.codec else Identity()
+    return codecs.load(recipe.codec["path"]) if recipe.codec else Identity()
 
 
 def _conditioners(

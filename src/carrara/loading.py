@@ -1,0 +1,40 @@
+"""The one loader: whatever Carrara saved in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from carrara import codecs, weights
+from carrara.classifier import Classifier
+from carrara.codecs import Codec
+from carrara.errors import UserError, nearest
+from carrara.model import DiffusionModel
+
+Loaded = DiffusionModel | Classifier | Codec
+
+LOADERS: dict[str, Callable[[Path, torch.device | str], Loaded]] = {
+    "diffusion": DiffusionModel.load,
+    "classifier": Classifier.load,
+    "codec": codecs.load,
+}
+"""By the `kind` of `config.json`."""
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
+    """The model, classifier or codec in a folder, or in the `model/` folder of a run.
+
+    Raises:
+        UserError: nothing that Carrara saved, a missing or cut file, or a newer version.
+    """
+    folder = weights.find(path)
+    kind = weights.kind_of(folder)
+    if kind not in LOADERS:
+        raise UserError(
+            f"{folder} contains something of the unknown kind '{kind}': {nearest(kind, LOADERS)}",
+            key=str(folder),
+            code="unknown",
+        )
+    return LOADERS[kind](folder, device)
