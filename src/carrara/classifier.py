@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from carrara import weights
+from carrara import networks, weights
 from carrara.errors import UserError
-from carrara.networks import EncoderClassifier, EncoderClassifierParams
+from carrara.networks import EncoderClassifier
 from carrara.process import NoisyClassifier, Schedule, schedules
 
 
@@ -99,7 +99,7 @@ class Classifier:
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `network.safetensors`, each whole or not at all."""
         config: dict[str, Any] = {
-            "network": asdict(self.network.params),
+            "network": networks.config(self.network),
             "schedule": self.schedule.spec,
             "names": list(self.names),
             "noisy": self.noisy,
@@ -117,7 +117,9 @@ class Classifier:
         folder = weights.find(path)
         config = weights.read_config(folder, "classifier")
         try:
-            network = EncoderClassifier(EncoderClassifierParams(**config["network"]))
+            network = networks.build({"kind": "encoder_classifier", **config["network"]})
+            if not isinstance(network, EncoderClassifier):
+                raise TypeError(f"a network of kind {network.kind}")
             schedule = schedules.build(config["schedule"])
             classifier = cls(network, schedule, tuple(config["names"]), config["noisy"], config["origin"])
         except (KeyError, TypeError, AttributeError) as error:

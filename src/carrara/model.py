@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from carrara import codecs, conditioning, weights
+from carrara import codecs, conditioning, networks, weights
 from carrara.classifier import Classifier
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import ClassLabels, Conditioner, LowRes, NullForm
 from carrara.errors import UserError, nearest, whole_number
 from carrara.guidance import classifier_free, classifier_guidance, interval, static_threshold
-from carrara.networks import UNet, UNetParams
 from carrara.process import Denoiser, Grid, Guide, NetworkDenoiser, Noise, Predicts, Schedule, grids, schedules
 from carrara.sampling import Plan, Samples, checked, describe
 from carrara.solvers import DDIM, Solver, Step, named
@@ -73,7 +72,7 @@ class DiffusionModel:
     @property
     def learned_variance(self) -> bool:
         """Whether the network predicts its reverse variance too."""
-        return bool(getattr(getattr(self.network, "params", None), "learned_variance", False))
+        return isinstance(self.network, networks.Network) and self.network.learned_variance
 
     @property
     def device(self) -> torch.device:
@@ -290,11 +289,8 @@ class DiffusionModel:
 
     def config(self) -> dict[str, Any]:
         """Everything but the weights, as plain data."""
-        params = getattr(self.network, "params", None)
-        if not isinstance(params, UNetParams):
-            raise UserError("only models around Carrara's own networks can be saved.")
         return {
-            "network": {"kind": "unet", **asdict(params)},
+            "network": networks.config(self.network),
             "schedule": self.schedule.spec,
             "shape": list(self.shape),
             "predicts": self.predicts,
@@ -324,7 +320,7 @@ class DiffusionModel:
         folder = weights.find(path)
         config = weights.read_config(folder, "diffusion")
         try:
-            network = UNet(UNetParams(**{k: v for k, v in config["network"].items() if k != "kind"}))
+            network = networks.build({"kind": "unet", **config["network"]})
             stored = config["codec"]
             codec = Identity() if stored["kind"] == "identity" else codecs.load(folder / "codec", device)
             if not codec.pixels:

@@ -115,5 +115,5 @@ def test_what_the_start_decides_is_refused(tiny_run: Path, tmp_path: Path) -> No
     assert fine_tuning(tiny_run, network={"dropout": 0.3}).network == {"dropout": 0.3}
     with pytest.raises(UserError, match="makes images of 1 channels"):
         Trainer(fine_tuning(tiny_run, data={"channels": 3}), tmp_path / "a")
-    with pytest.raises(UserError, match="no model folder"):
+    with pytest.raises(UserError, match="no folder"):
         Trainer(fine_tuning(tmp_path / "nowhere"), tmp_path / "b")

@@ -1,6 +1,22 @@
-"""Networks as `nn.Module`s, each made from a params dataclass that says everything about its shape."""
+"""Networks as `nn.Module`s, each made from a params dataclass that specifies everything about its shape."""
 
 from carrara.networks.classifier import EncoderClassifier, EncoderClassifierParams
+from carrara.networks.network import Network, build, config, create, kinds, params_class, register
 from carrara.networks.unet import UNet, UNetParams
 
-__all__ = ["EncoderClassifier", "EncoderClassifierParams", "UNet", "UNetParams"]
+register("unet", UNet, UNetParams)
+register("encoder_classifier", EncoderClassifier, EncoderClassifierParams)
+
+__all__ = [
+    "EncoderClassifier",
+    "EncoderClassifierParams",
+    "Network",
+    "UNet",
+    "UNetParams",
+    "build",
+    "config",
+    "create",
+    "kinds",
+    "params_class",
+    "register",
+]

@@ -14,6 +14,7 @@ from carrara.condition import Attend, Condition
 from carrara.errors import UserError
 from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice, check_slots, laid_out
 from carrara.networks.layers import GroupNorm, attention, count_heads, split_heads, zeroed
+from carrara.networks.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,10 @@ class SpatialPool(nn.Module):
         return self.out(h)  # type: ignore[no-any-return]
 
 
-class EncoderClassifier(nn.Module):
+class EncoderClassifier(Network):
     """The encoder half of ADM's U-Net and a pool: `logits = classifier(x, network_time)`."""
+
+    params: EncoderClassifierParams
 
     def __init__(self, params: EncoderClassifierParams) -> None:
         super().__init__()

@@ -50,6 +50,15 @@ def convolution(dims: int, channels: int, out_channels: int, kernel: int = 3, **
     return _CONVOLUTION[dims](channels, out_channels, kernel, padding=kernel // 2, **options)
 
 
+class Block(nn.Module):
+    """A part of a network that sharding gathers on its own, right before it is used."""
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """A network's `Block`s, from input to output."""
+    return [module for module in network.modules() if isinstance(module, Block)]
+
+
 def zeroed(module: AnyModule) -> AnyModule:
     """The same module with every parameter 0, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
@@ -193,7 +202,7 @@ class Downsample(nn.Module):
         return self.conv(x)  # type: ignore[no-any-return]
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Block):
     """Norm, SiLU, convolution, twice, told the embedding in between, beside a skip (Dhariwal & Nichol 2021).
 
     Adaptive: GN(h)·(1 + scale) + shift, [scale, shift] a linear map of SiLU(embedding); else the map is added
@@ -314,7 +323,7 @@ def count_heads(channels: int, heads: int | None, head_channels: int | None) -> 
     return count
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Block):
     """Every position attends to every other, beside a skip (Vaswani 2017; Ho 2020)."""
 
     def __init__(

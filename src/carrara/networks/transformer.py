@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from carrara.condition import Attend, Condition
 from carrara.errors import UserError
-from carrara.networks.layers import HALF, GroupNorm, attention, remembered, zeroed
+from carrara.networks.layers import HALF, Block, GroupNorm, attention, remembered, zeroed
 
 NORM_EPS = 1e-6
 """The ε of the group norm before the tokens; the residual blocks beside it have 1e-5."""
@@ -104,7 +104,7 @@ def _context(condition: Condition, tokens: Tensor) -> Tensor:
     return condition.context.to(tokens)
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Block):
     """Group norm, a projection, `depth` transformer blocks over the places, a projection, beside a skip.
 
     The last projection starts at zero. A 1×1-convolution and a linear map of tokens are the same projection, so

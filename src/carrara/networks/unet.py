@@ -25,6 +25,7 @@ from carrara.networks.backbone import (
     laid_out,
 )
 from carrara.networks.layers import GroupNorm, Upsample, activated, convolution, count_heads, zeroed
+from carrara.networks.network import Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +95,13 @@ class UNetParams(BackboneParams):
         return 0 if self.num_classes is None else self.num_classes + self.null_label
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """`raw = network(x, network_time, condition)`.
 
     The last convolution of every residual branch, and of the network, starts at zero.
     """
+
+    params: UNetParams
 
     def __init__(self, params: UNetParams) -> None:
         super().__init__()
@@ -121,6 +124,16 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList(levels)
         self.norm = GroupNorm(width, params.norm_groups)
         self.out = zeroed(convolution(params.dims, width, params.raw_channels))
+
+    @property
+    def takes(self) -> dict[str, int]:
+        p = self.params
+        context = 0 if p.label_tokens else p.context_channels
+        return {"label": p.labels, "vector": p.vector_channels, "concat": p.concat_channels, "context": context}
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.params.learned_variance
 
     @property
     def attention_sites(self) -> tuple[str, ...]:
@@ -186,8 +199,7 @@ class UNet(nn.Module):
 
     def _check(self, condition: Condition) -> None:
         p = self.params
-        takes = {"label": p.labels, "vector": p.vector_channels, "concat": p.concat_channels}
-        check_slots(condition, takes | {"context": 0 if p.label_tokens else p.context_channels})
+        check_slots(condition, self.takes)
         if p.num_classes is not None and condition.label is not None:
             check_labels(condition.label, p.num_classes, p.null_label)
 

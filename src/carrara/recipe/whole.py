@@ -160,17 +160,36 @@ class Recipe(Section):
         Raises:
             UserError: an unknown or decided-elsewhere key, a wrong type, or a size that does not fit.
         """
-        from carrara.networks import EncoderClassifierParams, UNetParams
+        import dataclasses
+
+        from carrara import networks
 
         channels, *size = latent or (self.data.channels, *self.data.resolution)
         decided: dict[str, Any] = {"image_size": tuple(size), "in_channels": channels, "num_classes": classes}
-        if self.kind == "classifier":
-            return params_from(EncoderClassifierParams, self.network, decided)
-        decided["null_label"] = classes is not None and self.conditioning.dropout > 0
-        enlarges = self.upsampling is not None
-        decided["concat_channels"] = self.data.channels if enlarges else 0
-        decided |= {"upsample_concat": enlarges, "vector_channels": int(enlarges)}  # the vector tells the noise's level
-        return params_from(UNetParams, self.network, decided)
+        if self.kind != "classifier":
+            enlarges = self.upsampling is not None
+            decided["null_label"] = classes is not None and self.conditioning.dropout > 0
+            decided["concat_channels"] = self.data.channels if enlarges else 0
+            decided |= {"upsample_concat": enlarges, "vector_channels": int(enlarges)}  # the vector: the noise's level
+        usual = "encoder_classifier" if self.kind == "classifier" else "unet"
+        kind = self.network.get("kind", usual)
+        params = networks.params_class(kind)
+        if "encoder_classifier" in (kind, usual) and kind != usual:
+            raise UserError(
+                f"network.kind '{kind}' does not fit a recipe of kind {self.kind}.", key="network.kind", code="mismatch"
+            )
+        known = {field.name for field in dataclasses.fields(params)}
+        for key, value in decided.items():
+            if value and key not in known and key != "image_size":
+                raise UserError(
+                    f"a network of kind '{kind}' has no '{key}', which the data and the recipe need: set network.kind "
+                    "to another network, or leave that input out of the recipe.",
+                    key="network.kind",
+                    code="unsupported",
+                )
+        given = {key: value for key, value in self.network.items() if key != "kind"}
+        own = {key: value for key, value in decided.items() if key in known}
+        return params_from(params, given, own)
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load` reads back to an equal one."""

@@ -15,8 +15,8 @@ from carrara.data.order import Order
 from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
-from carrara.networks.layers import ResidualBlock, SelfAttention
-from carrara.networks.transformer import SpatialTransformer
+from carrara.networks import Network
+from carrara.networks.layers import blocks
 from carrara.objectives import CleanTimes, LogitNormalTimes, LogNormalTimes, LossAwareTimes, TimeSampler
 from carrara.process import Schedule
 from carrara.recipe import Recipe
@@ -98,7 +98,7 @@ def shown_batch(recipe: Recipe, source: Source, rows: range) -> Batch:
 
 
 def spread(networks: Iterable[nn.Module], processes: Processes) -> None:
-    """Shard networks over the processes, one attention or residual block at a time.
+    """Shard networks over the processes, one of their `shard_units` at a time.
 
     Raises:
         UserError: a weight is a single number (a VAE's learned scale), which cannot be shared out.
@@ -107,8 +107,8 @@ def spread(networks: Iterable[nn.Module], processes: Processes) -> None:
         lone = next((name for name, weight in network.named_parameters() if weight.ndim == 0), None)
         if lone is not None:
             raise UserError(f"the weight {lone} is one number, which cannot be sharded: set training.parallel=ddp.")
-        blocks = [m for m in network.modules() if isinstance(m, ResidualBlock | SelfAttention | SpatialTransformer)]
-        distributed.shard(network, blocks, processes.device)
+        units = network.shard_units if isinstance(network, Network) else blocks(network)
+        distributed.shard(network, units, processes.device)
 
 
 def make_times(recipe: Recipe, schedule: Schedule) -> TimeSampler | None:

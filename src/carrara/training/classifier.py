@@ -15,7 +15,7 @@ from carrara.condition import Condition
 from carrara.data import Batch, Batches, LatentBatch, Source
 from carrara.distributed import Processes
 from carrara.errors import UserError
-from carrara.networks import EncoderClassifier
+from carrara.networks import EncoderClassifier, Network
 from carrara.objectives import ClassifierObjective, Examples
 from carrara.process import Noise, schedules
 from carrara.recipe import Recipe
@@ -45,7 +45,7 @@ class ClassifierTask:
         anew: list[str] = []
         if recipe.start is None:
             torch.manual_seed(recipe.seed)
-            network = EncoderClassifier(recipe.network_params(len(self.names)))
+            network: Network = EncoderClassifier(recipe.network_params(len(self.names)))
         else:
             base = Classifier.load(recipe.start)
             self.schedule = base.schedule

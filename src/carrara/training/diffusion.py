@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara import codecs, conditioning
+from carrara import codecs, conditioning, networks
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import ClassLabels, Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
@@ -19,7 +19,6 @@ from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source, ope
 from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
-from carrara.networks import UNet
 from carrara.objectives import DiffusionObjective, Examples, Weight
 from carrara.process import Noise, Predicts, grids, schedules
 from carrara.process.bound import Chain
@@ -51,9 +50,9 @@ class DiffusionTask:
         new_weights: list[str] = []
         if base is None:
             torch.manual_seed(recipe.seed)
-            network = UNet(recipe.network_params(classes, latent))
+            network = networks.create(recipe.network_params(classes, latent))
         else:
-            network, new_weights = begun_from(cast(UNet, base.network), recipe, classes, latent)
+            network, new_weights = begun_from(base.network, recipe, classes, latent)
         self.modules: dict[str, nn.Module] = {"network": network.to(self.device)}
         self.model = DiffusionModel(
             network=network,
