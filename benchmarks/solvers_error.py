@@ -252,7 +252,7 @@ def trained_curves(folder: str, counts: Sequence[int], samples: int) -> dict[str
     if model.class_labels is not None:
         condition = Condition(label=torch.arange(samples) % len(model.class_labels.names))
     schedule = model.schedule
-    shape = (samples, *model.codec.latent_shape(*model.shape))
+    shape = (samples, *model.codec.latent_shape(model.shape))
     start = Noise(1).normal(shape) * float(schedule.sigma(schedule.final_time))
     problem = Problem(model.denoiser(), schedule, start, condition, fine_steps=200)
     with torch.no_grad():

@@ -259,7 +259,7 @@ def test_a_latent_is_not_thresholded() -> None:
     model = unconditional()
     big = 40 * torch.ones(1, 2, 8, 12)
     clipped = model.sample(count=1, steps=1, start=big).latents
-    model.codec = Identity(pixels=False)
+    model.codec = Identity(bounded=False)
     free = model.sample(count=1, steps=1, start=big).latents
     assert clipped.abs().max() <= 1
     assert free.abs().max() > 1

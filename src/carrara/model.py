@@ -172,7 +172,7 @@ class DiffusionModel:
             grid=times,
             condition=self._condition(inputs, noise, classifier).batch(total),
             noise=noise,
-            shape=self.codec.latent_shape(*self.shape),
+            shape=self.codec.latent_shape(self.shape),
             start=start,
             device=self.device,
             modules=(*self._modules(), *(() if classifier is None else (classifier.network,))),
@@ -225,7 +225,7 @@ class DiffusionModel:
         Raises:
             UserError: a model of pixels, or a codec whose latents are others than the model's; both are named.
         """
-        if self.codec.pixels:
+        if self.codec.bounded:
             raise UserError("this model works on pixels: it takes no codec.", key="codec", code="conflict")
         found = codecs.check_same(codec, self.codec.kind, codecs.content_hash(self.codec), "the model")
         return replace(self, codec=codec, origin=f"{self.origin}, codec {found}")
@@ -251,7 +251,7 @@ class DiffusionModel:
             )
         for guide in guides:
             denoiser = checked(guide)(denoiser)
-        denoiser = static_threshold()(denoiser) if self.codec.pixels else denoiser
+        denoiser = static_threshold()(denoiser) if self.codec.bounded else denoiser
         return denoiser if classifier is None else self._toward_classes(classifier, strength)(denoiser)
 
     def _toward_classes(self, classifier: Classifier, scale: float) -> Guide:
@@ -276,7 +276,7 @@ class DiffusionModel:
 
     def _check_start(self, start: Tensor | None) -> None:
         """Raises UserError unless sampling can start from this noise."""
-        expected = self.codec.latent_shape(*self.shape)
+        expected = self.codec.latent_shape(self.shape)
         if start is not None and start.shape[1:] != expected:
             raise UserError(
                 f"sampling starts from noise of the model's own shape, start = [N, {', '.join(map(str, expected))}], "
@@ -304,7 +304,7 @@ class DiffusionModel:
     def save(self, folder: str | Path) -> None:
         """Write `config.json`, `network.safetensors` and, of a latent model, the folder `codec`; each file whole or
         not at all."""
-        if not self.codec.pixels:
+        if not self.codec.bounded:
             codecs.save(self.codec, Path(folder) / "codec")
         modules = {"network": self.network}
         modules |= {f"conditioner-{c.kind}": c for c in self.conditioners if isinstance(c, nn.Module)}
@@ -323,7 +323,7 @@ class DiffusionModel:
             network = networks.build({"kind": "unet", **config["network"]})
             stored = config["codec"]
             codec = Identity() if stored["kind"] == "identity" else codecs.load(folder / "codec", device)
-            if not codec.pixels:
+            if not codec.bounded:
                 codecs.check_same(codec, stored["kind"], stored["hash"], f"the model {folder}")
             model = cls(
                 network=network,

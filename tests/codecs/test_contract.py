@@ -26,7 +26,7 @@ def test_shapes_and_the_round_trip_in_scaled_latents(kind: str) -> None:
         raw = codec.encode(x).mode()
         codec.set_latent_scale(torch.tensor([2.0, 0.5, 3.0]), torch.tensor([0.1, -0.2, 0.3]))
         z = codec.encode(x).mode()
-        assert z.shape[1:] == codec.latent_shape(*x.shape[1:]) == (3, 4, 4)
+        assert z.shape[1:] == codec.latent_shape(x.shape[1:]) == (3, 4, 4)
         # Powers of two and a third: scaling there and back costs a rounding or two.
         torch.testing.assert_close(codec.unscaled(z), raw, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(codec.decode(z), plain, rtol=1e-4, atol=1e-4)
@@ -106,7 +106,7 @@ def test_bad_input_is_refused_with_a_sentence(kind: str) -> None:
     with pytest.raises(UserError, match=r"decodes \[B, 3, h, w\], not \[1, 4, 4, 4\]"):
         codec.decode(torch.zeros(1, 4, 4, 4))
     with pytest.raises(UserError, match="of 3 channels, not of 4"):
-        codec.latent_shape(4, 8, 8)
+        codec.latent_shape((4, 8, 8))
     with pytest.raises(UserError, match="scale of 2 channels does not fit latents of 3"):
         codec.set_latent_scale(torch.ones(2))
     with pytest.raises(UserError, match="not usable"):

@@ -147,7 +147,7 @@ def test_images_that_an_upper_level_would_have_to_cut_are_refused_by_their_own_s
     codec = HierarchicalVAE([params(), upper()])
     sentence = r"images of 6×6 .* a hierarchical codec of total reduction 4: .* the nearest sizes are 4×4 and 8×8\.$"
     uses: dict[str, Callable[[], object]] = {
-        "latent_shape": lambda: codec.latent_shape(3, 6, 6),
+        "latent_shape": lambda: codec.latent_shape((3, 6, 6)),
         "forward": lambda: codec(pictures(size=6), Noise(0)),
         "sample": lambda: codec.sample(1, 6, 6, Noise(0)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 class Near:
     """A codec of reduction 2 that sees `reach` pixels far: a blur, then means over 2×2; and back."""
 
-    kind, reduction, pixels = "near", 2, False
+    kind, reduction, bounded = "near", 2, False
 
     def __init__(self, reach: int) -> None:
         self.kernel = noise(3, 1, 2 * reach + 1, 2 * reach + 1).softmax(0)
         self.reach = reach
 
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        return channels, height // 2, width // 2
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return shape[0], shape[1] // 2, shape[2] // 2
 
     def blur(self, x: Tensor) -> Tensor:
         return nn.functional.conv2d(x, self.kernel, padding=self.reach, groups=3)
@@ -50,10 +51,10 @@ class Near:
 class Level:
     """A codec that decodes every tile to one value: its own mean. Nothing could show seams more."""
 
-    kind, reduction, pixels = "level", 1, False
+    kind, reduction, bounded = "level", 1, False
 
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        return channels, height, width
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
 
     def encode(self, x: Tensor) -> Exact:
         return Exact(x)
@@ -141,7 +142,7 @@ def test_an_image_that_fits_one_tile_goes_through_whole(kind: str) -> None:
         whole, parts = inner.encode(x), tiled.encode(x)
         assert torch.equal(parts.mode(), whole.mode())
         assert torch.equal(tiled.decode(parts.mode()), inner.decode(whole.mode()))
-    assert (tiled.kind, tiled.reduction, tiled.pixels) == (inner.kind, inner.reduction, inner.pixels)
+    assert (tiled.kind, tiled.reduction, tiled.bounded) == (inner.kind, inner.reduction, inner.bounded)
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])

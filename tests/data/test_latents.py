@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,15 @@ class Toy(nn.Module):
 
     kind = "toy"
     reduction = 2
-    pixels = False
+    bounded = False
 
     def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(gain))
         self.encoded = 0
 
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        channels, height, width = shape
         if height % 2 or width % 2:
             raise UserError(f"{height}×{width} is not even.")
         return channels, height // 2, width // 2
@@ -122,7 +124,7 @@ def test_image_to_cache_to_image_is_direct_decoding_bit_for_bit(kind: str, image
     done = encode_latents(open_source(images), PREPARE, codec, tmp_path / "cache", batch_size=5, shard_images=10)
     assert (done.images, done.encoded, done.unreadable, done.shards) == (23, 23, 0, 3)
     latents = open_latents(tmp_path / "cache", content_hash(codec))
-    assert latents.shape == codec.latent_shape(3, 8, 8)
+    assert latents.shape == codec.latent_shape((3, 8, 8))
     for start in range(0, 23, 5):  # the same batches, as kernels may round otherwise in others
         rows = range(start, min(start + 5, 23))
         for flip in (False, True):

@@ -152,7 +152,7 @@ class TestModel:
 class TestRefusals:
     def test_latent_models_have_no_bits_of_pixels(self) -> None:
         own = model()
-        latent = replace(own, codec=replace(own.codec, pixels=False))  # type: ignore[type-var]
+        latent = replace(own, codec=replace(own.codec, bounded=False))  # type: ignore[type-var]
         with pytest.raises(UserError, match="a latent model has no likelihood of pixels"):
             bits_per_dimension(latent, digits())
 

@@ -111,7 +111,7 @@ def test_the_shipped_codecs_fit_the_shipped_latent_model() -> None:
     for first_stage in (kl, vq):
         codec = make_codec(first_stage)
         loss = make_loss(first_stage, codec)
-        shape = codec.latent_shape(first_stage.data.channels, *first_stage.data.resolution)
+        shape = codec.latent_shape((first_stage.data.channels, *first_stage.data.resolution))
         assert shape[1:] == (16, 16)
         assert loss.adversarial == loss.perceptual == 0  # neither names a network to look through
         assert first_stage.data.resolution == latent.data.resolution
@@ -162,7 +162,7 @@ def test_a_codec_is_whole_again_for_previews_and_saving(tmp_path: Path) -> None:
     """Each kind of codec has arguments of its own, which a copy in one piece must have too."""
     one, two = together(2, sharded, tmp_path / "run")
     assert one == two
-    assert codecs.load(tmp_path / "run" / "model").latent_shape(1, 8, 8) == (2, 4, 4)
+    assert codecs.load(tmp_path / "run" / "model").latent_shape((1, 8, 8)) == (2, 4, 4)
     with pytest.raises(UserError, match=r"log_scale is one number.* set training\.parallel=ddp"):
         spread([make_codec(recipe("vae"))], distributed.start())
 
@@ -172,7 +172,7 @@ def test_a_hierarchical_vae_trains_by_its_levels(tmp_path: Path) -> None:
     base = recipe().model_dump()
     shared = {"channels": 8, "blocks_per_level": 1}
     train(validate({**base, "codec": {"kind": "hierarchical", "levels": levels, **shared}}), tmp_path)
-    assert codecs.load(tmp_path / "model").latent_shape(1, 8, 8) == (2, 4, 4)
+    assert codecs.load(tmp_path / "model").latent_shape((1, 8, 8)) == (2, 4, 4)
 
 
 def test_a_perceptual_term_looks_through_a_classifier(tmp_path: Path) -> None:

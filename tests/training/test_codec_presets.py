@@ -67,7 +67,7 @@ def test_a_preset_changed_in_single_keys_trains(tmp_path: Path) -> None:
     assert isinstance(codec, VQAutoencoder)
     assert codec.quantiser.params == QuantiserParams(codes=16, restart=0.1, decay=None)
     assert codec.params.channel_mult == (1, 2, 4)  # still of the preset
-    assert codec.latent_shape(1, 8, 8) == (2, 2, 2)
+    assert codec.latent_shape((1, 8, 8)) == (2, 2, 2)
 
 
 def test_presets_that_are_none_are_refused() -> None:

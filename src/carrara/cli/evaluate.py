@@ -364,7 +364,7 @@ class Work:
             perceptual = LPIPS.load(options.lpips, options.lpips_checksum)
             checksum = file_checksum(options.lpips)
         originals = data_pictures(path, options.originals_split, options.n, options.size)
-        if self.codec is not None and self.codec.pixels:
+        if self.codec is not None and self.codec.bounded:
             raise UserError(f"{self.subject} works on the pixels themselves: it has no codec to take images apart.")
         if self.codec is None:
             pictures = data_pictures(self.subject, options.split, options.n, options.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,7 +29,7 @@ class Codec(Protocol):
     Attributes:
         kind: the word that `config.json` names it by.
         reduction: how many pixels one side of a latent position covers.
-        pixels: whether latents are pixels in [-1, 1], so that clipping a prediction makes sense.
+        bounded: whether latents lie in [-1, 1] as pixels do, so that clipping a prediction makes sense.
     """
 
     @property
@@ -38,10 +39,10 @@ class Codec(Protocol):
     def reduction(self) -> int: ...
 
     @property
-    def pixels(self) -> bool: ...
+    def bounded(self) -> bool: ...
 
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        """The latent's [C', H', W'] for an image's [C, H, W]."""
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """A latent's shape, [C', H', W'], for an image's, [C, H, W] (without the batch)."""
         ...
 
     def encode(self, x: Tensor) -> Posterior:
@@ -72,10 +73,10 @@ class Identity:
 
     kind: str = "identity"
     reduction: int = 1
-    pixels: bool = True
+    bounded: bool = True
 
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
-        return channels, height, width
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
 
     def encode(self, x: Tensor) -> Exact:
         return Exact(x)

@@ -160,14 +160,14 @@ class HierarchicalVAE(LearnedCodec):
         total = math.prod(params.reduction for params in self.level_params)
         check_divisible(height, width, total, "a hierarchical codec of total reduction")
 
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """z_1's [C', H', W'] for an image's [C, H, W].
 
         Raises:
             UserError: another number of channels, or a side that the levels' reductions together do not divide.
         """
-        self.check_size(height, width)
-        return super().latent_shape(channels, height, width)
+        self.check_size(*shape[1:])
+        return super().latent_shape(shape)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """q(z_1|x) of images [B, C, H, W] in [-1, 1], scaled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -60,7 +61,7 @@ class LearnedCodec(nn.Module):
     """
 
     kind: ClassVar[str]
-    pixels = False
+    bounded = False
 
     def __init__(self, params: AutoencoderParams, moments: int = 1) -> None:
         super().__init__()
@@ -95,12 +96,13 @@ class LearnedCodec(nn.Module):
         """Everything but the weights, as plain data: `kind` and the arguments that make the codec again."""
         return {"kind": self.kind, "params": asdict(self.params)}
 
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The latent's [C', H', W'] for an image's [C, H, W].
 
         Raises:
             UserError: another number of channels, or a side that the reduction does not divide.
         """
+        channels, height, width = shape
         if channels != self.params.in_channels:
             raise UserError(
                 f"this codec encodes images of {self.params.in_channels} channels, not of {channels}: set "

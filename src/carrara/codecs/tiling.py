@@ -10,7 +10,7 @@ than within a tile: there is no seam.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,13 +74,13 @@ class Tiled:
         return self.codec.reduction
 
     @property
-    def pixels(self) -> bool:
+    def bounded(self) -> bool:
         """The codec's own."""
-        return self.codec.pixels
+        return self.codec.bounded
 
-    def latent_shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The latent's [C', H', W'] for an image's [C, H, W]."""
-        return self.codec.latent_shape(channels, height, width)
+        return self.codec.latent_shape(shape)
 
     def encode(self, x: Tensor) -> Posterior:
         """Images [B, C, H, W] in [-1, 1] to their latent posterior. Of Gaussians mean and log-variance are mixed; of
@@ -92,7 +92,7 @@ class Tiled:
         """
         if x.ndim != 4:
             raise UserError(f"a codec in tiles encodes images [B, C, H, W], not {list(x.shape)}.")
-        _, height, width = self.latent_shape(*x.shape[1:])
+        _, height, width = self.latent_shape(x.shape[1:])
         r = self.reduction
         kinds: set[type[Posterior]] = set()
 

@@ -80,7 +80,7 @@ def export_guided_diffusion(model: Convertible, path: Path) -> dict[str, Any]:
     Raises:
         UserError: the network has something that the original does not know, or the name has another ending.
     """
-    if isinstance(model, LearnedCodec) or (isinstance(model, DiffusionModel) and not model.codec.pixels):
+    if isinstance(model, LearnedCodec) or (isinstance(model, DiffusionModel) and not model.codec.bounded):
         raise UserError("guided-diffusion knows no codecs: write this in the layout compvis or diffusers.")
     network = own_network(model)
     weights = guided_diffusion.state_dict(network)

@@ -40,7 +40,7 @@ class Layout:
 
 
 def _of_pixels(model: Convertible) -> bool:
-    return isinstance(model, Classifier) or (isinstance(model, DiffusionModel) and model.codec.pixels)
+    return isinstance(model, Classifier) or (isinstance(model, DiffusionModel) and model.codec.bounded)
 
 
 _CONFIGURED = frozenset({"name", "arguments", "config"})

@@ -81,7 +81,7 @@ def encode_latents(
     if prepare.crop != "center":
         raise UserError("a cache would freeze one random crop of each image: set data.crop=center to cache latents.")
     folder = Path(folder)
-    shape = codec.latent_shape(prepare.channels, prepare.height, prepare.width)
+    shape = codec.latent_shape((prepare.channels, prepare.height, prepare.width))
     index = read_index(folder) or Index(
         {"kind": codec.kind, "hash": content_hash(codec)}, asdict(prepare), source.levels, "", shape
     )

@@ -61,7 +61,7 @@ class Index:
     prepare: dict[str, Any]
     levels: int
     posterior: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     names: list[str] = field(default_factory=list)
     hashes: list[str | None] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)

@@ -60,7 +60,7 @@ class LatentSource:
         return str(self.folder)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """A latent's [C', h, w]."""
         return self.index.shape
 

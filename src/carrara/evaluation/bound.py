@@ -180,7 +180,7 @@ def unpack(model: DiffusionModel | Denoiser, schedule: Schedule | None) -> tuple
         UserError: a latent model; a denoiser without a schedule.
     """
     if isinstance(model, DiffusionModel):
-        if not model.codec.pixels:
+        if not model.codec.bounded:
             raise UserError("a latent model has no likelihood of pixels: bits per dimension are for pixel models.")
         return model.denoiser(), model.schedule, model.levels
     own = schedule or getattr(model, "schedule", None)

@@ -33,7 +33,7 @@ def measure_latents(
     """
     usage = codec.code_usage
     if usage is None:
-        size = math.prod(codec.latent_shape(*stamp.shape)) * FLOAT_BYTES
+        size = math.prod(codec.latent_shape(stamp.shape)) * FLOAT_BYTES
         return {"latent_bytes": Measurement(float(size), None, stamp)}
     entries = len(usage.share)
 

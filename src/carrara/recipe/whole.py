@@ -151,7 +151,7 @@ class Recipe(Section):
                 f"{decided[0]} follows from the {begun} that the run starts from, {self.start}: leave it out."
             )
 
-    def network_params(self, classes: int | None, latent: tuple[int, int, int] | None = None) -> Any:
+    def network_params(self, classes: int | None, latent: tuple[int, ...] | None = None) -> Any:
         """The network's params for this recipe's images and a number of classes.
 
         Args:

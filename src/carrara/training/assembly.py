@@ -48,7 +48,7 @@ def order_of(recipe: Recipe, source: Source) -> Order | None:
     if data.buckets is None:
         return None
     begun = DiffusionModel.load(recipe.start) if recipe.kind == "diffusion" and recipe.start else None
-    if recipe.kind != "diffusion" or recipe.codec or (begun is not None and not begun.codec.pixels):
+    if recipe.kind != "diffusion" or recipe.codec or (begun is not None and not begun.codec.bounded):
         raise UserError("data.buckets are for diffusion models of pixels: latents and other networks take one size.")
     params: Any = recipe.network_params(classes=2) if begun is None else begun.network.params
     upsampling = recipe.upsampling if begun is None else begun.low_res

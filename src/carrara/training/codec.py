@@ -58,7 +58,7 @@ class CodecTask:
         self.pictures = recipe.sampling.count
         torch.manual_seed(recipe.seed)
         codec = make_codec(recipe)
-        latent = codec.latent_shape(recipe.data.channels, *recipe.data.resolution)
+        latent = codec.latent_shape((recipe.data.channels, *recipe.data.resolution))
         self.loss = make_loss(recipe, codec)
         begun_so = recipe.start is not None and bool(codec.latent_shift.any())
         self.scale_each_channel = recipe.codec.get("scale") == "channel" or begun_so

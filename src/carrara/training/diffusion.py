@@ -43,7 +43,7 @@ class DiffusionTask:
         if isinstance(codec, nn.Module):
             codec.to(self.device).requires_grad_(False)
         shape = (recipe.data.channels, *recipe.data.resolution)
-        latent = codec.latent_shape(*shape)
+        latent = codec.latent_shape(shape)
         conditioners = _conditioners(recipe, source, shape, base)
         labels = next((c for c in conditioners if isinstance(c, ClassLabels)), None)
         classes = len(labels.names) if labels else None
@@ -64,7 +64,7 @@ class DiffusionTask:
             codec=codec,
             sampling=recipe.sampling.model_dump(include={"solver", "steps", "spacing", "guidance"}),
         )
-        self.codec = None if codec.pixels else codec
+        self.codec = None if codec.bounded else codec
         self._check_upsampling()
         self.model.grid(recipe.sampling.steps, recipe.sampling.spacing)
         self.objective(self.modules)
@@ -113,8 +113,8 @@ class DiffusionTask:
             height, width = shrunk_size(low_res.factor, *model.shape[1:])
             noise = low_res.augmentation.fraction
             summary["enlarges"] = f"{height}×{width}, {low_res.factor} times, with noise up to {noise:g}"
-        if not model.codec.pixels:
-            latent = "×".join(map(str, model.codec.latent_shape(*model.shape)))
+        if not model.codec.bounded:
+            latent = "×".join(map(str, model.codec.latent_shape(model.shape)))
             summary["latent"] = f"{latent} of the {model.codec.kind} codec {recipe.codec.get('path', recipe.start)}"
         if recipe.start is not None:
             summary["starts from"] = begun_sentence(recipe.start, new_weights)
@@ -178,7 +178,7 @@ class DiffusionTask:
 
     def blank(self) -> Examples:
         """The latent of zeros, with the condition of a gray image of the first class."""
-        latent = torch.zeros(1, *self.model.codec.latent_shape(*self.model.shape), device=self.device)
+        latent = torch.zeros(1, *self.model.codec.latent_shape(self.model.shape), device=self.device)
         inputs = TrainingInputs(torch.zeros(1, *self.model.shape), torch.zeros(1, dtype=torch.int64), [""])
         return Examples(latent, self._condition(inputs, Noise().rows([0])))
 

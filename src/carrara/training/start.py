@@ -13,7 +13,7 @@ from carrara.recipe import Recipe
 
 
 def begun_from(
-    base: nn.Module, recipe: Recipe, classes: int | None, shape: tuple[int, int, int]
+    base: nn.Module, recipe: Recipe, classes: int | None, shape: tuple[int, ...]
 ) -> tuple[networks.Network, list[str]]:
     """A network with the weights of another, for other images or classes.
 
