@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_an_interrupted_table_goes_on(
 ) -> None:
     """Broken off in the third cell, it goes on with the third; the end is that of one walk. Another protocol is
     refused."""
-    words = ("evaluate", tiny_run, "--reference", "digits", "--table", "guidance", "--steps", "1")
+    words = ("sweep", tiny_run, "--reference", "digits", "--table", "guidance", "--steps", "1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert carrara(*words, "--n", "8", "--out", whole).returncode == 0
     with monkeypatch.context() as patch:
@@ -59,7 +60,7 @@ def test_an_interrupted_table_goes_on(
 
 
 def test_a_table_is_written_in_every_form(tiny_run: Path, tmp_path: Path, carrara: Command) -> None:
-    words = ("evaluate", tiny_run, "--reference", "digits", "--judge", "svc", "--n", "10", "--steps", "1")
+    words = ("sweep", tiny_run, "--reference", "digits", "--evaluator", "svc", "--n", "10", "--steps", "1")
     assert carrara(*words, "--table", "guidance", "--out", tmp_path).returncode == 0
     text = (tmp_path / "table.md").read_text()
     assert text.count("| own solver |") == 4  # distance, precision, recall, class accuracy
@@ -104,8 +105,8 @@ def test_the_tables_are_those_of_the_papers(tmp_path: Path, tiny_run: Path, refu
         named(cell.choices["solver"])
     words = ("evaluate", tiny_run, "--reference", "digits")
     assert "did you mean 'ddim'" in refused(*words, "--table", "ddm", "--out", tmp_path)
-    assert "takes no --steps" in refused(*words, "--table", "ddim", "--out", tmp_path, "--steps", "3")
-    assert "--table belongs to --out" in refused(*words, "--table", "ddim")
+    assert "--steps" in refused(*words, "--table", "ddim", "--out", tmp_path, "--steps", "3")
+    assert "out" in refused(*words, "--table", "ddim")
     assert "no run or model folder" in refused("evaluate", "digits", *words[2:], "--table", "ddim", "--out", tmp_path)
 
 
@@ -135,3 +136,18 @@ def test_a_cell_counts_once_its_figures_are_there(tmp_path: Path) -> None:
     (tmp_path / "a_b,_1.png").write_bytes(b"half")
     with pytest.raises(KeyboardInterrupt):
         fill(tmp_path, "solvers", plan, {"features": "pixels"}, never)
+
+
+@pytest.mark.parametrize("key", ["predicts", "schedule", "levels"])
+def test_a_model_that_differs_in_more_than_its_weights_has_its_own_table(
+    key: str, tiny_run: Path, tmp_path: Path, carrara: Command, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights that predict something else, or of another schedule, are another model."""
+    monkeypatch.setattr("carrara.evaluation.tables.GUIDANCE", (1.0,))
+    words = ("--reference", "digits", "--n", "8", "--table", "guidance", "--steps", "1", "--out", tmp_path / "t")
+    assert carrara("sweep", tiny_run, *words).returncode == 0
+    model = DiffusionModel.load(tiny_run)
+    change: Any = {"predicts": "eps", "schedule": schedules.linear(1000), "levels": 256}[key]
+    replace(model, **{key: change}).save(tmp_path / "other")
+    assert "another protocol" in refused("sweep", tmp_path / "other", *words)
+    assert carrara("sweep", tiny_run, *words, "--json").returncode == 0

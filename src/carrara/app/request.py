@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from carrara.errors import UserError, nearest
 
@@ -27,6 +27,23 @@ class Request(BaseModel):
             raise _refusal(error, type(self)) from None
 
 
+def parse_resolution(value: Any) -> Any:
+    """Height and width from "64" or "64x96"; anything but text as it is.
+
+    Raises:
+        UserError: a text of another form.
+    """
+    if not isinstance(value, str):
+        return value
+    sides = value.lower().replace("×", "x").split("x")
+    if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+        raise UserError(f"--resolution is N or HxW, such as 64 or 64x96, not '{value}'.", key="resolution")
+    return int(sides[0]), int(sides[-1])
+
+
+Resolution = Annotated[tuple[int, int], BeforeValidator(parse_resolution)]
+
+
 def _refusal(error: ValidationError, model: type[BaseModel]) -> UserError:
     """The first of pydantic's complaints."""
     first = error.errors()[0]
@@ -38,6 +55,8 @@ def _refusal(error: ValidationError, model: type[BaseModel]) -> UserError:
         return UserError(f"{key} is missing: give it.", key=key, code="missing")
     if first["type"] == "extra_forbidden":
         return UserError(f"there is no {key}: {nearest(key, model.model_fields)}", key=key, code="unknown")
+    if first["type"] == "greater_than_equal":
+        return UserError(f"{key} must be at least {first['ctx']['ge']}, not {first['input']!r}.", key=key)
     message = first["msg"][0].lower() + first["msg"][1:]
     return UserError(f"{key} is {first['input']!r}, but {message.removeprefix('value error, ')}.", key=key)
 

@@ -12,17 +12,18 @@ from carrara.cli import convert, data, data_encode, demo, ema, evaluate, recipes
 FAMILIAR = {
     "guidance-rescale": "rescale",
     "guidance-scale": "guidance",
+    "judge": "evaluator",
     "max-train-steps": "steps",
     "mixed-precision": "precision",
     "num-inference-steps": "steps",
     "output-dir": "out",
     "train-batch-size": "batch-size",
 }
-"""Options of other programs, and ours."""
+"""Options of other programs and of earlier releases, and ours."""
 
 
 class Commands(TyperGroup):
-    """The commands, which take the options of other programs too: `--num_inference_steps 20` is `--steps 20`."""
+    """The commands, which take the options of other programs, too: `--num_inference_steps 20` is `--steps 20`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Spell every option our way."""
@@ -52,6 +53,8 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
+app.command("sweep")(evaluate.sweep)
 app.command("ema")(ema.ema)
 app.command("import")(convert.import_)
 app.command("export")(convert.export)

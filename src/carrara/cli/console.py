@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -91,7 +92,8 @@ class _Lines:
         self.to.print(f"[{self.printed - self.began:,.0f} s] {self.text}")
 
     def beat(self, ended: threading.Event) -> None:
-        while not ended.wait(min(1.0, HEARTBEAT)):
+        first = os.environ.get("RANK", "0") == "0"  # of several processes the first reports
+        while first and not ended.wait(min(1.0, HEARTBEAT)):
             if time.monotonic() - self.printed >= HEARTBEAT:
                 self.line()
 

@@ -1,0 +1,313 @@
+"""Every metric of a model, a codec or finished samples, each with the protocol that it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from carrara import codecs, distributed, weights
+from carrara.app.evaluate_request import EvaluateRequest, SweepRequest, refuse
+from carrara.app.events import Event, Metrics, Notice, Saved, StepDone
+from carrara.app.models import is_codec, open_model
+from carrara.app.stream import Report, streamed
+from carrara.classifier import Classifier
+from carrara.codecs import Codec, LearnedCodec
+from carrara.codecs.perceptual import LPIPS
+from carrara.errors import UserError
+from carrara.evaluation import Evaluation, Measurements, Pictures, Reference, page, protocol, stamp, tables
+from carrara.evaluation.collect import ROWS
+from carrara.evaluation.features import open_features
+from carrara.evaluation.features.checksum import file_checksum, tensors_checksum
+from carrara.evaluation.held_out import measure_held_out
+from carrara.evaluation.latents import measure_latents
+from carrara.evaluation.pictures import Size, data_pictures, decoded_pictures, model_pictures
+from carrara.files import write_whole
+from carrara.model import DiffusionModel
+
+
+def evaluate(request: EvaluateRequest) -> Iterator[Event]:
+    """Measure; several processes of a launcher share the work, and the first reports.
+
+    Yields:
+        How far it is, then `Metrics` "evaluation" (`result`: `Measurements`), then what was saved.
+
+    Raises:
+        UserError: inputs that contradict each other, before anything is read; data that do not fit.
+    """
+    refuse(request)
+    return streamed(lambda report: _evaluate(request, report))
+
+
+def sweep(request: SweepRequest) -> Iterator[Event]:
+    """Measure a model in every way of a table, each cell kept in the folder as soon as it is known.
+
+    Yields:
+        How far it is, then `Metrics` "table" (`result`: `tables.Table`), then the saved folder.
+
+    Raises:
+        UserError: as of `evaluate`, or the folder holds another table.
+    """
+    refuse(request)
+    return streamed(lambda report: _sweep(request, report))
+
+
+def _evaluate(request: EvaluateRequest, report: Report) -> None:
+    processes = distributed.start(request.device)
+    report = report if processes.first else _silent
+    filled = [tables.read(folder) for folder in request.tables]
+    work = Work(request, processes.device, report)
+    figures: Measurements = {}
+    found: Evaluation | None = None
+    if work.real is not None:
+        found = work.measure(work.samples(request))
+        figures |= found.figures
+    if request.held_out is not None:
+        figures |= work.held_out(request, request.held_out)
+    if request.originals is not None:
+        figures |= work.reconstruction(request, request.originals)
+    text = stamp.to_json(figures)
+    report(Metrics("evaluation", json.loads(text), figures))
+    if request.out is not None and processes.first:
+        write_whole(request.out, (text + "\n").encode())
+        report(Saved("metrics", request.out))
+    if request.report is not None and found is not None and work.real is not None:
+        whole = page.of_evaluation(request.subject, replace(found, figures=figures), work.real, work.known, filled)
+        path = request.report
+        distributed.first_tells(lambda: whole.write(path))
+        report(Saved("report", path))
+    distributed.finish()
+
+
+def _sweep(request: SweepRequest, report: Report) -> None:
+    processes = distributed.start(request.device)
+    report = report if processes.first else _silent
+    work = Work(request, processes.device, report)
+    model, real = work.model, work.real
+    assert model is not None  # both refused before
+    assert real is not None
+    count, kind = work.count(real), request.table
+    free = request.sampling.keys() - tables.TABLES[kind]
+    own = {name: request.sampling[name] for name in sorted(free) if request.sampling[name] is not None}
+    own = {**tables.DEFAULTS.get(kind, {}), **own}
+    proportions = work.proportions(model, real)
+    about = {"model": _fingerprint(model), "n": count, **own, **work.about(real)}
+    about["classes"] = "turn" if proportions is None else "reference"
+    if work.guide is not None:
+        about["classifier"] = tensors_checksum(work.guide.network.state_dict())
+    null = any(conditioner.dropout > 0 for conditioner in model.conditioners)
+    plan = tables.cells(kind, model.schedule, work.guide is not None, null)
+
+    def measure(cell: tables.Cell) -> Evaluation:
+        report(StepDone("cells", plan.index(cell), len(plan), cell.stem))
+        return work.measure(work.sampled(model, cell.stem, count, proportions, {**own, **cell.choices}), f"{cell.stem}")
+
+    filled = tables.fill(request.out, kind, plan, about, measure)
+
+    def write() -> None:
+        tables.write(filled)
+        page.of_table(filled).write(filled.folder / "table.html")
+
+    cells = [{"line": c.line, "place": c.place, "metrics": json.loads(stamp.to_json(f))} for c, f in filled.cells]
+    report(Metrics("table", {"table": kind, "protocol": dict(filled.protocol), "cells": cells}, filled))
+    distributed.first_tells(write)
+    report(Saved("table", request.out))
+    distributed.finish()
+
+
+def _fingerprint(model: DiffusionModel) -> str:
+    """A hash of the weights and of everything else that decides what they predict."""
+    config = {name: value for name, value in model.config().items() if name not in ("sampling", "origin")}
+    about = json.dumps({**config, "weights": tensors_checksum(model.network.state_dict())}, sort_keys=True)
+    return hashlib.sha256(about.encode()).hexdigest()
+
+
+def _silent(event: Event) -> None:
+    """Where another process reports."""
+
+
+class Work:
+    """What a request needs, opened; whatever can be refused is refused before the reference is read."""
+
+    def __init__(self, request: EvaluateRequest | SweepRequest, device: Any, report: Report) -> None:
+        self.request, self.device, self.report = request, device, report
+        self.size = Size(request.resolution, request.channels, request.resize)
+        self.model: DiffusionModel | None = None
+        self.codec: Codec | None = None
+        self.finished: Pictures | None = None
+        if is_codec(request.subject):
+            self.codec = codecs.load(request.subject, device)
+        elif weights.holds(request.subject):
+            self.model = open_model(request.subject, device, request.precision)
+            self.codec = self.model.codec
+        else:
+            split = request.split if isinstance(request, EvaluateRequest) else "train"
+            self.finished = data_pictures(request.subject, split, request.n, self.size)
+        self.evaluator: Any = request.evaluator
+        if request.evaluator not in (None, "svc"):
+            self.evaluator = Classifier.load(request.evaluator, device)
+        self.guide = None if request.classifier is None else Classifier.load(request.classifier, device)
+        if self.model is not None and request.reference is not None:
+            self._check_sampling(self.model)
+        self.features = open_features(request.features, device, checksum=request.checksum)
+        self.real: Reference | None = None
+        self.known: Reference | None = None
+        if request.reference is not None:
+            self.real = self._reference(request.reference)
+            if request.train is not None:  # every one of them is kept: a copy may be of any
+                pictures = data_pictures(request.train, request.train_split, size=self.size)
+                progress = self.progress("training images", pictures.count)
+                self.known = protocol.collected_reference(pictures, self.features, pictures.count, progress)
+
+    def _check_sampling(self, model: DiffusionModel) -> None:
+        """Raises UserError where sampling would refuse its arguments, except those that a table varies."""
+        varied = tables.TABLES[self.request.table] if isinstance(self.request, SweepRequest) else set()
+        arguments = {name: value for name, value in self.request.sampling.items() if name not in varied}
+        labels = None if model.class_names(self.guide) is None else [0]
+        model.plan(labels, classifier=self.guide, **arguments)
+
+    def progress(self, task: str, total: int) -> Callable[[int], None]:
+        """What reports how many of a task's pictures are done."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.report(StepDone(task, done, total))
+
+        self.report(StepDone(task, 0, total))
+        return advance
+
+    def _reference(self, path: str) -> Reference:
+        statistics = protocol.holds_statistics(path)
+        if statistics and not protocol.holds_images(path):
+            found = protocol.statistics_reference(path, self.features)
+        else:
+            pictures = data_pictures(path, self.request.reference_split, size=self.size)
+            progress = self.progress("reference", pictures.count)
+            if statistics:
+                found = protocol.statistics_reference(path, self.features, pictures, progress)
+            else:
+                found = protocol.collected_reference(pictures, self.features, progress=progress)
+        for notice in found.notices:
+            self.report(Notice(notice))
+        return found
+
+    # ---- samples -----------------------------------------------------------------------------------------------
+
+    def samples(self, request: EvaluateRequest) -> Pictures:
+        """A model's samples, a codec's reconstructions of the originals, or finished samples."""
+        assert self.real is not None
+        if self.finished is not None:
+            found = self.finished
+        elif self.model is not None:
+            proportions = self.proportions(self.model, self.real)
+            found = self.sampled(self.model, request.subject, self.count(self.real), proportions, request.sampling)
+        else:
+            assert self.codec is not None
+            assert request.originals is not None  # refused before
+            originals = data_pictures(request.originals, request.originals_split, request.n, self.size)
+            found = decoded_pictures(self.codec, originals, request.subject, self.device)
+        return found if request.captions is None else replace(found, captions=_lines(found, request.captions))
+
+    def sampled(
+        self, model: DiffusionModel, name: str, count: int, shares: Mapping[str, int] | None, choices: dict[str, Any]
+    ) -> Pictures:
+        """Samples of the model, guided by the classifier where there is one."""
+        batch = self.request.batch_size
+        return model_pictures(model, name, count, batch, classifier=self.guide, shares=shares, **choices)
+
+    def count(self, real: Reference) -> int:
+        """How many samples a model makes: `n`, or as many as there are real images, 10,000 at most."""
+        return min(real.count or ROWS, ROWS) if self.request.n is None else self.request.n
+
+    def proportions(self, model: DiffusionModel, real: Reference) -> Mapping[str, int] | None:
+        """How many pictures of each class the reference has, for samples to take the classes in these proportions;
+        None takes them in turn.
+
+        Raises:
+            UserError: the proportions were asked for, and the reference has no classes.
+        """
+        wanted = self.request.classes
+        labels = None if real.pictures is None else real.pictures.labels
+        if wanted == "reference" and labels is None:
+            raise UserError(
+                f"--classes reference: {real.name} has no classes; give --classes turn.", key="classes", code="mismatch"
+            )
+        if wanted == "turn" or labels is None:
+            return None
+        counts = Counter(labels)
+        fits = counts.keys() <= set(model.class_names(self.guide) or ())
+        return counts if wanted == "reference" or fits else None
+
+    # ---- metrics -----------------------------------------------------------------------------------------------
+
+    def about(self, real: Reference) -> dict[str, str | bool | None]:
+        """What decides the metrics besides the samples."""
+        known = None if self.known is None else self.known.content
+        about = {"reference": real.content, "train": known, "judge": self.request.evaluator}
+        return protocol.features_of(self.features) | about
+
+    def measure(self, samples: Pictures, task: str = "samples") -> Evaluation:
+        """Every metric of the samples against the reference."""
+        assert self.real is not None
+        progress = self.progress(task, samples.count)
+        per_class = self.request.per_class
+        return protocol.evaluate(samples, self.real, self.features, self.known, self.evaluator, per_class, progress)
+
+    def held_out(self, request: EvaluateRequest, path: str) -> Measurements:
+        """The bits per dimension of images that the model never saw."""
+        assert self.model is not None  # refused before
+        split, n = request.held_out_split, request.held_out_n
+        pictures = data_pictures(path, split, n, self.size, request.batch_size, rounded=False)
+        progress = self.progress("held-out images", pictures.count)
+        variance: Any = request.variance
+        return measure_held_out(self.model, pictures, variance=variance, seed=request.seed, progress=progress)
+
+    def reconstruction(self, request: EvaluateRequest, path: str) -> Measurements:
+        """How close pictures are to the originals, one by one; of a codec also what its latents cost."""
+        perceptual, checksum = None, ""
+        if request.lpips is not None:
+            perceptual = LPIPS.load(request.lpips, request.lpips_checksum)
+            checksum = file_checksum(request.lpips)
+        originals = data_pictures(path, request.originals_split, request.n, self.size)
+        pictures = self.finished
+        if pictures is None:
+            assert self.codec is not None
+            if self.codec.bounded:
+                raise UserError(
+                    f"{request.subject} works on pixels: it has no codec to encode and decode images.",
+                    key="originals",
+                    code="conflict",
+                )
+            pictures = decoded_pictures(self.codec, originals, request.subject, self.device)
+        progress = self.progress("pairs", originals.count)
+        figures = protocol.reconstruction(pictures, originals, perceptual, checksum, progress)
+        if isinstance(self.codec, LearnedCodec):
+            figures |= measure_latents(self.codec, originals, figures["psnr"].stamp, self.device)
+        return figures
+
+
+def _lines(pictures: Pictures, path: Path) -> list[str]:
+    """The captions in a file, one line for each picture.
+
+    Raises:
+        UserError: another number of lines than of pictures, or a file that is not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the captions '{path}' cannot be read: {error}.", key="captions", code="damaged") from None
+    lines = lines[:-1] if lines[-1] == "" else lines
+    if len(lines) != pictures.count:
+        raise UserError(
+            f"'{path}' holds {len(lines):,} captions for {pictures.count:,} pictures of {pictures.name}: "
+            "write one line for each, in their order.",
+            key="captions",
+            code="mismatch",
+        )
+    return lines

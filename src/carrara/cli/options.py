@@ -1,0 +1,82 @@
+"""Options that several commands have, in one spelling; and which of them were typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from carrara.errors import UserError
+
+Words = str | None
+Number = int | None
+Real = float | None
+
+Steps = Annotated[Number, Option(help="Solver steps.", rich_help_panel="Sampling")]
+Solver = Annotated[Words, Option(help="ddpm, ddim, dpm++2m, …", rich_help_panel="Sampling")]
+Guidance = Annotated[Real, Option(help="Classifier-free scale; 1: none.", rich_help_panel="Sampling")]
+Classifier = Annotated[
+    Words, Option(help="A noisy classifier's run or folder, to guide toward the labels.", rich_help_panel="Sampling")
+]
+ClassifierScale = Annotated[Real, Option(help="Its scale; default: 1.", rich_help_panel="Sampling")]
+Eta = Annotated[Real, Option(help="DDIM's η, 0..1.", rich_help_panel="Sampling")]
+Spacing = Annotated[
+    Words, Option(help="trailing, leading, linspace, quadratic, karras, log_snr.", rich_help_panel="Sampling")
+]
+Seed = Annotated[int, Option(help="Picture k is row k of this seed.", rich_help_panel="Sampling")]
+BatchSize = Annotated[int, Option(help="Pictures computed at once.", min=1)]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[str, Option(help="auto, fp32, bf16 or fp16.")]
+
+Reference = Annotated[Words, Option(help="Real images: a data set, folder, npz; or a statistics npz.")]
+ReferenceSplit = Annotated[str, Option(help="Which part of the reference.")]
+Features = Annotated[
+    str, Option(help="pixels, inception=FILE (FID with the 2015 weights), clip=, dinov2=, classifier=FOLDER.")
+]
+Checksum = Annotated[Words, Option(help="The SHA-256 of an Inception file that is not one of 2015's.")]
+Count = Annotated[
+    Number,
+    Option("--n", "-n", help="How many samples; default: all, of a model as many as real images, 10,000 at most."),
+]
+Resolution = Annotated[Words, Option(help="Bring images that are read to N or HxW.")]
+Channels = Annotated[Number, Option(help="Bring images that are read to 1, 3 or 4 channels.")]
+Resize = Annotated[str, Option(help="adm, bicubic, lanczos, box, nearest.")]
+Train = Annotated[Words, Option(help="Training images, for memorisation.")]
+TrainSplit = Annotated[str, Option(help="Which part of them.")]
+Evaluator = Annotated[
+    Words, Option(help="Predicts the samples' classes: svc, fitted to the reference, or a trained classifier.")
+]
+PerClass = Annotated[bool, Option("--per-class", help="The metrics of each class, too.")]
+Classes = Annotated[
+    Words,
+    Option(help="Of samples: turn, or reference: in its proportions, the default where they are known."),
+]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")]
+OutFolder = Annotated[Path | None, Option("--out", help="The folder of the pictures.")]
+
+
+def typed(context: typer.Context) -> dict[str, Any]:
+    """What the user typed, by the names of the command's parameters; `--json` aside, which changes no result."""
+    sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in context.params}
+    return {
+        name: context.params[name]
+        for name, source in sources.items()
+        if source == "COMMANDLINE" and name != "json_output"
+    }
+
+
+def moved(old: str, new: str) -> None:
+    """Tell on stderr that a spelling works for one more release."""
+    from carrara.cli.console import errors
+
+    errors.print(f"'{old}' still works in this release: use '{new}'.")
+
+
+def refuse_beside(option: str, given: dict[str, Any], allowed: set[str]) -> None:
+    """Raises UserError where other options were typed than an old spelling takes."""
+    others = sorted(f"--{name.replace('_', '-')}" for name in given.keys() - allowed)
+    if others:
+        raise UserError(f"{option} takes no {', '.join(others)}: leave it out.", key=option, code="conflict")
