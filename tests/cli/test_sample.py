@@ -38,8 +38,8 @@ def test_ones_own_pictures_are_enlarged(
     carrara: Command, refused: Callable[..., str], upsampler_run: Path, tmp_path: Path
 ) -> None:
     own = gray(tmp_path / "own", 3)
-    words = ("sample", upsampler_run, "--steps", "2", "--small", own, "--out", tmp_path / "s")
-    result = carrara(*words, "--small-noise", "0.2", "--small", own / "0.png", "--json")
+    words = ("upscale", upsampler_run, own, "--steps", "2", "--out", tmp_path / "s", "--overwrite")
+    result = carrara(*words, own / "0.png", "--noise-level", "0.2", "--json")
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
     assert (told["count"], told["noise_level"]) == (4, 0.2)
@@ -49,14 +49,21 @@ def test_ones_own_pictures_are_enlarged(
     for row, image in enumerate(made.images):
         save_png(image, tmp_path / "expected.png")
         assert torch.equal(pixels_of(tmp_path / "s" / f"seed0-{row:05d}.png"), pixels_of(tmp_path / "expected.png"))
+    old = ("sample", upsampler_run, "--steps", "2", "--small", own, "--small", own / "0.png", "--small-noise", "0.2")
+    before = pixels_of(tmp_path / "s" / "seed0-00001.png")
+    moved = carrara(*old, "--out", tmp_path / "old", "--json")  # the spelling of the last release
+    assert json.loads(moved.stdout) == {**told, "folder": str(tmp_path / "old")}
+    assert "carrara upscale" in moved.stderr
+    assert torch.equal(pixels_of(tmp_path / "old" / "seed0-00001.png"), before)
     assert json.loads(carrara(*words, "--json", "-n", "2").stdout)["count"] == 2
-    assert "is more than the 3 small pictures" in refused(*words, "-n", "4")
+    assert not (tmp_path / "s" / "seed0-00002.png").exists()
+    assert "--count 4" in refused(*words, "-n", "4")
     assert "at least 1" in refused(*words, "-n", "-1")
-    assert "noise_level" in refused(*words, "--small-noise", "0.4")
-    assert "0.png is 4×4" in refused(*words, "--small", gray(tmp_path / "wide", 1, side=5))
-    assert "1×4×4, not from 1×5×5" in refused("sample", upsampler_run, "--small", tmp_path / "wide")
+    assert "noise_level" in refused(*words, "--noise-level", "0.4")
+    assert "0.png is 4×4" in refused(*words, gray(tmp_path / "wide", 1, side=5))
+    assert "1×4×4, not from 1×5×5" in refused("upscale", upsampler_run, tmp_path / "wide")
     (own / "0.png").write_bytes(b"")
-    assert "0.png cannot be read: the file is empty" in refused("sample", upsampler_run, "--small", own / "0.png")
+    assert "0.png cannot be read: the file is empty" in refused("upscale", upsampler_run, own / "0.png")
 
 
 def test_a_cascade_is_trained_and_sampled(
@@ -76,7 +83,7 @@ def test_a_cascade_is_trained_and_sampled(
     assert "noise_level" in refused(*late, upsampler_run, "--small-noise", "0.9")
     assert "low_res" in refused(*late, tmp_path / "base")
     assert not (tmp_path / "late").exists()  # refused before the base model has worked in vain
-    assert "--small or --upsampler is not" in refused(*words, "--small-noise", "0.1")
+    assert "--small-noise" in refused(*words, "--small-noise", "0.1")
     assert "low_res" in refused(*words, "--small", tmp_path / "s" / "base" / "seed0-00001.png")
 
 
@@ -84,8 +91,8 @@ def test_an_up_sampler_of_classes_wants_them_named(
     carrara: Command, refused: Callable[..., str], tmp_path: Path
 ) -> None:
     train(tiny_recipe("upsampling.factor=2", "training.steps=2", "sampling.count=1"), tmp_path / "run")
-    words = ("sample", tmp_path / "run", "--steps", "2", "--small", gray(tmp_path / "own", 3), "--json")
-    assert "give --label, one for all pictures or one for each" in refused(*words)
+    words = ("upscale", tmp_path / "run", gray(tmp_path / "own", 3), "--steps", "2", "--json")
+    assert "--label" in refused(*words)
     assert json.loads(carrara(*words, "-l", "5").stdout)["labels"] == [5, 5, 5]
     plain = ("data.resolution=4", "network.attention=[1]", "network.channel_mult=[1]", "conditioning.kind=none")
     base = tiny_recipe(*plain, "sampling.guidance=1", "training.steps=2", "training.sample_every=100")

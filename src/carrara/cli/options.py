@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -54,8 +53,6 @@ Classes = Annotated[
     Option(help="Of samples: turn, or reference: in its proportions, the default where they are known."),
 ]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")]
-OutFolder = Annotated[Path | None, Option("--out", help="The folder of the pictures.")]
 
 
 def typed(context: typer.Context) -> dict[str, Any]:

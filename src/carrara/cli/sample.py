@@ -1,230 +1,138 @@
-"""`carrara sample`: pictures from a trained model."""
+"""`carrara sample` and `carrara upscale`: pictures from a trained model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
+from carrara.cli import options as o
 from carrara.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterable
 
-    from PIL import Image
-    from rich.progress import Progress
-    from torch import Tensor
+    from carrara.app.events import Event
 
-    from carrara.solvers import Step
+Model = Annotated[Path, typer.Argument(help="A run folder, or its model folder.")]
+Out = Annotated[Path | None, Option(help="Where the pictures go; default: a new folder in MODEL.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")]
+Labels = Annotated[
+    list[str] | None,
+    Option(
+        "--label",
+        "-l",
+        help="A class by name, or by number where no class has that name. Repeatable; --count repeats the list.",
+    ),
+]
+Rescale = Annotated[
+    float, Option(help="φ, 0..1: how much of the unguided contrast is restored.", rich_help_panel="Sampling")
+]
+Codec = Annotated[o.Words, Option(help="A codec with MODEL's latents whose decoder was fine-tuned.")]
+NoiseLevel = Annotated[o.Real, Option(help="Noise on the pictures, 0 (default) up to what training had.")]
 
 
 def sample(
-    model: Annotated[Path, typer.Argument(help="A run folder, or its model folder.")],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "--output_dir", help="Where the pictures go; MODEL/samples-seedN unless said."),
-    ] = None,
-    label: Annotated[
-        list[str] | None,
-        typer.Option("--label", "-l", help="A class, by number or name. Repeatable; --count repeats the list."),
-    ] = None,
+    context: typer.Context,
+    model: Model,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    labels: Labels = None,
     count: Annotated[
         int | None,
-        typer.Option(
-            "--count",
-            "-n",
-            help="How many pictures; one per label unless said, 16 without labels, all classes in turn.",
-        ),
+        Option("--count", "-n", help="How many pictures; default: one per label, else 16, or all classes in turn."),
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option("--steps", "--num_inference_steps", help="Solver steps."),
-    ] = None,
-    solver: Annotated[
-        str | None,
-        typer.Option("--solver", help="ddpm, ddim, dpm++2m, …"),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", "--guidance_scale", help="Classifier-free scale; 1 is the plain model."),
-    ] = None,
-    rescale: Annotated[
-        float, typer.Option("--rescale", "--guidance_rescale", help="φ, 0..1: the plain model's contrast given back.")
-    ] = 0.0,
-    classifier: Annotated[
-        Path | None, typer.Option("--classifier", help="A noisy classifier's run or folder, to lead to the labels.")
-    ] = None,
-    classifier_scale: Annotated[
-        float | None, typer.Option("--classifier-scale", "--classifier_scale", help="Its scale; 1 unless said.")
-    ] = None,
-    small: Annotated[
-        list[Path] | None,
-        typer.Option("--small", help="Pictures, or folders of them, that MODEL, an up-sampler, enlarges. Repeatable."),
-    ] = None,
-    upsampler: Annotated[
-        Path | None, typer.Option("--upsampler", help="An up-sampler that enlarges what MODEL makes.")
-    ] = None,
-    small_noise: Annotated[
-        float | None,
-        typer.Option("--small-noise", help="Noise on what is enlarged, 0 (unless said) up to what training had."),
-    ] = None,
-    upsampler_steps: Annotated[
-        int | None, typer.Option("--upsampler-steps", help="Solver steps of the up-sampler.")
-    ] = None,
-    codec: Annotated[
-        str | None, typer.Option("--codec", help="A codec with MODEL's latents whose decoder learned on.")
-    ] = None,
-    eta: Annotated[float | None, typer.Option("--eta", help="DDIM's η, 0..1.")] = None,
-    spacing: Annotated[
-        str | None,
-        typer.Option("--spacing", help="trailing, leading, linspace, quadratic, karras, log_snr."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Picture k is row k of this seed.")] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures worked on at once.", min=1)] = 64,
-    json_output: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+    like: Annotated[Path | None, Option(help="Make this picture again, from the metadata in its PNG.")] = None,
+    steps: o.Steps = None,
+    solver: o.Solver = None,
+    guidance: o.Guidance = None,
+    rescale: Rescale = 0.0,
+    classifier: o.Classifier = None,
+    classifier_scale: o.ClassifierScale = None,
+    eta: o.Eta = None,
+    spacing: o.Spacing = None,
+    seed: o.Seed = 0,
+    codec: Codec = None,
+    batch_size: o.BatchSize = 64,
+    device: o.Device = "auto",
+    precision: o.Precision = "auto",
+    small: Annotated[list[Path] | None, Option(hidden=True)] = None,
+    small_noise: Annotated[float | None, Option(hidden=True)] = None,
+    upsampler: Annotated[Path | None, Option(hidden=True)] = None,
+    upsampler_steps: Annotated[int | None, Option(hidden=True)] = None,
+    json_output: o.Json = False,
 ) -> None:
-    """Make pictures: PNG files with their recipe inside, a grid, and samples.npz."""
+    """Make pictures: PNG files with their metadata inside, a grid, and samples.npz."""
+    from carrara.app.sample import SampleRequest
+    from carrara.app.sample import sample as events
+
+    given = o.typed(context)
+    if {"small", "small_noise", "upsampler", "upsampler_steps"} & given.keys():
+        _enlarge(given, json_output)
+        return
+    _show(events(SampleRequest(**given)), json_output)
+
+
+def upscale(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(help="An up-sampler's run or model folder.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders and data sets of them.")],
+    out: Out = None,
+    overwrite: Overwrite = False,
+    labels: Labels = None,
+    count: Annotated[int | None, Option("--count", "-n", help="How many of them; default: all.")] = None,
+    noise_level: NoiseLevel = None,
+    steps: o.Steps = None,
+    solver: o.Solver = None,
+    guidance: o.Guidance = None,
+    rescale: Rescale = 0.0,
+    eta: o.Eta = None,
+    spacing: o.Spacing = None,
+    seed: o.Seed = 0,
+    codec: Codec = None,
+    batch_size: o.BatchSize = 64,
+    device: o.Device = "auto",
+    precision: o.Precision = "auto",
+    json_output: o.Json = False,
+) -> None:
+    """Enlarge pictures with an up-sampler: your own, or those that sample wrote."""
+    from carrara.app.upscale import UpscaleRequest
+    from carrara.app.upscale import upscale as events
+
+    _show(events(UpscaleRequest(**o.typed(context))), json_output)
+
+
+def _enlarge(given: dict[str, Any], json_output: bool) -> None:
+    """The spellings of the last release."""
+    from carrara.app.upscale import CascadeRequest, UpscaleRequest, cascade, upscale
+
+    if "upsampler_steps" in given and "upsampler" not in given:
+        raise UserError("--upsampler-steps belongs to --upsampler.", key="upsampler_steps", code="conflict")
+    if "small_noise" in given:
+        given["noise_level"] = given.pop("small_noise")
+    if "upsampler" in given:
+        o.moved("sample --upsampler", "carrara sample, then carrara upscale")
+        _show(cascade(CascadeRequest(**given)), json_output)
+    elif "small" in given:
+        o.moved("sample --small", "carrara upscale MODEL PICTURES")
+        given["pictures"] = given.pop("small")
+        _show(upscale(UpscaleRequest(**given)), json_output)
+    else:
+        raise UserError(
+            "--small-noise is an option of carrara upscale: leave it out.", key="noise_level", code="conflict"
+        )
+
+
+def _show(events: Iterable[Event], json_output: bool) -> None:
     import json
 
-    import torch
+    from carrara.app.events import Saved
+    from carrara.cli.console import console, show
 
-    from carrara import codecs
-    from carrara.classifier import Classifier
-    from carrara.cli.console import console, progress_bar
-    from carrara.model import DiffusionModel
-
-    _refuse_alone("--classifier-scale", classifier_scale, {"--classifier": classifier})
-    _refuse_alone("--upsampler-steps", upsampler_steps, {"--upsampler": upsampler})
-    _refuse_alone("--small-noise", small_noise, {"--small": small, "--upsampler": upsampler})
-    base = DiffusionModel.load(model)
-    base = base.with_codec(codecs.load(codec)) if codec else base
-    enlarging = DiffusionModel.load(upsampler) if upsampler else None
-    leading = Classifier.load(classifier) if classifier else None
-    pictures = small_pictures(small, base.shape[0]) if small else None
-    names = base.class_names(leading)
-    labels, total = _asked(label, count, names, pictures)
-    if enlarging is not None:  # before the base model works for it in vain
-        enlarging.plan(
-            labels if enlarging.class_labels else None,
-            low_res=torch.zeros(max(1, len(labels or ())), *base.shape),
-            noise_level=small_noise or 0.0,
-        )
-    folder = out or model / f"samples-seed{seed}"
-    with progress_bar() as bar:
-        bar.disable = json_output
-        samples = base.sample(
-            labels,
-            total,
-            steps=steps,
-            solver=solver,
-            guidance=guidance,
-            rescale=rescale,
-            classifier=leading,
-            classifier_scale=1.0 if classifier_scale is None else classifier_scale,
-            low_res=None if pictures is None else pictures[:total],
-            noise_level=(small_noise or 0.0) if small else None,
-            seed=seed,
-            eta=eta,
-            spacing=spacing,
-            batch_size=batch_size,
-            on_step=_reports(bar, "enlarging" if small else "sampling", total, batch_size),
-        )
-        if enlarging is not None:
-            samples.save(folder / "base")
-            samples = enlarging.sample(
-                labels if enlarging.class_labels else None,
-                total,
-                low_res=samples.images,
-                noise_level=small_noise or 0.0,
-                steps=upsampler_steps,
-                seed=seed,
-                batch_size=batch_size,
-                on_step=_reports(bar, "enlarging", total, batch_size),
-            )
-    samples.save(folder)
+    last = [event for event in show(events, json_output) if isinstance(event, Saved)][-1]
     if json_output:
-        print(json.dumps({"folder": str(folder), "count": total, "labels": samples.labels, **samples.metadata}))
+        print(json.dumps(last.about))
     else:
-        console.print(f"{total} pictures in {folder}", highlight=False)
-
-
-def _refuse_alone(word: str, value: object, owners: dict[str, object]) -> None:
-    """An option that changes what another one asks for does nothing without it, which is said."""
-    if value is not None and not any(owners.values()):
-        raise UserError(f"{word} is given, but {' or '.join(owners)} is not: add it, or leave this out.")
-
-
-def _asked(
-    label: list[str] | None, count: int | None, names: tuple[str, ...] | None, small: Tensor | None
-) -> tuple[list[str | int] | None, int]:
-    """The class of every picture, None where none is told, and how many pictures."""
-    if small is not None:
-        if names is not None and not label:
-            raise UserError("this up-sampler is told a class: give --label, one for all pictures or one for each.")
-        count = len(small) if count is None else count
-        if count > len(small):
-            raise UserError(f"--count {count} is more than the {len(small)} small pictures: leave it out, or add some.")
-    labels: list[str | int] | None = list(label) if label else None
-    if count is None:
-        every = 0 if names is None else len(names)
-        count = len(labels) if labels and names is not None else max(16, every)
-    if count < 1:
-        raise UserError("--count must be at least 1.")
-    if names is not None:
-        known = labels or list(range(len(names)))
-        labels = [known[row % len(known)] for row in range(count)]
-    return labels, count
-
-
-def _reports(bar: Progress, name: str, total: int, batch_size: int) -> Callable[[Step, int], None]:
-    """What shows each step on a bar."""
-    task = bar.add_task(name, total=total, note="")
-
-    def on_step(step: Step, low: int) -> None:
-        done = low + min(batch_size, total - low) * (step.index + 1) / step.total
-        bar.update(task, completed=round(done), note=f"t = {step.time:g}")
-
-    return on_step
-
-
-def small_pictures(places: list[Path], channels: int) -> Tensor:
-    """The pictures of files, folders and data sets, in their order, float32 [N, C, h, w] in [-1, 1].
-
-    Raises:
-        UserError: one cannot be read, or they are of several sizes.
-    """
-    import torch
-
-    from carrara.data import Preprocess
-    from carrara.data.batches import normalised
-
-    names: list[str] = []
-    found: list[Tensor] = []
-    for name, image, levels in (one for place in places for one in _images(place)):
-        pixels = Preprocess(image.height, image.width, channels)(image)
-        names.append(name)
-        found.append(normalised(pixels.numpy(), levels))
-        if found[-1].shape != found[0].shape:
-            first, last = (f"{image.shape[2]}×{image.shape[1]}" for image in (found[0], found[-1]))
-            raise UserError(
-                f"{names[0]} is {first} and {name} is {last}: an up-sampler enlarges pictures of one size, so bring "
-                "them to it first."
-            )
-    return torch.stack(found)
-
-
-def _images(place: Path) -> Iterator[tuple[str, Image.Image, int]]:
-    """Name, picture and levels of a channel for each picture of a file, folder or data set."""
-    from carrara.data import open_source
-    from carrara.data.decode import IMAGE_SUFFIXES, UnreadablePicture, decode
-
-    if place.suffix.lower() not in IMAGE_SUFFIXES:
-        source = open_source(place)
-        yield from ((example.name, example.image, source.levels) for example in source)
-        return
-    try:
-        image, _ = decode(place.read_bytes())
-    except (OSError, UnreadablePicture) as error:
-        raise UserError(f"{place} cannot be read: {error}.") from None
-    yield str(place), image, 256
+        console.print(f"{last.about['count']} pictures in {last.path}")
