@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from carrara.condition import Condition
+from carrara.condition import Condition, Site
 from carrara.process import NetworkDenoiser, schedules
 from tests.errors import refused
 
@@ -40,8 +41,15 @@ def test_join_and_rows_are_inverse() -> None:
         Condition.join([a, Condition(vector=torch.ones(1, 2))])
 
 
+def test_branches_count_the_conditions_of_a_batch() -> None:
+    one = Condition(label=torch.tensor([1, 2]))
+    two = Condition.join([one, one])
+    assert (one.branches, two.branches, Condition.join([two, two, two]).branches) == (1, 2, 6)
+    assert (two.to("cpu").branches, two.batch(4).branches, two.rows(slice(0, 1)).branches) == (2, 2, 1)
+
+
 def test_two_attention_seams_cannot_share_a_batch() -> None:
-    def one(site: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def one(site: Site, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return v
 
     with refused("mismatch", "attend"):

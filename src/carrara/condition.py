@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from carrara.errors import UserError
 
-Attend = Callable[[str, Tensor, Tensor, Tensor], Tensor]
-"""The attention seam: `attend(site, q, k, v) -> out`, asked by every attention layer instead of its own
-fused attention. `site` names the layer ("down.1.0.cross"); q is [B, heads, L, d], k and v [B, heads, M, d],
-the result [B, heads, L, d]. Where a `context_mask` is told, q and k come with one channel more, which carries it
-through any softmax(QKᵀ/√d), d being the width of q."""
+
+class Site(NamedTuple):
+    """Where in a network an attention takes place.
+
+    Attributes:
+        name: of the layer, "down.1.0.cross".
+        kind: what the queries attend to: the positions of their own map, the context, or the same position at other
+            times.
+        size: of the map that the queries come from, (H, W) for images.
+        branches: how many conditions share the batch, see `Condition.branches`.
+    """
+
+    name: str
+    kind: Literal["self", "cross", "temporal"]
+    size: tuple[int, ...]
+    branches: int
+
+
+Attend = Callable[[Site, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""The attention seam, `attend(site, q, k, v, mask) -> out`: called by every attention layer instead of fused attention.
+
+q is [B, heads, L, d], k and v are [B, heads, M, d], the mask is bool [B, M], True where k and v may be attended to
+(None: everywhere), and the result is [B, heads, L, d]: softmax(QKᵀ/√d)·V with -∞ where the mask is False."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,8 @@ class Condition:
         concat: float [B, C', H, W], concatenated with x along the channels (low-resolution image, mask).
         target: int64 [B], the class that classifier guidance moves toward; no network reads it.
         attend: the attention seam (see `Attend`); None lets every layer use fused attention.
+        branches: how many conditions of equally many rows lie one after the other along the batch (set by `join`): with
+            classifier-free guidance 2, of which the unconditional one is the last.
     """
 
     label: Tensor | None = None
@@ -40,6 +60,7 @@ class Condition:
     concat: Tensor | None = None
     target: Tensor | None = None
     attend: Attend | None = None
+    branches: int = 1
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor slots that are filled, by name."""
@@ -58,8 +79,8 @@ class Condition:
         return self.map(lambda value: value.to(device))
 
     def rows(self, index: Tensor | slice) -> Condition:
-        """The condition of some of the samples."""
-        return self.map(lambda value: value[index])
+        """The condition of some of the samples (as a batch of one branch)."""
+        return replace(self.map(lambda value: value[index]), branches=1)
 
     def batch(self, size: int) -> Condition:
         """The condition for a batch of `size`; slots of one row are repeated, others must fit.
@@ -137,4 +158,5 @@ class Condition:
                 raise UserError(
                     "conditions with different attention seams cannot share a batch.", key="attend", code="mismatch"
                 )
-        return first._filled({name: torch.cat([c.tensors()[name] for c in conditions]) for name in slots})
+        joined: dict[str, Any] = {name: torch.cat([c.tensors()[name] for c in conditions]) for name in slots}
+        return replace(first, **joined, branches=first.branches * len(conditions))

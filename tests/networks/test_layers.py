@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from carrara.condition import Condition, Site
 from carrara.errors import UserError
 from carrara.networks.layers import (
     FEW_PLACES,
@@ -102,14 +103,22 @@ def test_the_upsampled_convolution_is_the_convolution_of_the_repeated_map(dims: 
 def test_attention_is_the_softmax_formula_unless_the_seam_takes_it() -> None:
     q, k, v = noise(2, 3, 5, 4), noise(2, 3, 7, 4, seed=1), noise(2, 3, 7, 4, seed=2)
     expected = (q @ k.transpose(-1, -2) / math.sqrt(4)).softmax(-1) @ v
-    torch.testing.assert_close(attention("here", q, k, v, None), expected)
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    called: list[tuple[Site, Tensor | None]] = []
 
-    def seam(site: str, *qkv: Tensor) -> Tensor:
-        assert site == "here"
-        assert all(a is b for a, b in zip(qkv, (q, k, v), strict=True))
-        return 2 * q
+    def seam(site: Site, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        called.append((site, mask))
+        return q
 
-    assert torch.equal(attention("here", q, k, v, seam), 2 * q)
+    for condition in (None, Condition()):
+        out = attention(q, k, v, condition, name="here", kind="cross", size=(5,))
+        torch.testing.assert_close(out, expected)
+        out = attention(q, k, v, condition, name="here", kind="cross", size=(5,), mask=mask)
+        torch.testing.assert_close(out[0], expected[0])
+        torch.testing.assert_close(out[1], (q @ k.mT / 2)[1, ..., :4].softmax(-1) @ v[1, :, :4])
+    listened = Condition(attend=seam, branches=2)
+    assert attention(q, k, v, listened, name="here", kind="cross", size=(5,), mask=mask) is q
+    assert called == [(Site("here", "cross", (5,), 2), mask)]
 
 
 def test_both_channel_orders_hold_the_same_heads() -> None:

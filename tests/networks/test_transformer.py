@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from carrara.condition import Condition
+from carrara.condition import Attend, Condition, Site
 from carrara.errors import UserError
+from carrara.guidance import classifier_free
 from carrara.networks import EncoderClassifierParams, UNet, UNetParams
 from carrara.networks.transformer import SpatialTransformer
+from carrara.process import NetworkDenoiser, schedules
 from tests.networks.test_unet import awake, noise, times
 
 LATENT = UNetParams(
@@ -32,31 +34,49 @@ LATENT = UNetParams(
 CONTEXT = Condition(context=noise(2, 5, 6, seed=1))
 
 
-def softmax_seam(asked: list[str]) -> Any:
-    """A listener that takes softmax(QKᵀ/√d)·V by hand and writes down who asked."""
+def softmax_seam(sites: list[Site]) -> Attend:
+    """Takes softmax(QKᵀ/√d)·V by hand and records the sites."""
 
-    def seam(site: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        asked.append(site)
+    def seam(site: Site, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        sites.append(site)
         scores: Tensor = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
         return scores.softmax(-1) @ v
 
     return seam
 
 
-def test_every_attention_asks_the_seam_by_its_name_in_order() -> None:
+def test_every_attention_calls_the_seam_with_its_site_in_order() -> None:
     network = awake(UNet(replace(LATENT, transformer_depth=(1, 2), context_only=(1,))))
-    asked: list[str] = []
+    sites: list[Site] = []
     x = noise(2, 4, 8, 8)
     with torch.no_grad():
-        heard = network(x, times(2), replace(CONTEXT, attend=softmax_seam(asked)))
+        heard = network(x, times(2), replace(CONTEXT, attend=softmax_seam(sites)))
         # The fused kernel sums in another order: float32 rounding of values near 1 through some ten layers.
         torch.testing.assert_close(heard, network(x, times(2), CONTEXT), rtol=0, atol=2e-5)
+    asked = [site.name for site in sites]
     assert tuple(asked) == network.attention_sites
     assert asked[:6] == [
         *("down.0.0.context", "down.0.0.cross"),
         *("down.1.0.0.self", "down.1.0.0.cross", "down.1.0.1.self", "down.1.0.1.cross"),
     ]
     assert "middle.1.cross" in asked
+    assert sites[0] == Site("down.0.0.context", "cross", (8, 8), 1)
+    assert sites[2] == Site("down.1.0.0.self", "self", (4, 4), 1)
+
+
+def test_a_listener_can_tell_the_branches_of_guidance_apart() -> None:
+    network, sites = awake(UNet(LATENT)), list[Site]()
+    denoiser = NetworkDenoiser(network, schedules.linear(50))
+    guided = classifier_free(scale=2.0, null=Condition(context=torch.zeros(1, 5, 6)))(denoiser)
+    with torch.no_grad():
+        guided(noise(2, 4, 8, 8), 5.0, replace(CONTEXT, attend=softmax_seam(sites)))
+        assert {site.branches for site in sites} == {2}
+        sites.clear()
+        denoiser(noise(2, 4, 8, 8), 5.0, replace(CONTEXT, attend=softmax_seam(sites)))
+    assert {site.branches for site in sites} == {1}
+    assert len(sites) == len(network.attention_sites)
 
 
 def test_a_listener_sees_the_mask_too() -> None:
@@ -73,8 +93,8 @@ def test_a_listener_sees_the_mask_too() -> None:
             torch.testing.assert_close(network(x, times(2), hidden), quiet, rtol=0, atol=2e-5)
         everything = Condition(context=context, context_mask=torch.ones(2, 5, dtype=torch.bool))
         torch.testing.assert_close(network(x, times(2), everything), network(x, times(2), Condition(context=context)))
-        nothing = Condition(context=context, context_mask=torch.zeros(2, 5, dtype=torch.bool))
-        assert network(x, times(2), nothing).isfinite().all()
+        nothing_visible = Condition(context=context, context_mask=torch.zeros(2, 5, dtype=torch.bool))
+        assert network(x, times(2), nothing_visible).isfinite().all()
 
 
 @pytest.mark.parametrize(

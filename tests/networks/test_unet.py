@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from carrara.condition import Condition
+from carrara.condition import Condition, Site
 from carrara.errors import UserError
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
 
@@ -167,12 +167,14 @@ def test_concatenated_images_must_fit() -> None:
         EncoderClassifier(CLASSIFIER)(noise(1, 3, 8, 8), times(1), Condition(label=torch.tensor([0])))
 
 
-def test_every_attention_layer_asks_the_seam_by_its_name() -> None:
+def test_every_attention_layer_calls_the_seam_with_its_site() -> None:
     network = awake(UNet(replace(SMALL, attention=(1, 2))))
     asked: list[str] = []
 
-    def seam(site: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        asked.append(site)
+    def seam(site: Site, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        assert (site.kind, site.branches, mask) == ("self", 1, None)
+        assert site.size == ((4, 4) if site.name.startswith(("down.1", "middle", "up.1")) else (8, 8))
+        asked.append(site.name)
         return nn.functional.scaled_dot_product_attention(q, k, v)
 
     x = noise(2, 3, 8, 8)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara.condition import Attend, Condition
+from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice, check_slots, laid_out
 from carrara.networks.layers import GroupNorm, attention, count_heads, split_heads, zeroed
@@ -62,11 +62,11 @@ class AttentionPool(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, out)
 
-    def forward(self, maps: list[Tensor], attend: Attend | None) -> Tensor:
+    def forward(self, maps: list[Tensor], condition: Condition) -> Tensor:
         tokens = F.silu(self.norm(maps[-1])).flatten(2).transpose(1, 2)  # [B, N, C]
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positions.T
         q, k, v = split_heads(self.qkv(tokens), self.heads, "new")
-        first = attention("pool", q[:, :, :1], k, v, attend)  # [B, heads, 1, d]
+        first = attention(q[:, :, :1], k, v, condition, name="pool", kind="self", size=maps[-1].shape[2:])
         return self.out(first.flatten(1))  # type: ignore[no-any-return]
 
 
@@ -78,7 +78,7 @@ class AdaptivePool(nn.Module):
         self.norm = GroupNorm(channels, groups)
         self.out = zeroed(nn.Linear(channels, out))
 
-    def forward(self, maps: list[Tensor], attend: Attend | None) -> Tensor:
+    def forward(self, maps: list[Tensor], condition: Condition) -> Tensor:
         return self.out(F.silu(self.norm(maps[-1])).mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
@@ -91,7 +91,7 @@ class SpatialPool(nn.Module):
         self.norm = GroupNorm(2048) if normed else None
         self.out = nn.Linear(2048, out)
 
-    def forward(self, maps: list[Tensor], attend: Attend | None) -> Tensor:
+    def forward(self, maps: list[Tensor], condition: Condition) -> Tensor:
         h = self.hidden(torch.cat([h.mean(dim=(2, 3)) for h in maps], dim=1))
         h = F.relu(h) if self.norm is None else F.silu(self.norm(h))
         return self.out(h)  # type: ignore[no-any-return]
@@ -137,5 +137,5 @@ class EncoderClassifier(Network):
         check_slots(condition, {})
         embedding = F.silu(self.time(network_time.reshape(-1).expand(len(x))))
         h, maps = self.encoder(laid_out(x, self.params.channels), embedding, condition)
-        logits: Tensor = self.pool([m.to(embedding.dtype) for m in (*maps, h)], condition.attend)
+        logits: Tensor = self.pool([m.to(embedding.dtype) for m in (*maps, h)], condition)
         return logits.to(x.dtype)

@@ -7,15 +7,15 @@ dimensions. Of three, the first is never resampled (frames, slices).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from carrara.condition import Attend, Condition
+from carrara.condition import Condition, Site
 from carrara.errors import UserError
 from carrara.networks.fused import NormSiLU, norm_silu
 
@@ -262,35 +262,37 @@ def remembered(function: Callable[..., Tensor], *inputs: Any, forget: bool) -> T
     return function(*inputs)
 
 
-def attention(site: str, q: Tensor, k: Tensor, v: Tensor, attend: Attend | None, mask: Tensor | None = None) -> Tensor:
-    """softmax(QKᵀ/√d)·V, or what the attention seam makes of it: the one place where attention happens.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    condition: Condition | None,
+    *,
+    name: str,
+    kind: Literal["self", "cross", "temporal"],
+    size: Sequence[int],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(QKᵀ/√d)·V, or what the condition's attention seam makes of it: the one place where attention happens.
 
     Args:
-        site: the layer's name, for the seam.
         q: [B, heads, L, d].
-        k: [B, heads, M, d].
-        v: [B, heads, M, d].
-        attend: see `carrara.condition.Attend`.
-        mask: bool [B, M], True where k and v may be seen; None is everywhere.
+        k, v: [B, heads, M, d].
+        condition: may hold the seam.
+        name, kind, size: see `Site`.
+        mask: bool [B, M], True where k and v may be attended to; None is everywhere.
 
     Returns:
         [B, heads, L, d].
     """
-    if attend is None:
-        hidden = None if mask is None else _hiding(mask, q, torch.finfo(q.dtype).min / 2)[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, hidden)
-    if mask is not None:
-        # One channel more carries the mask to any listener that takes softmax(QKᵀ/√d).
-        width = q.shape[-1]
-        q = torch.cat([q * math.sqrt((width + 1) / width), torch.ones_like(q[..., :1])], dim=-1)
-        hidden = _hiding(mask, k, -1e4)[:, None, :, None].expand(*k.shape[:-1], 1)
-        k = torch.cat([k, hidden], dim=-1)
-    return attend(site, q, k, v)
-
-
-def _hiding(mask: Tensor, like: Tensor, low: float) -> Tensor:
-    """0 where the mask is True, a low and finite number elsewhere: a row that may see nothing gives no NaN."""
-    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask.to(like.device), low)
+    mask = None if mask is None else mask.to(q.device)
+    if condition is not None and condition.attend is not None:
+        return condition.attend(Site(name, kind, tuple(size), condition.branches), q, k, v, mask)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    low = torch.finfo(q.dtype).min / 2  # finite: a row that may attend to nothing gives no NaN
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, low)
+    return F.scaled_dot_product_attention(q, k, v, bias[:, None, None])
 
 
 def split_heads(qkv: Tensor, heads: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,11 +351,11 @@ class SelfAttention(Block):
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         """[B, C, *S] to [B, C, *S], with the condition's attention seam."""
-        attend = None if condition is None else condition.attend
-        return remembered(self._forward, x, attend, forget=self.checkpointing)
+        return remembered(self._forward, x, condition, forget=self.checkpointing)
 
-    def _forward(self, x: Tensor, attend: Attend | None) -> Tensor:
+    def _forward(self, x: Tensor, condition: Condition | None) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, N, 3·C]
         q, k, v = split_heads(qkv, self.heads, self.order)
-        h = attention(self.site, q, k, v, attend).transpose(1, 2).flatten(2)  # [B, N, C]
+        h = attention(q, k, v, condition, name=self.site, kind="self", size=x.shape[2:])  # [B, heads, N, d]
+        h = h.transpose(1, 2).flatten(2)  # [B, N, C]
         return self.out(h.transpose(1, 2).reshape(x.shape)).add_(x)  # type: ignore[no-any-return]

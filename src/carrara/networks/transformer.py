@@ -6,10 +6,13 @@ its own layer norm and beside a skip, between two projections.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara.condition import Attend, Condition
+from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.networks.layers import HALF, Block, GroupNorm, attention, remembered, zeroed
 
@@ -27,24 +30,40 @@ class LayerNorm(nn.LayerNorm):
 
 
 class TokenAttention(nn.Module):
-    """Tokens attend to a context: softmax(QKᵀ/√d)·V with Q from the tokens, K and V from the context."""
+    """Tokens attend to themselves or to the context: softmax(QKᵀ/√d)·V, Q from the tokens, K and V from the other.
 
-    def __init__(self, site: str, channels: int, context_channels: int, heads: int) -> None:
+    Args:
+        name: of its `Site`.
+        kind: "self" attends to the tokens, "cross" to `Condition.context` where `Condition.context_mask` is True.
+        channels: C of the tokens.
+        context_channels: D of what is attended to.
+        heads: attention heads.
+    """
+
+    def __init__(
+        self, name: str, kind: Literal["self", "cross"], channels: int, context_channels: int, heads: int
+    ) -> None:
         super().__init__()
-        self.site = site
+        self.site = name
+        self.kind: Literal["self", "cross"] = kind
         self.heads = heads
         self.q = nn.Linear(channels, channels, bias=False)
         self.k = nn.Linear(context_channels, channels, bias=False)
         self.v = nn.Linear(context_channels, channels, bias=False)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, tokens: Tensor, context: Tensor, attend: Attend | None, mask: Tensor | None = None) -> Tensor:
-        """tokens [B, L, C] and context [B, M, D], of which `mask` (bool [B, M]) says what may be seen: [B, L, C]."""
+    def forward(self, tokens: Tensor, size: Sequence[int], condition: Condition) -> Tensor:
+        """tokens [B, L, C] of a map of this size to [B, L, C]."""
+        seen, mask = tokens, None
+        if self.kind == "cross":
+            if condition.context is None:
+                raise UserError("this network needs the condition's context.", key="context", code="missing")
+            seen, mask = condition.context.to(tokens), condition.context_mask
         q, k, v = (
             value.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, L or M, d]
-            for value in (self.q(tokens), self.k(context), self.v(context))
+            for value in (self.q(tokens), self.k(seen), self.v(seen))
         )
-        h = attention(self.site, q, k, v, attend, mask)
+        h = attention(q, k, v, condition, name=self.site, kind=self.kind, size=size, mask=mask)  # [B, heads, L, d]
         return self.out(h.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -62,46 +81,36 @@ class GatedFeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention to the tokens themselves, attention to the context, feed-forward.
+    """Self-attention, cross-attention to the context, feed-forward, each added to its input.
 
     Args:
-        site: what the attention seam knows the block by; its layers ask as "SITE.self" and "SITE.cross".
+        site: its layers are the sites "SITE.self" and "SITE.cross".
         channels: C of the tokens.
         context_channels: D of the context; 0 leaves cross-attention out.
         heads: of both attentions.
-        context_only: the first attention looks at the context too, and asks as "SITE.context".
+        context_only: the first attention attends to the context, too, at the site "SITE.context".
     """
 
     def __init__(self, site: str, channels: int, context_channels: int, heads: int, context_only: bool) -> None:
         super().__init__()
-        self.context_only = context_only
-        name, seen = ("context", context_channels) if context_only else ("self", channels)
         self.norm_first = LayerNorm(channels)
-        self.first = TokenAttention(f"{site}.{name}", channels, seen, heads)
+        if context_only:
+            self.first = TokenAttention(f"{site}.context", "cross", channels, context_channels, heads)
+        else:
+            self.first = TokenAttention(f"{site}.self", "self", channels, channels, heads)
         self.norm_cross = LayerNorm(channels) if context_channels else None
-        self.cross = TokenAttention(f"{site}.cross", channels, context_channels, heads) if context_channels else None
+        self.cross = None
+        if context_channels:
+            self.cross = TokenAttention(f"{site}.cross", "cross", channels, context_channels, heads)
         self.norm_feed = LayerNorm(channels)
         self.feed = GatedFeedForward(channels)
 
-    def forward(self, tokens: Tensor, condition: Condition) -> Tensor:
-        """tokens [B, L, C] to [B, L, C]."""
-        attend, mask = condition.attend, condition.context_mask
-        normed = self.norm_first(tokens)
-        if self.context_only:
-            h = self.first(normed, _context(condition, tokens), attend, mask)
-        else:
-            h = self.first(normed, normed, attend)
-        tokens = h.add_(tokens)
+    def forward(self, tokens: Tensor, size: Sequence[int], condition: Condition) -> Tensor:
+        """tokens [B, L, C] of a map of this size to [B, L, C]."""
+        tokens = self.first(self.norm_first(tokens), size, condition).add_(tokens)
         if self.cross is not None and self.norm_cross is not None:
-            h = self.cross(self.norm_cross(tokens), _context(condition, tokens), attend, mask)
-            tokens = h.add_(tokens)
+            tokens = self.cross(self.norm_cross(tokens), size, condition).add_(tokens)
         return self.feed(self.norm_feed(tokens)).add_(tokens)  # type: ignore[no-any-return]
-
-
-def _context(condition: Condition, tokens: Tensor) -> Tensor:
-    if condition.context is None:
-        raise UserError("this network needs the condition's context.")
-    return condition.context.to(tokens)
 
 
 class SpatialTransformer(Block):
@@ -144,10 +153,10 @@ class SpatialTransformer(Block):
         self.project_out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
-        """[B, C, *S] to [B, C, *S], told the condition's `context`, `context_mask` and `attend`."""
+        """[B, C, *S] to [B, C, *S]; reads the condition's `context`, `context_mask` and `attend`."""
         places = self.norm(x).movedim(1, -1)  # [B, *S, C]: no copy where channels lie last
-        tokens = self.project_in(places.flatten(1, -2).to(self.project_in.weight.dtype))
+        tokens = self.project_in(places.flatten(1, -2).to(self.project_in.weight.dtype))  # [B, L, C]
         for block in self.blocks:
-            tokens = remembered(block, tokens, condition, forget=self.checkpointing)
-        h = self.project_out(tokens).reshape(places.shape).movedim(-1, 1)
+            tokens = remembered(block, tokens, x.shape[2:], condition, forget=self.checkpointing)  # [B, L, C]
+        h = self.project_out(tokens).reshape(places.shape).movedim(-1, 1)  # [B, C, *S]
         return h.to(x.dtype).add_(x)  # type: ignore[no-any-return]
