@@ -12,17 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from carrara.cli.demo import Plan, make_demo
+from carrara.app.demo import Budget, DemoRequest, demo
+from carrara.app.events import Event, Metrics, Preview, Saved
 from tests.browser import Tree, browse
 from tests.runs import TINY
 
-SMALL = Plan(guided=40, unguided=40, seeds=(0, 1), curve_samples=30, curve_steps=(2, 3), solvers=("ddim", "dpm++2m"))
+SMALL = Budget(guided=40, unguided=40, curve_samples=30, curve_steps=(2, 3), solvers=("ddim", "dpm++2m"))
+
+
+def make_demo(folder: Path) -> list[Event]:
+    return list(demo(DemoRequest(out=folder, changes=TINY), SMALL))
 
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "run"
-    make_demo(folder, list(TINY), SMALL)
+    make_demo(folder)
     return folder
 
 
@@ -60,12 +65,11 @@ def test_what_is_measured_is_what_the_files_hold(demo_run: Path) -> None:
     assert figures["Fréchet distance, training to held-out images"] == pytest.approx(real, rel=1e-6)
     with np.load(demo_run / "samples" / "samples.npz") as archive:
         read = judge.predict(archive["arr_0"].reshape(-1, 64) / 127.5 - 1) == archive["arr_1"]
-    # The figure is the mean over two seeds of 40; the file holds the first.
-    assert abs(figures["Digits read as asked, guided"] / 100 * 80 - read.sum()) <= 40
+    assert figures["Digits read as asked, guided"] == pytest.approx(100 * read.mean())
 
 
 def test_two_demos_of_one_seed_are_equal(demo_run: Path, tmp_path: Path) -> None:
-    make_demo(tmp_path / "run", list(TINY), SMALL)
+    make_demo(tmp_path / "run")
     same = [
         "model/network.safetensors",
         "model/config.json",
@@ -80,6 +84,37 @@ def test_two_demos_of_one_seed_are_equal(demo_run: Path, tmp_path: Path) -> None
     mine.pop("timings")
     theirs.pop("timings")
     assert mine == theirs
+
+
+def test_samples_and_a_first_report_come_before_the_comparison_of_solvers(tmp_path: Path) -> None:
+    """And closing the generator after them leaves both."""
+    events = demo(DemoRequest(out=tmp_path / "run", changes=TINY), SMALL)
+    seen: list[str] = []
+    for event in events:
+        seen += [event.what] if isinstance(event, Saved) else [event.name] if isinstance(event, Metrics) else []
+        seen += ["preview"] if isinstance(event, Preview) else []
+        if seen[-1:] == ["report"]:
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert [name for name in seen if name != "log"] == ["start", "model", "preview", "samples", "demo", "report"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Quality against number of steps" not in page
+    assert "Nearest training image" in page
+
+
+def test_the_budget_is_at_most_45_per_cent_of_the_first_demos() -> None:
+    """In passes of one image through the network, of which a training step takes three (forward, backward)."""
+    from carrara.app.demo import CHANGES, STEPS
+    from carrara.recipe import load
+
+    budget, recipe = Budget(), load("digits", CHANGES)
+    training = recipe.training
+    previews = training.steps // training.sample_every * 2 * recipe.sampling.count * recipe.sampling.steps * 2
+    samples = STEPS * (2 * budget.guided + budget.unguided)
+    curves = len(budget.solvers) * budget.curve_samples * sum(budget.curve_steps)
+    work = 3 * training.steps * training.batch_size + previews + samples + curves
+    first = 3 * 800 * 128 + 2 * 2 * 40 * 20 * 2 + 3 * 20 * (2 * 1000 + 1797) + 4 * 500 * (5 + 10 + 20 + 50)
+    assert work <= 0.45 * first
 
 
 def test_the_report_has_every_section(demo_run: Path) -> None:
@@ -123,7 +158,6 @@ def test_the_demo_reaches_its_targets(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     missed = [figure["name"] for figure in report["figures"] if figure["reached"] is False]
     assert missed == []
-    assert report["timings"]["training"] <= 120
-    assert seconds <= 300
+    assert seconds <= 600
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     assert peak < 2, f"{peak:.2f} GiB at the peak"

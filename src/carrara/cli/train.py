@@ -80,22 +80,36 @@ def show_training(events: Iterable[Event], json_lines: bool = False) -> None:
     import json
 
     from carrara.app.events import Metrics, Notice, Saved
-    from carrara.cli.console import console, show
+    from carrara.cli.console import show
 
     for event in show(events, quiet=json_lines):
-        if isinstance(event, Saved) and event.what == "checkpoint":
-            message = f"stopped and saved at step {event.about['stopped']}: run the same command again to resume."
-            print(json.dumps(event.about) if json_lines else message)
+        if not json_lines:
+            show_event(event)
+        elif isinstance(event, Notice):
+            print(json.dumps({"notice": event.text}), flush=True)
+        elif isinstance(event, Metrics):
+            print(json.dumps(event.values), flush=True)
+        elif isinstance(event, Saved) and event.what == "checkpoint":
+            print(json.dumps(event.about))
             raise typer.Exit(130)
-        if json_lines:
-            if isinstance(event, Notice):
-                print(json.dumps({"notice": event.text}), flush=True)
-            elif isinstance(event, Metrics):
-                print(json.dumps(event.values), flush=True)
-        elif isinstance(event, Metrics) and event.name == "start":
-            _print_start(event)
-        elif isinstance(event, Saved):
-            console.print(f"model: {event.path}")
+
+
+def show_event(event: Event) -> None:
+    """Print where a training starts and what it saves.
+
+    Raises:
+        typer.Exit: with 130, where a signal stopped it.
+    """
+    from carrara.app.events import Metrics, Saved
+    from carrara.cli.console import console
+
+    if isinstance(event, Metrics) and event.name == "start":
+        _print_start(event)
+    elif isinstance(event, Saved) and event.what == "checkpoint":
+        console.print(f"stopped and saved at step {event.about['stopped']}: run the same command again to resume.")
+        raise typer.Exit(130)
+    elif isinstance(event, Saved):
+        console.print(f"{event.what}: {event.path}")
 
 
 def _print_start(event: Metrics) -> None:
