@@ -13,20 +13,18 @@ from torch import Tensor
 
 from carrara.condition import Condition, Site
 from carrara.errors import UserError
+from carrara.networks.fused import FEW_PLACES, norm_silu, upsampled_convolution
 from carrara.networks.layers import (
-    FEW_PLACES,
     GroupNorm,
     ResidualBlock,
     SelfAttention,
     Upsample,
-    activated,
     attention,
     convolution,
     count_heads,
     largest_divisor,
     sinusoidal_embedding,
     split_heads,
-    upsampled_convolution,
 )
 from tests.shared import shared
 
@@ -151,7 +149,7 @@ def test_the_fused_norm_is_its_three_layers_and_so_are_its_gradients(dims: int, 
     scale = noise(2, 6, seed=1).requires_grad_() if adaptive else None
     shift = noise(2, 6, seed=2).requires_grad_() if adaptive else None
     inputs = [value for value in (x, norm.weight, norm.bias, scale, shift) if value is not None]
-    fused = activated(norm, x, scale, shift)
+    fused = norm_silu(norm, x, scale, shift)
     plain = norm(x)
     if scale is not None and shift is not None:
         column = (2, 6, *[1] * dims)
@@ -164,9 +162,9 @@ def test_the_fused_norm_is_its_three_layers_and_so_are_its_gradients(dims: int, 
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
-        assert torch.equal(activated(norm, x, scale, shift), fused)
+        assert torch.equal(norm_silu(norm, x, scale, shift), fused)
     assert torch.autograd.gradcheck(
-        lambda *given_: activated(norm, *given_), [v for v in (x, scale, shift) if v is not None]
+        lambda *given_: norm_silu(norm, *given_), [v for v in (x, scale, shift) if v is not None]
     )
 
 
@@ -177,7 +175,7 @@ def test_half_types_are_normalised_in_float32_with_and_without_gradients(dtype: 
     expected = F.silu(norm(x.float()))
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            got = activated(norm, x)
+            got = norm_silu(norm, x)
         assert got.dtype == dtype
         # One rounding to the half type after SiLU, one more before it where gradients are kept.
         torch.testing.assert_close(got.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)

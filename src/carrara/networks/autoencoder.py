@@ -13,18 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.errors import UserError
+from carrara.networks.fused import norm_silu
 from carrara.networks.layers import (
     Convolution,
     GroupNorm,
     SelfAttention,
     Upsample,
-    activated,
-    channels_last,
     convolution,
     largest_divisor,
-    remembered,
-    zeroed,
+    zero_module,
 )
+from carrara.networks.memory import channels_last, maybe_checkpoint
 
 EPS = 1e-6
 """Of every group norm here; the U-Nets have 1e-5."""
@@ -162,16 +161,16 @@ class Block(nn.Module):
         self.conv_in = convolution(2, channels, out_channels)
         self.norm_out = GroupNorm(out_channels, params.norm_groups, EPS)
         self.dropout = nn.Dropout(params.dropout)
-        self.conv_out = zeroed(convolution(2, out_channels, out_channels))
+        self.conv_out = zero_module(convolution(2, out_channels, out_channels))
         self.skip = convolution(2, channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C', H, W]."""
-        return remembered(self._forward, x, forget=self.checkpointing)
+        return maybe_checkpoint(self._forward, x, enabled=self.checkpointing)
 
     def _forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(activated(self.norm_in, x))
-        h = self.conv_out(self.dropout(activated(self.norm_out, h)))
+        h = self.conv_in(norm_silu(self.norm_in, x))
+        h = self.conv_out(self.dropout(norm_silu(self.norm_out, h)))
         return h.add_(self.skip(x))  # type: ignore[no-any-return]
 
 
@@ -299,7 +298,7 @@ class Encoder(nn.Module):
         h = self.stem(_like(x.to(self.stem.weight.dtype), self.stem))
         for level in self.levels:
             h = level(h)
-        h = self.out(activated(self.norm, self.middle(h)))
+        h = self.out(norm_silu(self.norm, self.middle(h)))
         return self.map(h)  # type: ignore[no-any-return]
 
 
@@ -330,7 +329,7 @@ class Decoder(nn.Module):
         h = self.middle(self.stem(self.map(_like(z.to(self.stem.weight.dtype), self.stem))))
         for level in self.levels:
             h = level(h)
-        return activated(self.norm, h)
+        return norm_silu(self.norm, h)
 
     def finish(self, features: Tensor) -> Tensor:
         """The image of some features."""

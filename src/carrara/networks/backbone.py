@@ -19,21 +19,11 @@ from carrara.networks.layers import (
     ResidualBlock,
     SelfAttention,
     Upsample,
-    channels_last,
     convolution,
     count_heads,
     sinusoidal_embedding,
 )
 from carrara.networks.transformer import SpatialTransformer, TokenAttention
-
-NARROW = 48
-"""Below so many channels, maps lie in memory as they come: on a CPU, convolutions of channels that lie side by side
-round twice as coarsely, which for narrow networks, of few sums, is half of the way to 1e-5, and gain little."""
-
-
-def laid_out(x: Tensor, channels: int) -> Tensor:
-    """The same values in the memory layout that suits a network of this width."""
-    return x.contiguous() if x.device.type == "cpu" and channels < NARROW else channels_last(x)
 
 
 def check_slots(condition: Condition, takes: Mapping[str, int]) -> None:

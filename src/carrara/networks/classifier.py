@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from carrara.condition import Condition
 from carrara.errors import UserError
-from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice, check_slots, laid_out
-from carrara.networks.layers import GroupNorm, attention, count_heads, split_heads, zeroed
+from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice, check_slots
+from carrara.networks.layers import GroupNorm, attention, count_heads, split_heads, zero_module
+from carrara.networks.memory import to_memory_format
 from carrara.networks.network import Network
 
 
@@ -76,7 +77,7 @@ class AdaptivePool(nn.Module):
     def __init__(self, channels: int, out: int, groups: int) -> None:
         super().__init__()
         self.norm = GroupNorm(channels, groups)
-        self.out = zeroed(nn.Linear(channels, out))
+        self.out = zero_module(nn.Linear(channels, out))
 
     def forward(self, maps: list[Tensor], condition: Condition) -> Tensor:
         return self.out(F.silu(self.norm(maps[-1])).mean(dim=(2, 3)))  # type: ignore[no-any-return]
@@ -136,6 +137,6 @@ class EncoderClassifier(Network):
         condition = condition or Condition()
         check_slots(condition, {})
         embedding = F.silu(self.time(network_time.reshape(-1).expand(len(x))))
-        h, maps = self.encoder(laid_out(x, self.params.channels), embedding, condition)
+        h, maps = self.encoder(to_memory_format(x, self.params.channels), embedding, condition)
         logits: Tensor = self.pool([m.to(embedding.dtype) for m in (*maps, h)], condition)
         return logits.to(x.dtype)

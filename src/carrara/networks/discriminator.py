@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.errors import UserError, nearest
-from carrara.networks.layers import GroupNorm, channels_last
+from carrara.networks.layers import GroupNorm
+from carrara.networks.memory import channels_last
 
 Norm = Literal["batch", "group"]
 SLOPE = 0.2

@@ -1,4 +1,4 @@
-"""The layers that the convolutional networks share.
+"""The layers that the convolutional networks have in common.
 
 Feature maps are [B, C, *S], where S is (L,), (H, W) or (D, H, W) for signals of one, two or three
 dimensions. Of three, the first is never resampled (frames, slices).
@@ -13,33 +13,19 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from carrara.condition import Condition, Site
 from carrara.errors import UserError
-from carrara.networks.fused import NormSiLU, norm_silu
+from carrara.networks.fused import HALF, norm_silu, upsampled_convolution
+from carrara.networks.memory import maybe_checkpoint
 
-HALF = (torch.float16, torch.bfloat16)
 _CONVOLUTION: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
     3: nn.Conv3d,
 }
-_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
-_PLAIN: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _AVERAGE: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
-
-_DOUBLING = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
-"""Takes three weights w to those of the flipped kernel convolved with [1, 1]: [w₂, w₂ + w₁, w₁ + w₀, w₀]."""
-
-FEW_PLACES = 64
-"""In a map of fewer places, making the doubled kernel costs more than it spares. (Told by the map alone: a sample's
-numbers must not depend on its company.)"""
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -59,7 +45,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if isinstance(module, Block)]
 
 
-def zeroed(module: AnyModule) -> AnyModule:
+def zero_module(module: AnyModule) -> AnyModule:
     """The same module with every parameter 0, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -70,7 +56,7 @@ def sinusoidal_embedding(time: Tensor, width: int, max_period: float = 10_000.0)
     """Cosines, then sines, of the time at geometrically spaced frequencies (Vaswani 2017; Ho 2020).
 
     Args:
-        time: float or int [B], what the network was trained to be told; need not be whole.
+        time: float or int [B], in the network's units; need not be whole.
         width: length of the result; an odd one ends with a zero.
         max_period: the longest wave length is 2π times this.
 
@@ -82,11 +68,6 @@ def sinusoidal_embedding(time: Tensor, width: int, max_period: float = 10_000.0)
     angles = time.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
     waves = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(waves, (0, width % 2))
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same values; images lie with their channels side by side in memory, as CPU and GPU kernels like them."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def largest_divisor(channels: int, most: int) -> int:
@@ -110,32 +91,6 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def activated(norm: GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """SiLU(GN(x)), or SiLU(GN(x)·(1 + scale) + shift), [B, C, *S].
-
-    Args:
-        norm: GN.
-        x: [B, C, *S].
-        scale, shift: [B, C], what adaptive group norm is told.
-    """
-    stored = torch.is_grad_enabled() and (x.device.type != "cpu" or x.dtype in HALF)
-    if stored or torch.compiler.is_compiling():
-        # The layers as they are, for an accelerator's own kernels, for half types (which keep little), and for
-        # the compiler, which fuses them itself.
-        h = norm(x)
-        if scale is not None and shift is not None:
-            column = (*scale.shape, *[1] * (h.ndim - 2))
-            h = torch.addcmul(shift.reshape(column), h, 1 + scale.reshape(column))
-        return F.silu(h)
-    gain, offset = norm.weight[None], norm.bias[None]
-    if scale is not None and shift is not None:
-        gain, offset = gain * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
-    if torch.is_grad_enabled():
-        return NormSiLU.apply(x, gain, offset, norm.num_groups, norm.eps)  # type: ignore[no-any-return]
-    precise = x.float() if x.dtype in HALF else x
-    return norm_silu(precise, gain.to(precise), offset.to(precise), norm.num_groups, norm.eps)[0].to(x.dtype)
-
-
 class Upsample(nn.Module):
     """Twice the size by repeating neighbours; then, if `learned`, a 3-convolution."""
 
@@ -148,43 +103,6 @@ class Upsample(nn.Module):
         if self.conv is not None:
             return upsampled_convolution(x, self.conv.weight, self.conv.bias)
         return F.interpolate(x, scale_factor=self.factors, mode="nearest")
-
-
-def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The 3-convolution of x repeated to twice its size, without the repeated map.
-
-    Each output sees two input neighbours along an axis, not three. So this is a transposed convolution of
-    stride 2, whose kernel is the flipped one convolved with [1, 1]: 4/9 of the multiplications for images.
-
-    Args:
-        x: [B, C, *S].
-        weight: [C', C, 3, …], the convolution's.
-        bias: [C'].
-
-    Returns:
-        [B, C', *2S] (of three dimensions, the first keeps its size).
-    """
-    dims = weight.ndim - 2
-    strides = (1, 2, 2) if dims == 3 else (2,) * dims
-    if math.prod(x.shape[2:]) < FEW_PLACES:
-        repeated = F.interpolate(x, scale_factor=tuple(map(float, strides)), mode="nearest")
-        return _PLAIN[dims](repeated, weight, bias, padding=1)
-    return _TRANSPOSED[dims](x, _doubled(weight), bias, strides, 1)
-
-
-def _doubled(weight: Tensor) -> Tensor:
-    """The kernel [C, C', 4, …] of that transposed convolution, laid out in memory as the weight is."""
-    if weight.ndim == 3:
-        line: Tensor = weight @ _DOUBLING.to(weight)
-        return line.transpose(0, 1)
-    taps = torch.kron(_DOUBLING, _DOUBLING).to(weight)
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-        kernel: Tensor = taps.T @ weight.permute(1, 2, 3, 0).flatten(1, 2)  # [C, 16, C']
-        return kernel.reshape(len(kernel), 4, 4, -1).permute(0, 3, 1, 2)
-    if weight.ndim == 5:  # frames are not doubled, but the operation is transposed
-        weight = weight.flip(2)
-    kernel = weight.flatten(-2) @ taps
-    return kernel.reshape(*kernel.shape[:-1], 4, 4).transpose(0, 1)
 
 
 class Downsample(nn.Module):
@@ -203,10 +121,10 @@ class Downsample(nn.Module):
 
 
 class ResidualBlock(Block):
-    """Norm, SiLU, convolution, twice, told the embedding in between, beside a skip (Dhariwal & Nichol 2021).
+    """x + f(x, embedding), f twice norm, SiLU, convolution (Dhariwal & Nichol 2021, §3).
 
-    Adaptive: GN(h)·(1 + scale) + shift, [scale, shift] a linear map of SiLU(embedding); else the map is added
-    to h before the norm. With `resample`, both branches change their size after the first SiLU.
+    Adaptive: the second norm is GN(h)·(1 + scale) + shift, [scale, shift] a linear map of SiLU(embedding); else that
+    map is added to h before the norm. With `resample`, both branches change their size after the first SiLU.
     """
 
     def __init__(
@@ -231,35 +149,28 @@ class ResidualBlock(Block):
         self.embed = nn.Linear(embedding, 2 * out_channels if adaptive else out_channels)
         self.norm_out = GroupNorm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = zeroed(convolution(dims, out_channels, out_channels))
+        self.conv_out = zero_module(convolution(dims, out_channels, out_channels))
         self.skip = convolution(dims, channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [B, C, *S] and the activated embedding [B, E] to [B, C', *S']."""
-        return remembered(self._forward, x, embedding, forget=self.checkpointing)
+        return maybe_checkpoint(self._forward, x, embedding, enabled=self.checkpointing)
 
     def _forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = activated(self.norm_in, x)
+        h = norm_silu(self.norm_in, x)  # [B, C, *S]
         if isinstance(self.resample, Upsample):
             h, x = upsampled_convolution(h, self.conv_in.weight, self.conv_in.bias), self.resample(x)
         elif self.resample is not None:
             h, x = self.conv_in(self.resample(h)), self.resample(x)
         else:
-            h = self.conv_in(h)
-        told = self.embed(embedding).to(h.dtype)
+            h = self.conv_in(h)  # [B, C', *S']
+        embedded = self.embed(embedding).to(h.dtype)  # [B, 2·C'] if adaptive, else [B, C']
         if self.adaptive:
-            h = activated(self.norm_out, h, *told.chunk(2, dim=1))
+            h = norm_silu(self.norm_out, h, *embedded.chunk(2, dim=1))
         else:
-            h = activated(self.norm_out, h.add_(told.reshape(*told.shape, *[1] * (h.ndim - 2))))
-        h = self.conv_out(self.dropout(h))
+            h = norm_silu(self.norm_out, h.add_(embedded.reshape(*embedded.shape, *[1] * (h.ndim - 2))))
+        h = self.conv_out(self.dropout(h))  # [B, C', *S']
         return h.add_(self.skip(x))  # type: ignore[no-any-return]
-
-
-def remembered(function: Callable[..., Tensor], *inputs: Any, forget: bool) -> Tensor:
-    """The function's value; with `forget`, what happens inside is computed again in the backward pass."""
-    if forget and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-    return function(*inputs)
 
 
 def attention(
@@ -310,23 +221,26 @@ def split_heads(qkv: Tensor, heads: int, order: str) -> tuple[Tensor, Tensor, Te
 
 
 def count_heads(channels: int, heads: int | None, head_channels: int | None) -> int:
-    """The number of heads for `channels`: as said, or by the width of one, or the widest that fit up to 64.
+    """The number of heads for `channels`: as given, or by the width of one, or the widest that fit up to 64.
 
     Raises:
-        UserError: the channels cannot be shared out.
+        UserError: the channels cannot be divided among the heads.
     """
     if head_channels is None:
         count = heads if heads is not None else channels // largest_divisor(channels, 64)
     else:
         count = channels // head_channels
     if count < 1 or channels % count or (head_channels is not None and channels % head_channels):
-        said = f"head_channels = {head_channels}" if head_channels is not None else f"heads = {heads}"
-        raise UserError(f"attention over {channels} channels cannot be split with {said}: choose a divisor.")
+        name, value = ("heads", heads) if head_channels is None else ("head_channels", head_channels)
+        raise UserError(
+            f"attention over {channels} channels cannot be split with {name} = {value}: choose a divisor.",
+            key=f"network.{name}",
+        )
     return count
 
 
 class SelfAttention(Block):
-    """Every position attends to every other, beside a skip (Vaswani 2017; Ho 2020)."""
+    """x + attention of every position to every other (Vaswani 2017; Ho 2020)."""
 
     def __init__(
         self,
@@ -347,15 +261,15 @@ class SelfAttention(Block):
         self.checkpointing = checkpointing
         self.norm = GroupNorm(channels, groups, eps)
         self.qkv = convolution(dims, channels, 3 * channels, 1)
-        self.out = zeroed(convolution(dims, channels, channels, 1))
+        self.out = zero_module(convolution(dims, channels, channels, 1))
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         """[B, C, *S] to [B, C, *S], with the condition's attention seam."""
-        return remembered(self._forward, x, condition, forget=self.checkpointing)
+        return maybe_checkpoint(self._forward, x, condition, enabled=self.checkpointing)
 
     def _forward(self, x: Tensor, condition: Condition | None) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, N, 3·C]
-        q, k, v = split_heads(qkv, self.heads, self.order)
+        q, k, v = split_heads(qkv, self.heads, self.order)  # [B, heads, N, d]
         h = attention(q, k, v, condition, name=self.site, kind="self", size=x.shape[2:])  # [B, heads, N, d]
         h = h.transpose(1, 2).flatten(2)  # [B, N, C]
         return self.out(h.transpose(1, 2).reshape(x.shape)).add_(x)  # type: ignore[no-any-return]

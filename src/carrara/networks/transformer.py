@@ -1,7 +1,7 @@
-"""The spatial transformer of latent diffusion: a map's places as tokens that look at themselves and at a context.
+"""The spatial transformer of latent diffusion: a map's positions as tokens that attend to themselves and to a context.
 
-Rombach et al. 2022, §3.3 and appendix E.2.1: self-attention, cross-attention and a gated feed-forward, each behind
-its own layer norm and beside a skip, between two projections.
+Rombach et al. 2022, §3.3 and appendix E.2.1: self-attention, cross-attention and a gated feed-forward, each after its
+own layer norm and added to its input, between two projections.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from carrara.condition import Condition
 from carrara.errors import UserError
-from carrara.networks.layers import HALF, Block, GroupNorm, attention, remembered, zeroed
+from carrara.networks.fused import HALF
+from carrara.networks.layers import Block, GroupNorm, attention, zero_module
+from carrara.networks.memory import maybe_checkpoint
 
 NORM_EPS = 1e-6
-"""The ε of the group norm before the tokens; the residual blocks beside it have 1e-5."""
+"""The ε of the group norm before the tokens; the residual blocks have 1e-5."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -114,19 +116,19 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(Block):
-    """Group norm, a projection, `depth` transformer blocks over the places, a projection, beside a skip.
+    """x + f(x), f a group norm, a projection, `depth` transformer blocks over the positions, a projection.
 
-    The last projection starts at zero. A 1×1-convolution and a linear map of tokens are the same projection, so
-    that which of them an original has matters only to its checkpoints.
+    The last projection starts at zero. A 1×1-convolution and a linear map of tokens are the same projection: which of
+    them an original has matters only to its checkpoints.
 
     Args:
         site: see `TransformerBlock`; with more than one block, block i is "SITE.i".
         channels: C of the map.
-        context_channels: D of `Condition.context`; 0 makes a transformer that sees only the map.
+        context_channels: D of `Condition.context`; 0 leaves cross-attention out.
         heads: attention heads.
         depth: how many blocks.
         groups: of the group norm.
-        context_only: no block's first attention looks at the map.
+        context_only: no block's first attention attends to the map.
         checkpointing: compute each block again in the backward pass instead of storing it.
     """
 
@@ -150,13 +152,13 @@ class SpatialTransformer(Block):
             TransformerBlock(site if depth == 1 else f"{site}.{index}", channels, context_channels, heads, context_only)
             for index in range(depth)
         )
-        self.project_out = zeroed(nn.Linear(channels, channels))
+        self.project_out = zero_module(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """[B, C, *S] to [B, C, *S]; reads the condition's `context`, `context_mask` and `attend`."""
         places = self.norm(x).movedim(1, -1)  # [B, *S, C]: no copy where channels lie last
         tokens = self.project_in(places.flatten(1, -2).to(self.project_in.weight.dtype))  # [B, L, C]
         for block in self.blocks:
-            tokens = remembered(block, tokens, x.shape[2:], condition, forget=self.checkpointing)  # [B, L, C]
+            tokens = maybe_checkpoint(block, tokens, x.shape[2:], condition, enabled=self.checkpointing)  # [B, L, C]
         h = self.project_out(tokens).reshape(places.shape).movedim(-1, 1)  # [B, C, *S]
         return h.to(x.dtype).add_(x)  # type: ignore[no-any-return]

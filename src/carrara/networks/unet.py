@@ -14,17 +14,10 @@ from torch import Tensor, nn
 
 from carrara.condition import Condition
 from carrara.errors import UserError
-from carrara.networks.backbone import (
-    BackboneParams,
-    Encoder,
-    Level,
-    Parts,
-    TimeEmbedding,
-    attention_sites,
-    check_slots,
-    laid_out,
-)
-from carrara.networks.layers import GroupNorm, Upsample, activated, convolution, count_heads, zeroed
+from carrara.networks.backbone import BackboneParams, Encoder, Level, Parts, TimeEmbedding, attention_sites, check_slots
+from carrara.networks.fused import norm_silu
+from carrara.networks.layers import GroupNorm, Upsample, convolution, count_heads, zero_module
+from carrara.networks.memory import to_memory_format
 from carrara.networks.network import Network
 
 
@@ -123,7 +116,7 @@ class UNet(Network):
             levels.append(Level(stages, parts.resample(Upsample, width) if level else None))
         self.decoder = nn.ModuleList(levels)
         self.norm = GroupNorm(width, params.norm_groups)
-        self.out = zeroed(convolution(params.dims, width, params.raw_channels))
+        self.out = zero_module(convolution(params.dims, width, params.raw_channels))
 
     @property
     def takes(self) -> dict[str, int]:
@@ -176,7 +169,7 @@ class UNet(Network):
                 h = stage(torch.cat([h, maps.pop()], dim=1), embedding, condition)
             if level.resample is not None:
                 h = level.resample(h, embedding)  # type: ignore[operator]
-        raw: Tensor = self.out(activated(self.norm, h.to(self.out.weight.dtype)))
+        raw: Tensor = self.out(norm_silu(self.norm, h.to(self.out.weight.dtype)))
         return raw.to(x.dtype).contiguous()
 
     def _embedding(self, time: Tensor, condition: Condition) -> Tensor:
@@ -189,13 +182,13 @@ class UNet(Network):
 
     def _input(self, x: Tensor, condition: Condition) -> Tensor:
         if condition.concat is None:
-            return laid_out(x, self.params.channels)
+            return to_memory_format(x, self.params.channels)
         beside = condition.concat.to(x.dtype)
         if self.params.upsample_concat:
             beside = F.interpolate(beside, x.shape[2:], mode="bilinear")
         elif beside.shape[2:] != x.shape[2:]:
             raise UserError(f"the condition's concat is of size {tuple(beside.shape[2:])}, x of {tuple(x.shape[2:])}.")
-        return laid_out(torch.cat([x, beside], dim=1), self.params.channels)
+        return to_memory_format(torch.cat([x, beside], dim=1), self.params.channels)
 
     def _check(self, condition: Condition) -> None:
         p = self.params
