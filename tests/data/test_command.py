@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from carrara.cli.data import app, parse_resolution
+from carrara.app.request import parse_resolution
+from carrara.cli.data import app
 from carrara.errors import UserError
 from tests.data.builders import files, folder
 
@@ -75,3 +76,13 @@ def test_the_commands_import_neither_torch_nor_datasets() -> None:
     script = "import sys, carrara.cli.data; print({'torch', 'datasets', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["[INST]", "[bold]x", ":smile:", "[red]"])
+def test_names_of_classes_are_no_markup(tmp_path: Path, name: str) -> None:
+    for own in (name, "other"):
+        folder(tmp_path / "[v2]" / own, files(4))
+    result = RUNNER.invoke(app, ["check", str(tmp_path / "[v2]"), "--batch-size", "4"])
+    assert result.exit_code == 0, result.output
+    assert name in result.stdout
+    assert "[v2]" in result.stdout

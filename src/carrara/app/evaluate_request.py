@@ -10,6 +10,7 @@ from pydantic import Field
 from carrara import weights
 from carrara.app.models import is_codec
 from carrara.app.request import Request, Resolution, check_file, check_folder
+from carrara.data.preprocess import Resize
 from carrara.errors import UserError, nearest
 
 
@@ -39,7 +40,7 @@ class Measure(Request):
     n: int | None = Field(None, ge=1)
     resolution: Resolution | None = None
     channels: Literal[1, 3, 4] | None = None
-    resize: Literal["adm", "bicubic", "lanczos", "box", "nearest"] = "adm"
+    resize: Resize = "adm"
     train: str | None = None
     train_split: str = "train"
     evaluator: str | None = None

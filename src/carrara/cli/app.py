@@ -2,41 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import typer
-from typer.core import TyperGroup
 
 from carrara.cli import convert, data, data_encode, demo, ema, evaluate, recipes, sample, train
-
-FAMILIAR = {
-    "guidance-rescale": "rescale",
-    "guidance-scale": "guidance",
-    "judge": "evaluator",
-    "max-train-steps": "steps",
-    "mixed-precision": "precision",
-    "num-inference-steps": "steps",
-    "output-dir": "out",
-    "train-batch-size": "batch-size",
-}
-"""Options of other programs and of earlier releases, and ours."""
-
-
-class Commands(TyperGroup):
-    """The commands, which take the options of other programs, too: `--num_inference_steps 20` is `--steps 20`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Spell every option our way."""
-        return super().parse_args(ctx, [_ours(word) for word in args])
-
-
-def _ours(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    name = name.replace("_", "-")
-    return f"--{FAMILIAR.get(name, name)}{equals}{value}"
-
+from carrara.cli.options import Commands
 
 app = typer.Typer(
     cls=Commands,

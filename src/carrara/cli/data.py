@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from carrara.cli.options import Commands, typed
 
+if TYPE_CHECKING:
     from carrara.data.check import DataReport
 
-app = typer.Typer(help="Look at images before training on them.", no_args_is_help=True)
+app = typer.Typer(cls=Commands, help="Look at images before training on them.", no_args_is_help=True)
 
 _SHOWN = 10
 
@@ -24,95 +24,64 @@ def data() -> None:
 
 @app.command()
 def check(
+    context: typer.Context,
     path: Annotated[str, typer.Argument(help="A folder, parquet, zip or tar file, or the word 'digits'.")],
     split: Annotated[str, typer.Option(help="Which split, where the data has several.")] = "train",
     resolution: Annotated[str | None, typer.Option(help="Size to train at: N or HxW.")] = None,
     channels: Annotated[int | None, typer.Option(help="1 gray, 3 RGB, 4 RGBA.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--train_batch_size", help="Images in a step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps to train, for the number of epochs.")] = 10_000,
     images_per_second: Annotated[float | None, typer.Option(help="Training speed, for the hours.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The caption column, if not 'text'.")] = None,
-    unreadable_limit: Annotated[float, typer.Option(help="Share of unreadable images that is skipped.")] = 0.01,
+    unreadable_limit: Annotated[float, typer.Option(help="Fraction of unreadable images that is skipped.")] = 0.01,
     sample: Annotated[int | None, typer.Option(help="Look at this many images only.")] = None,
     preview: Annotated[Path | None, typer.Option(help="Write three images before and after, as one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what is in PATH and what training would make of it; exit code 2 if training would fail."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Report what is in PATH and what training would make of it; exit code 2 if training would fail."""
+    from carrara.app.data import CheckRequest
+    from carrara.app.data import check as events
+    from carrara.app.events import Metrics
+    from carrara.cli.console import show
 
-    from carrara.data.check import check_data
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("looking at the images", total=None)
-        report = check_data(
-            path,
-            split=split,
-            resolution=None if resolution is None else parse_resolution(resolution),
-            channels=channels,
-            batch_size=batch_size,
-            steps=steps,
-            images_per_second=images_per_second,
-            caption_column=caption_column,
-            unreadable_limit=unreadable_limit,
-            sample=sample,
-            preview=preview,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    if as_json:
-        print(report.to_json())
-    else:
-        show(report, Console())
-    if not report.ok:
-        raise typer.Exit(2)
+    for event in show(events(CheckRequest(**typed(context))), json_output):
+        if not isinstance(event, Metrics):
+            continue
+        if json_output:
+            print(event.result.to_json())
+        else:
+            print_report(event.result)
+        if not event.result.ok:
+            raise typer.Exit(2)
 
 
-def parse_resolution(text: str) -> tuple[int, int]:
-    """Height and width from "64" or "64x96".
-
-    Raises:
-        UserError: neither.
-    """
-    from carrara.errors import UserError
-
-    sides = text.lower().replace("×", "x").split("x")
-    if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
-        raise UserError(f"--resolution is N or HxW, such as 64 or 64x96, not '{text}'.")
-    return int(sides[0]), int(sides[-1])
-
-
-def show(report: DataReport, console: Console) -> None:
+def print_report(report: DataReport) -> None:
     """Print a report for people."""
-    from rich.table import Table
+    from carrara.cli.console import console, table
 
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in _facts(report):
-        facts.add_row(f"[bold]{name}[/bold]", value)
-    console.print(facts)
+    console.print(table(dict(_facts(report))))
     if report.classes:
         console.print(_class_table(report.classes))
     for title, groups in (("exact", report.exact_duplicates), ("near", report.near_duplicates)):
         for group in groups[:_SHOWN]:
-            console.print(f"{title} duplicates: {', '.join(group[:6])}{' …' * (len(group) > 6)}", markup=False)
+            console.print(f"{title} duplicates: {', '.join(group[:6])}{' …' * (len(group) > 6)}")
         if len(groups) > _SHOWN:
             console.print(f"… and {len(groups) - _SHOWN} more groups of {title} duplicates (all with --json)")
     for line in report.warnings:
-        console.print(f"! {line}", style="yellow", markup=False)
+        console.print(f"! {line}", style="yellow")
     for line in report.problems:
-        console.print(f"✗ {line}", style="bold red", markup=False)
+        console.print(f"✗ {line}", style="bold red")
     if report.ok:
         console.print("✓ training can start", style="green")
 
 
 def _facts(report: DataReport) -> list[tuple[str, str]]:
-    from rich.markup import escape
-
     from carrara.data.source import counted
 
     looked = "" if report.looked_at == report.images else f" ({report.looked_at} looked at)"
     facts = [
-        ("data", escape(f"{report.path}, split '{report.split}'")),
-        ("layout", escape(report.layout)),
+        ("data", f"{report.path}, split '{report.split}'"),
+        ("layout", report.layout),
         ("images", f"{report.images}{looked}, {len(report.unreadable)} unreadable"),
     ]
     if report.sizes:
@@ -134,7 +103,7 @@ def _facts(report: DataReport) -> list[tuple[str, str]]:
         height, width = report.suggested["resolution"]
         facts += [
             ("suggested", f"{height}×{width}, channels: {report.suggested['channels']}"),
-            ("prepared", escape(report.prepared)),
+            ("prepared", report.prepared),
         ]
     facts.append(("plan", _plan(report.plan)))
     facts.append(("reading", f"{report.timings['images_per_second']:,.0f} images/s in this check"))

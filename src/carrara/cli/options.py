@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from typer import Option
+from typer.core import TyperGroup
 
 from carrara.errors import UserError
 
@@ -53,6 +54,35 @@ Classes = Annotated[
     Option(help="Of samples: turn, or reference: in its proportions, the default where they are known."),
 ]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+
+
+FAMILIAR = {
+    "guidance-rescale": "rescale",
+    "guidance-scale": "guidance",
+    "judge": "evaluator",
+    "max-train-steps": "steps",
+    "mixed-precision": "precision",
+    "num-inference-steps": "steps",
+    "output-dir": "out",
+    "train-batch-size": "batch-size",
+}
+"""Options of other programs and of earlier releases, and ours."""
+
+
+class Commands(TyperGroup):
+    """The commands, which take the options of other programs, too: `--num_inference_steps 20` is `--steps 20`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Spell every option our way."""
+        return super().parse_args(ctx, [_ours(word) for word in args])
+
+
+def _ours(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("_", "-")
+    return f"--{FAMILIAR.get(name, name)}{equals}{value}"
 
 
 def typed(context: typer.Context) -> dict[str, Any]:
