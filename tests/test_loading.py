@@ -9,6 +9,7 @@ import pytest
 
 from carrara import Classifier, DiffusionModel, codecs, load, weights
 from carrara.codecs import Autoencoder
+from carrara.devices import resolve_device
 from carrara.networks.autoencoder import AutoencoderParams
 from tests.errors import refused
 from tests.test_classifier import untrained
@@ -59,3 +60,12 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     with refused("damaged", str(tmp_path / "config.json")):
         load(tmp_path)
+
+
+def test_auto_is_a_device_and_others_are_refused(tiny_run: Path) -> None:
+    model = load(tiny_run, "auto")
+    assert isinstance(model, DiffusionModel)
+    assert model.device == resolve_device()
+    for word in ("moon", "cuda:99", "gpu"):
+        with refused("unsupported", key="device"):
+            load(tiny_run, word)

@@ -10,6 +10,7 @@ import torch
 from carrara import codecs, weights
 from carrara.classifier import Classifier
 from carrara.codecs import Codec
+from carrara.devices import resolve_device
 from carrara.errors import UserError, nearest
 from carrara.model import DiffusionModel
 
@@ -26,9 +27,13 @@ LOADERS: dict[str, Callable[[Path, torch.device | str], Loaded]] = {
 def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
     """The model, classifier or codec in a folder, or in the `model/` folder of a run.
 
+    Args:
+        device: a device, its name, or "auto" (`carrara.devices`).
+
     Raises:
-        UserError: nothing that Carrara saved, a missing or cut file, or a newer version.
+        UserError: nothing that Carrara saved, a missing or cut file, a newer version, or no such device.
     """
+    device = resolve_device(device) if isinstance(device, str) else device
     folder = weights.find(path)
     kind = weights.kind_of(folder)
     if kind not in LOADERS:

@@ -201,3 +201,24 @@ def test_self_tests_end_with_their_verdict(carrara: Command) -> None:
     hopeless = carrara("train", "digits", *SETS, "--overfit-one-batch", "--learning-rate", "1e-9", "--json")
     assert hopeless.returncode == 1
     assert json.loads(hopeless.stdout)["overfit"]["passed"] is False
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("import", "PLACE/x.pt", "--set", "image_size=64", "--diffusion-steps", "0"),
+        ("import", "PLACE/x.pt", "--set", "image_size=64", "--diffusion_steps", "-3"),
+        ("train", "digits", "--out", "PLACE/run", "--steps", "0"),
+        ("data", "check", "digits", "--steps", "0"),
+        ("data", "check", "digits", "--train_batch_size", "0"),
+        ("sample", "PLACE", "--count", "0"),
+        ("evaluate", "PLACE", "--reference", "digits", "--n", "0"),
+        ("evaluate", "PLACE", "--held-out", "digits", "--held-out-n", "0"),
+    ],
+)
+def test_a_count_of_none_is_refused_and_never_replaced(
+    words: tuple[str, ...], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    sentence = refused(*(word.replace("PLACE", str(tmp_path)) for word in words))
+    assert "1" in sentence
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from carrara.errors import UserError
+
 
 def import_(
     path: Annotated[
@@ -63,6 +65,8 @@ def import_(
     from carrara.convert import Asked, check_outputs, import_model, refuse_taken
     from carrara.recipe import override
 
+    if steps is not None and steps < 1:
+        raise UserError(f"--diffusion-steps is {steps}: it must be at least 1.", key="diffusion_steps")
     beside = path.resolve().with_name(f"{path.resolve().name}-carrara") if path.is_dir() else path.with_suffix("")
     folder = out or beside
     refuse_taken(folder)  # before a large checkpoint is read in vain
