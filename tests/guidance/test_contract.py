@@ -11,9 +11,10 @@ from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.guidance import classifier_free, classifier_guidance
-from carrara.process import Denoiser, Noise, Pair, Prediction, grids
+from carrara.process import Denoiser, Noise, Prediction, Transition, grids
 from carrara.process.schedules import Time
 from carrara.solvers import SOLVERS, Ancestral, named, solve
+from carrara.solvers.base import bound
 from tests.guidance.oracle import MIXTURE, NULL, SCHEDULE, points, told
 
 ORACLE = MIXTURE.denoiser(SCHEDULE)
@@ -79,7 +80,7 @@ def test_guided_samples_have_the_class_conditional_weights_and_moments(solver: s
 def test_the_two_forms_differ_by_the_step_factor() -> None:
     # MATH §6: the ε-shift moves the mean by (σ²/a_{t|s})·g, the mean form by Σ·g, Σ = σ² with "large".
     t, s = 600.0, 560.0
-    pair = Pair.of(SCHEDULE, t, s)
+    pair = Transition.of(SCHEDULE, t, s)
     x = points(8)
     solver = Ancestral(variance="large")
     results = []
@@ -87,10 +88,10 @@ def test_the_two_forms_differ_by_the_step_factor() -> None:
         denoiser: Denoiser = ORACLE
         if guide is not None:
             denoiser = classifier_guidance(CLASSIFIER, 1.0, label=0, form=guide)(ORACLE)
-        step = solver.step(denoiser, SCHEDULE, x, t, s, Condition(), None, Noise(seed=0))
+        step = solver.step(bound(denoiser, Condition()), Transition.of(SCHEDULE, t, s), x, None, Noise(seed=0))
         results.append(step.x)
     plain, score, mean = results
-    torch.testing.assert_close((score - plain) * pair.step, mean - plain, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close((score - plain) * pair.alpha_ts, mean - plain, rtol=1e-9, atol=1e-12)
 
 
 def test_the_two_forms_converge_as_steps_grow() -> None:
@@ -120,14 +121,14 @@ def test_the_two_forms_converge_as_steps_grow() -> None:
 def test_appendix_h_the_conditional_kernel_is_the_kernel_times_the_classifier() -> None:
     # ADM, appendix H: p(x_s|x_t, y) ∝ p(x_s|x_t)·p(y|x_s), here for mixtures in two dimensions, along a line.
     t, s = 500.0, 450.0
-    pair = Pair.of(SCHEDULE, t, s)
+    pair = Transition.of(SCHEDULE, t, s)
     x_t = points(1, seed=5)
     line = torch.linspace(-1.5, 1.5, 61, dtype=torch.float64)[:, None] * torch.tensor([[1.0, 0.4]])
 
     def log_kernel(label: int) -> Tensor:
         """ln p(x_s|x_t, label) up to a constant: ln p(x_t|x_s) + ln p(x_s|label)."""
-        forward = -((x_t - pair.step * line) ** 2).sum(1) / (2 * pair.variance)
-        return forward + MIXTURE.log_prob(line, pair.a_s, pair.s_s, told(label))
+        forward = -((x_t - pair.alpha_ts * line) ** 2).sum(1) / (2 * pair.variance)
+        return forward + MIXTURE.log_prob(line, pair.alpha_s, pair.sigma_s, told(label))
 
     product = log_kernel(MIXTURE.classes) + CLASSIFIER(line, s)[:, 0]
     gap = log_kernel(0) - product
@@ -155,7 +156,7 @@ def test_guidance_at_the_mean_takes_the_gradient_at_the_posterior_mean() -> None
     plain = ORACLE(x, t, Condition())
     guide = classifier_guidance(CLASSIFIER, 1.5, label=1, form="mean", at="mean", schedule=SCHEDULE, grid=GRID)
     pending = guide(ORACLE)(x, t, Condition()).pending
-    mean = Pair.of(SCHEDULE, t, s).posterior_mean(x, plain.x0).requires_grad_()
+    mean = Transition.of(SCHEDULE, t, s).posterior_mean(x, plain.x0).requires_grad_()
     (gradient,) = torch.autograd.grad(CLASSIFIER(mean, s)[:, 1].sum(), mean)
     assert pending is not None
     torch.testing.assert_close(pending, 1.5 * gradient, rtol=1e-10, atol=1e-12)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.guidance import classifier_guidance, static_threshold
-from carrara.process import Grid, NetworkDenoiser, Noise, NoisyClassifier, Pair, grids, schedules
+from carrara.process import Grid, NetworkDenoiser, Noise, NoisyClassifier, Transition, grids, schedules
 from carrara.process.schedules import Schedule
 from carrara.solvers import Ancestral
+from carrara.solvers.base import bound
 from tests.shared import shared
 
 CASES = {
@@ -91,9 +92,9 @@ def test_condition_mean_and_condition_score(case: str) -> None:
         x = tensors["input.x"][row : row + 1].double()
         t, s = times[index + 1], times[index]
         before = times[index + 2] if index + 2 < len(times) else None
-        step = solver.step(by_mean, schedule, x, t, s, Condition(), before, Silent())
+        step = solver.step(bound(by_mean, Condition()), Transition.of(schedule, t, s, before), x, None, Silent())
         scored = by_score(x, t, Condition())
-        mean = Pair.of(schedule, t, s).posterior_mean(x, scored.x0)
+        mean = Transition.of(schedule, t, s).posterior_mean(x, scored.x0)
         got = {
             "condition_mean.mean": step.x,
             "condition_score.mean": mean,

@@ -13,7 +13,9 @@ from carrara.guidance import static_threshold
 from carrara.process import Denoiser, GivenNoise, Prediction
 from carrara.process.prediction import scales
 from carrara.process.schedules import Time
+from carrara.process.transitions import Transition
 from carrara.solvers import DDIM, Ancestral, Solver, integrate
+from carrara.solvers.base import bound
 from tests.parity.reference import GUIDED_DIFFUSION_CASES, GuidedDiffusion
 
 
@@ -84,7 +86,9 @@ def test_ddim_reverse_loop(case: GuidedDiffusion) -> None:
     pairs = grid.pairs()[1:]
     visited = [x]
     for t, s in pairs:
-        step = DDIM().step(earlier, case.schedule, visited[-1], t, s, Condition(), None, GivenNoise())
+        step = DDIM().step(
+            bound(earlier, Condition()), Transition.of(case.schedule, t, s), visited[-1], None, GivenNoise()
+        )
         visited.append(step.x)
     stored = case.output("ddim_reverse.traj")
     tolerance = case.tolerance("ddim_reverse.traj")

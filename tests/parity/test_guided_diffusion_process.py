@@ -8,7 +8,7 @@ from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.evaluation import bits_per_dimension
-from carrara.process import Chain, Gaussian, GivenNoise, Pair, Prediction, diffuse, marginal, posterior, schedules
+from carrara.process import Chain, Gaussian, GivenNoise, Prediction, Transition, diffuse, marginal, posterior, schedules
 from tests.parity.reference import GUIDED_DIFFUSION_CASES, GuidedDiffusion, Reference
 
 # Both programs take 1 - ratio of tabled numbers near one, which is good to about an ulp of one.
@@ -28,13 +28,13 @@ def test_tables_of_the_respaced_process(case: GuidedDiffusion) -> None:
     assert_tables_equal(case.schedule.betas, case.output("base_betas"))
     times = case.grid.times[:-1].flip(0)
     assert torch.equal((times - 1).long(), case.output("timestep_map"))
-    pairs = [Pair.of(case.schedule, t, s) for t, s in reversed(case.grid.pairs())]
+    pairs = [Transition.of(case.schedule, t, s) for t, s in reversed(case.grid.pairs())]
     chain = Chain(case.schedule, case.grid, "small")
     floors = [float(chain.reverse(zero_prediction(), i).log_variance) for i in reversed(range(len(chain)))]
     for name, value in {
         "betas": [p.variance for p in pairs],
-        "alphas_cumprod": [p.a_t**2 for p in pairs],
-        "alphas_cumprod_prev": [p.a_s**2 for p in pairs],
+        "alphas_cumprod": [p.alpha_t**2 for p in pairs],
+        "alphas_cumprod_prev": [p.alpha_s**2 for p in pairs],
         "posterior_variance": [p.posterior_variance for p in pairs],
         "posterior_log_variance_clipped": floors,
         "posterior_mean_coef1": [p.x0_coefficient for p in pairs],

@@ -11,6 +11,7 @@ from torch import Tensor
 from carrara.condition import Condition
 from carrara.process import GaussianMixture, GivenNoise, Prediction, Schedule, grids, schedules
 from carrara.process.schedules import Time
+from carrara.process.transitions import Transition
 from carrara.solvers import (
     DDIM,
     LMS,
@@ -24,6 +25,7 @@ from carrara.solvers import (
     integrate,
     solve,
 )
+from carrara.solvers.base import bound
 from tests.parity.reference import Reference
 
 CASE = Reference("f1_kdiffusion_samplers")
@@ -104,6 +106,6 @@ def _down_and_up(schedule: Schedule, solver: Solver, t: float, s: float) -> tupl
     def end(x: float, z: float) -> float:
         noise = GivenNoise(tensors=(torch.full((1, 1), z, dtype=torch.float64),))
         start = torch.full((1, 1), x, dtype=torch.float64)
-        return float(solver.step(flat, schedule, start, t, s, Condition(), None, noise).x)
+        return float(solver.step(bound(flat, Condition()), Transition.of(schedule, t, s), start, None, noise).x)
 
     return end(t, 0.0), end(0.0, 1.0)

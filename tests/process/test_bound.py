@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.process import Chain, Grid, Noise, Pair, Prediction, diffuse, grids, schedules
+from carrara.process import Chain, Grid, Noise, Prediction, Transition, diffuse, grids, schedules
 from carrara.process.schedules import level
 
 SCHEDULE = schedules.linear(1000)
@@ -46,9 +46,9 @@ def test_the_derivation_s_weight_on_eps(index: int) -> None:
     # β²/(2 Σ α (1-ᾱ)) ‖ε - ε̂‖² of Ho et al. (2020), eq. 12, with the pair's own β = σ²_{t|s}.
     x0 = pictures()
     prediction = predicted(index, x0)
-    pair = Pair.of(SCHEDULE, *GRID.pairs()[index])
-    eps = (prediction.x - pair.a_t * x0) / pair.s_t
-    weight = pair.variance**2 / (2 * pair.posterior_variance * pair.step**2 * pair.s_t**2)
+    pair = Transition.of(SCHEDULE, *GRID.pairs()[index])
+    eps = (prediction.x - pair.alpha_t * x0) / pair.sigma_t
+    weight = pair.variance**2 / (2 * pair.posterior_variance * pair.alpha_ts**2 * pair.sigma_t**2)
     closed = weight * (eps - prediction.eps).square().flatten(1).mean(1)
     torch.testing.assert_close(Chain(SCHEDULE, GRID, "small").term(prediction, x0, index), closed, rtol=1e-9, atol=0)
 
@@ -56,7 +56,7 @@ def test_the_derivation_s_weight_on_eps(index: int) -> None:
 def test_the_variances_of_every_pair() -> None:
     x0 = pictures()
     raw = Noise(4).like(x0)
-    pairs = [Pair.of(SCHEDULE, t, s) for t, s in GRID.pairs()]
+    pairs = [Transition.of(SCHEDULE, t, s) for t, s in GRID.pairs()]
     for index, pair in enumerate(pairs):
         prediction = predicted(index, x0, variance_fraction=raw, x0_variance=raw**2)
         small, large = pair.posterior_variance, pair.variance

@@ -15,7 +15,7 @@ from carrara.errors import UserError
 from carrara.process import NetworkDenoiser, Noise, NoisyClassifier, Prediction, Predicts, Schedule, diffuse, schedules
 from carrara.process.denoiser import network_times
 from carrara.process.parameterisation import SIGMA_DATA, network_input, posterior_coefficients, target, to_prediction
-from carrara.process.transitions import Pair
+from carrara.process.transitions import Transition
 from tests.process.strategies import SCHEDULES, place
 
 KINDS: list[Predicts] = ["eps", "x0", "v", "flow", "edm", "previous"]
@@ -123,7 +123,7 @@ def test_previous_is_the_mean_of_the_training_neighbours() -> None:
     schedule, t = schedules.linear(1000), 77
     x0, eps = pictures(1), pictures(2)
     x = diffuse(schedule, x0, t, eps)
-    mean = Pair.of(schedule, t, t - 1).posterior_mean(x, x0)
+    mean = Transition.of(schedule, t, t - 1).posterior_mean(x, x0)
     torch.testing.assert_close(target("previous", schedule, x0, eps, t), mean)
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.process import Gaussian, Noise, Pair, Schedule, diffuse, forward, marginal, posterior, schedules
-from carrara.process.transitions import floor_variance, learned_log_variance
+from carrara.process import Gaussian, Noise, Schedule, Transition, diffuse, forward, marginal, posterior, schedules
+from carrara.process.transitions import learned_log_variance
 from tests.process.strategies import walks
 
 TABLES = [schedules.linear(1000), schedules.cosine(1000), schedules.scaled_linear(1000), schedules.linear(21)]
@@ -26,12 +26,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @given(share=st.floats(0, 1))
 def test_neighbours_give_the_beta_forms(schedule: schedules.Discrete, share: float) -> None:
     t = 1 + round(share * (schedule.final_time - 1))
-    pair = Pair.of(schedule, t, t - 1)
+    pair = Transition.of(schedule, t, t - 1)
     beta = float(schedule.betas[t - 1])
     now = float(schedule.alphas_cumprod[t - 1])
     before = float(schedule.alphas_cumprod[t - 2]) if t > 1 else 1.0
     # Both sides take differences of tabled numbers near one, good to an ulp of one.
-    assert pair.step == pytest.approx(math.sqrt(1 - beta), rel=1e-12, abs=1e-15)
+    assert pair.alpha_ts == pytest.approx(math.sqrt(1 - beta), rel=1e-12, abs=1e-15)
     assert pair.variance == pytest.approx(beta, rel=1e-12, abs=1e-15)
     assert pair.posterior_variance == pytest.approx(beta * (1 - before) / (1 - now), rel=1e-12, abs=1e-15)
     assert pair.x_coefficient == pytest.approx(math.sqrt(1 - beta) * (1 - before) / (1 - now), rel=1e-11, abs=1e-15)
@@ -44,10 +44,10 @@ def test_the_chain_of_q_composes(drawn: tuple[Schedule, list[float]]) -> None:
     if len(times) < 3:
         return
     t, m, s = times
-    far, first, second = Pair.of(schedule, t, s), Pair.of(schedule, m, s), Pair.of(schedule, t, m)
-    assert far.step == pytest.approx(second.step * first.step, rel=1e-12, abs=1e-15)
+    far, first, second = Transition.of(schedule, t, s), Transition.of(schedule, m, s), Transition.of(schedule, t, m)
+    assert far.alpha_ts == pytest.approx(second.alpha_ts * first.alpha_ts, rel=1e-12, abs=1e-15)
     # Variances add: the second step carries the first one's variance along.
-    merged = second.step**2 * first.variance + second.variance
+    merged = second.alpha_ts**2 * first.variance + second.variance
     assert far.variance == pytest.approx(merged, rel=1e-10, abs=1e-14)
 
 
@@ -62,7 +62,7 @@ def test_the_posterior_is_bayes_rule(drawn: tuple[Schedule, list[float]]) -> Non
     left = posterior(schedule, x_t, x0, t, s).log_prob(x_s) + marginal(schedule, x0, t).log_prob(x_t)
     right = forward(schedule, x_s, s, t).log_prob(x_t) + marginal(schedule, x0, s).log_prob(x_s)
     # Squares over the smallest variance in play magnify the rounding of the means.
-    scale = 1 / min(float(schedule.sigma(s)) ** 2, Pair.of(schedule, t, s).posterior_variance)
+    scale = 1 / min(float(schedule.sigma(s)) ** 2, Transition.of(schedule, t, s).posterior_variance)
     torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9 + 1e-13 * scale)
 
 
@@ -72,13 +72,13 @@ def test_the_posterior_mean_s_eps_form(drawn: tuple[Schedule, list[float]]) -> N
     if len(times) < 2:
         return
     t, s = times
-    pair = Pair.of(schedule, t, s)
-    if pair.a_t == 0:
+    pair = Transition.of(schedule, t, s)
+    if pair.alpha_t == 0:
         return
     x0, eps = normal(2, 5), normal(2, 5, seed=1)
     x = diffuse(schedule, x0, t, eps)
-    form = (x - pair.variance / pair.s_t * eps) / pair.step
-    torch.testing.assert_close(pair.posterior_mean(x, x0), form, rtol=1e-10, atol=1e-12 / pair.step)
+    form = (x - pair.variance / pair.sigma_t * eps) / pair.alpha_ts
+    torch.testing.assert_close(pair.posterior_mean(x, x0), form, rtol=1e-10, atol=1e-12 / pair.alpha_ts)
 
 
 def test_a_pair_that_ends_clean_is_a_point() -> None:
@@ -100,10 +100,10 @@ def test_times_of_every_sample_are_those_of_one() -> None:
 class TestReverseVariance:
     def test_the_floor_of_the_clean_pair_is_the_pair_before(self) -> None:
         schedule = schedules.linear(1000)
-        before = Pair.of(schedule, 500, 250)
-        assert floor_variance(schedule, 250, 0, previous=500) == before.posterior_variance
-        assert floor_variance(schedule, 250, 0, previous=None) == Pair.of(schedule, 250, 0).variance
-        assert floor_variance(schedule, 500, 250, previous=750) == before.posterior_variance
+        before = Transition.of(schedule, 500, 250)
+        assert Transition.of(schedule, 250, 0, 500).floor_variance() == before.posterior_variance
+        assert Transition.of(schedule, 250, 0, None).floor_variance() == Transition.of(schedule, 250, 0).variance
+        assert Transition.of(schedule, 500, 250, 750).floor_variance() == before.posterior_variance
 
     def test_a_learned_variance_reaches_both_ends_and_is_not_clamped(self) -> None:
         raw = torch.tensor([-1.0, 1.0, 0.0, 3.0], dtype=torch.float64)

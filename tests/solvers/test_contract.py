@@ -6,8 +6,6 @@ A new word in `SOLVERS` is picked up by itself; options that have no word of the
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from functools import partial
 from typing import get_args
 
 import pytest
@@ -16,35 +14,16 @@ from torch import Tensor
 
 from carrara.errors import UserError
 from carrara.process import Condition, NetworkDenoiser, Noise, Predicts, Schedule, grids, schedules
+from carrara.process.transitions import Transition
 from carrara.solvers import (
-    DDIM,
-    LMS,
-    SOLVERS,
     Adaptive,
-    Ancestral,
-    DPMSolver,
     DPMSolver2S,
     Euler,
-    Solver,
-    UniPC,
     integrate,
     solve,
 )
-
-OPTIONS: dict[str, Callable[[], Solver]] = {
-    "ddpm large": partial(Ancestral, variance="large"),
-    "ddim 0.5": partial(DDIM, eta=0.5),
-    "ddim σ̂": partial(DDIM, eta=1.0, noise="large"),
-    "euler churn": partial(Euler, churn=3.0, s_noise=1.01),
-    "dpm++1": partial(DPMSolver, order=1),
-    "dpm++2m heun": partial(DPMSolver, solver_type="heun"),
-    "dpm++3m published": partial(DPMSolver, order=3, published=True),
-    "dpm++2s ancestral": partial(DPMSolver2S, eta=1.0),
-    "unip3": partial(UniPC, order=3, corrector=False),
-    "unipc B1": partial(UniPC, variant="B1"),
-    "lms2": partial(LMS, order=2),
-}
-EVERY: dict[str, Callable[[], Solver]] = {**SOLVERS, **OPTIONS}
+from carrara.solvers.base import bound
+from tests.solvers.every import EVERY
 
 SCHEDULES: dict[str, Schedule] = {
     "table": schedules.linear(40),
@@ -144,7 +123,7 @@ def test_noise_is_addressed_so_that_a_step_can_be_taken_alone(name: str) -> None
     x = noise.normal(SHAPE, dtype=torch.float64)
     first, second, *_ = integrate(denoiser, schedule, solver, grid, x, noise=noise)
     t, s = grid.pairs()[1]
-    alone = solver.step(denoiser, schedule, first.x, t, s, Condition(), first.state, noise.at(2))
+    alone = solver.step(bound(denoiser, Condition()), Transition.of(schedule, t, s), first.x, first.state, noise.at(2))
     assert torch.equal(alone.x, second.x)
 
 

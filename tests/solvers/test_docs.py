@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from carrara.process import GaussianMixture, Noise, Pair, grids, schedules
+from carrara.process import GaussianMixture, Noise, Transition, grids, schedules
 from carrara.solvers import SOLVERS, Solver, Step, UniPC, solve
 from tests.shared import ROOT
 
@@ -18,7 +18,7 @@ TEXT = (ROOT / "docs" / "solvers.md").read_text(encoding="utf-8")
 
 def midpoint() -> Solver:
     source = next(block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "class Midpoint" in block)
-    names: dict[str, Any] = {"dataclass": dataclass, "Pair": Pair, "Step": Step}
+    names: dict[str, Any] = {"dataclass": dataclass, "Transition": Transition, "Step": Step}
     exec(source, names)
     solver: Solver = names["Midpoint"]()
     return solver

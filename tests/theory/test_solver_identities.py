@@ -12,6 +12,7 @@ from torch import Tensor
 
 from carrara.process import Condition, Denoiser, GaussianMixture, Grid, Noise, Prediction, Schedule, grids, schedules
 from carrara.process.schedules import Time
+from carrara.process.transitions import Transition
 from carrara.solvers import (
     DDIM,
     DEIS,
@@ -31,6 +32,7 @@ from carrara.solvers import (
     solve,
     solve_parallel,
 )
+from carrara.solvers.base import bound
 
 MIXTURE = GaussianMixture([0.6, 0.4], torch.tensor([[0.7, -0.2, 0.1], [-0.5, 0.4, 0.3]]), [0.1, 0.05])
 SCHEDULES: list[Schedule] = [
@@ -195,7 +197,9 @@ def test_what_after_step_puts_in_is_what_goes_on(name: str) -> None:
 
     steps = list(integrate(denoiser, schedule, SOLVERS[name](), grid, x, after_step=shifted))
     t, s = grid.pairs()[3]
-    alone = SOLVERS[name]().step(denoiser, schedule, steps[2].x, t, s, Condition(), steps[2].state, Noise().at(4))
+    alone = SOLVERS[name]().step(
+        bound(denoiser, Condition()), Transition.of(schedule, t, s), steps[2].x, steps[2].state, Noise().at(4)
+    )
     assert torch.equal(alone.x, steps[3].x)
     plain = list(integrate(denoiser, schedule, SOLVERS[name](), grid, x))
     assert torch.equal(plain[1].x, steps[1].x)

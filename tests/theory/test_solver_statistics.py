@@ -1,4 +1,4 @@
-"""What the stochastic solvers draw, against exact recursions (MATH §13)."""
+"""What the stochastic solvers draw, against exact recursions (docs/math.md §13)."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ from carrara.process import (
     GivenNoise,
     Grid,
     Noise,
-    Pair,
     Prediction,
     Schedule,
+    Transition,
     grids,
     schedules,
 )
 from carrara.process.schedules import Time
 from carrara.solvers import DDIM, Ancestral, DPMSolver, DPMSolver2S, EulerAncestral, Heun, Solver, integrate, solve
+from carrara.solvers.base import bound
 
 MEAN, VARIANCE = 0.3, 0.04  # N(0.3, 0.04)
 GAUSSIAN = GaussianMixture([1.0], torch.tensor([[MEAN]], dtype=torch.float64), [VARIANCE])
 
 
-def chain(schedule: Schedule, grid: Grid, noise_variance: Callable[[Pair], float]) -> tuple[float, float]:
+def chain(schedule: Schedule, grid: Grid, noise_variance: Callable[[Transition[float]], float]) -> tuple[float, float]:
     """Mean and variance at the end of x_s = c_x x_t + c_0 E[x_0|x_t] + √Σ z, all Gaussian, from N(0, s_T²).
 
     The coefficients are those of the direction √(s_s² - σ²) ε̂ with σ² = σ²_post: the posterior mean.
     """
     mean, variance = 0.0, float(schedule.sigma(float(grid.times[0]))) ** 2
     for t, s in grid.pairs():
-        pair = Pair.of(schedule, t, s)
-        gain = pair.a_t * VARIANCE / (pair.a_t**2 * VARIANCE + pair.s_t**2)  # Cov(x_0, x_t)/Var(x_t)
+        pair = Transition.of(schedule, t, s)
+        gain = pair.alpha_t * VARIANCE / (pair.alpha_t**2 * VARIANCE + pair.sigma_t**2)  # Cov(x_0, x_t)/Var(x_t)
         slope = pair.x_coefficient + pair.x0_coefficient * gain
-        mean = slope * mean + pair.x0_coefficient * (1 - gain * pair.a_t) * MEAN
+        mean = slope * mean + pair.x0_coefficient * (1 - gain * pair.alpha_t) * MEAN
         variance = slope**2 * variance + (0.0 if s == 0 else noise_variance(pair))
     return mean, variance
 
 
-def small(pair: Pair) -> float:
+def small(pair: Transition[float]) -> float:
     return pair.posterior_variance
 
 
-def large(pair: Pair) -> float:
+def large(pair: Transition[float]) -> float:
     return pair.variance
 
 
-def optimal(pair: Pair) -> float:
-    inside = VARIANCE * pair.s_t**2 / (pair.a_t**2 * VARIANCE + pair.s_t**2)  # Var[x_0|x_t]
+def optimal(pair: Transition[float]) -> float:
+    inside = VARIANCE * pair.sigma_t**2 / (pair.alpha_t**2 * VARIANCE + pair.sigma_t**2)  # Var[x_0|x_t]
     return pair.posterior_variance + pair.x0_coefficient**2 * inside
 
 
@@ -72,7 +73,7 @@ def optimal(pair: Pair) -> float:
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_the_discrete_chain_of_a_gaussian(solver: Solver, noise_variance: Callable[[Pair], float]) -> None:
+def test_the_discrete_chain_of_a_gaussian(solver: Solver, noise_variance: Callable[[Transition[float]], float]) -> None:
     schedule, n = schedules.linear(1000), 200_000
     grid = grids.trailing(schedule, 10)
     x = Noise(1).normal((n, 1), dtype=torch.float64) * schedule.sigma(1000)
@@ -84,8 +85,10 @@ def test_the_discrete_chain_of_a_gaussian(solver: Solver, noise_variance: Callab
 
 
 @pytest.mark.parametrize(("noise_variance", "bias"), [(small, -0.037), (large, 0.009)])
-def test_a_thousand_steps_are_not_free_of_error(noise_variance: Callable[[Pair], float], bias: float) -> None:
-    """MATH §13: the variance of N(0, 0.04) sampled in 1,000 steps is off by -3.7 % and +0.9 %."""
+def test_a_thousand_steps_are_not_free_of_error(
+    noise_variance: Callable[[Transition[float]], float], bias: float
+) -> None:
+    """docs/math.md §13: the variance of N(0, 0.04) sampled in 1,000 steps is off by -3.7 % and +0.9 %."""
     schedule = schedules.linear(1000)
     _, variance = chain(schedule, grids.trailing(schedule, 1000), noise_variance)
     assert variance / VARIANCE - 1 == pytest.approx(bias, abs=5e-4)
@@ -141,7 +144,7 @@ def test_the_optimal_variance_samples_a_gaussian_exactly_on_any_grid() -> None:
     for t, s in itertools.pairwise(times):
         x = torch.tensor([[0.0], [1.0], [0.0]], dtype=torch.float64)
         z = GivenNoise(tensors=(torch.tensor([[0.0], [0.0], [1.0]], dtype=torch.float64),))
-        out = solver.step(denoiser, schedule, x, t, s, Condition(), None, z).x.flatten()
+        out = solver.step(bound(denoiser, Condition()), Transition.of(schedule, t, s), x, None, z).x.flatten()
         slope, spread = float(out[1] - out[0]), float(out[2] - out[0])
         mean, variance = float(out[0]) + slope * mean, slope**2 * variance + spread**2
         a, sigma = float(schedule.alpha(s)), float(schedule.sigma(s))
@@ -164,8 +167,12 @@ def density_after(solver: Solver, schedule: Schedule, grid: Grid, places: Tensor
     law = law / law.sum()
     zeros, ones = torch.zeros_like(x), torch.ones_like(x)
     for t, s in grid.pairs():
-        mean = solver.step(denoiser, schedule, x, t, s, Condition(), None, GivenNoise(tensors=(zeros,))).x
-        moved = solver.step(denoiser, schedule, x, t, s, Condition(), None, GivenNoise(tensors=(ones,))).x
+        mean = solver.step(
+            bound(denoiser, Condition()), Transition.of(schedule, t, s), x, None, GivenNoise(tensors=(zeros,))
+        ).x
+        moved = solver.step(
+            bound(denoiser, Condition()), Transition.of(schedule, t, s), x, None, GivenNoise(tensors=(ones,))
+        ).x
         spread = moved - mean
         kernel = torch.exp(-((places - mean) ** 2) / (2 * spread**2))
         law = law @ (kernel / kernel.sum(1, keepdim=True))
@@ -192,7 +199,7 @@ def test_the_bias_on_a_mixture_falls_as_one_over_the_steps(solver: Solver) -> No
 
 @pytest.mark.parametrize("make", [partial(schedules.linear, 1000), schedules.vp_sde, schedules.rectified_flow])
 def test_ddim_inversion_returns_with_first_order(make: Callable[[], Schedule]) -> None:
-    """From the clean image up and down again: the error falls as the step (MATH §10)."""
+    """From the clean image up and down again: the error falls as the step (docs/math.md §10)."""
     schedule = make()
     mixture = GaussianMixture([0.5, 0.5], torch.tensor([[0.6, -0.3], [-0.7, 0.2]]), [0.09, 0.04])
     denoiser, x0 = mixture.denoiser(schedule), mixture.sample(32, Noise(5))

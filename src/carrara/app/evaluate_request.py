@@ -177,7 +177,7 @@ def _unknown(key: str, word: str, known: tuple[str, ...]) -> UserError:
 
 
 def _refuse_words(request: EvaluateRequest | SweepRequest) -> None:
-    from carrara.process.bound import ReverseVariance
+    from carrara.process.transitions import ReverseVariance
     from carrara.solvers import named
 
     if request.evaluator not in (None, "svc") and not weights.holds(request.evaluator):

@@ -15,12 +15,12 @@ from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
 from carrara.process import grids
-from carrara.process.bound import Chain, ReverseVariance
+from carrara.process.bound import Chain
 from carrara.process.grids import Grid
 from carrara.process.noise import Noise
 from carrara.process.prediction import Denoiser
 from carrara.process.schedules import Schedule
-from carrara.process.transitions import diffuse
+from carrara.process.transitions import ReverseVariance, diffuse
 
 LN2 = math.log(2)
 

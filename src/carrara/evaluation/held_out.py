@@ -22,7 +22,7 @@ from carrara.evaluation.stamp import Measurement, Measurements, Stamp
 from carrara.images import to_uint8
 from carrara.model import DiffusionModel
 from carrara.process import Noise
-from carrara.process.bound import ReverseVariance
+from carrara.process.transitions import ReverseVariance
 
 PARTS = {
     "bits_per_dimension": lambda bound: bound.total,

@@ -13,8 +13,9 @@ from carrara.condition import Condition
 from carrara.errors import UserError, nearest
 from carrara.guidance.classifier_free import check_scale
 from carrara.process.grids import Grid
-from carrara.process.prediction import Denoiser, Guide, Prediction, scales
+from carrara.process.prediction import Denoiser, Guide, Prediction
 from carrara.process.schedules import Schedule, Time
+from carrara.process.transitions import Transition
 
 Classifier = Callable[[Tensor, Time], Tensor]
 """`classifier(x, t) -> logits` [B, K], t in schedule time: `NoisyClassifier`, or the oracle's."""
@@ -116,13 +117,9 @@ def _check_labels(labels: Tensor, classes: int) -> None:
 
 
 def _mean(prediction: Prediction, t: Time, schedule: Schedule, grid: Grid) -> tuple[Tensor, Time]:
-    """The posterior mean μ of the pair that starts at t (MATH §2), and the time s of its end."""
+    """The posterior mean μ of the pair that starts at t (docs/math.md §2), and the time s of its end."""
     rising = torch.as_tensor(grid.times, dtype=torch.float64).sort().values
     now = torch.as_tensor(t, dtype=torch.float64).cpu()
     later = rising[(torch.searchsorted(rising, now) - 1).clamp(min=0)]  # the largest grid time below t
-    a_s, s_s = scales(schedule, later, prediction.x)
-    a_t, s_t = prediction.alpha, prediction.sigma
-    step = a_t / a_s
-    variance = s_t**2 - (step * s_s) ** 2
-    mean = prediction.x * (step * s_s**2 / s_t**2) + prediction.x0 * (a_s * variance / s_t**2)
-    return mean, later.clamp(min=schedule.first_time)
+    transition = Transition.per_sample(schedule, now, later, prediction.x)
+    return transition.posterior_mean(prediction.x, prediction.x0), later.clamp(min=schedule.first_time)

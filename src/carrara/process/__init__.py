@@ -2,7 +2,7 @@
 
 from carrara.condition import Condition
 from carrara.process import grids, schedules
-from carrara.process.bound import Chain, ReverseVariance
+from carrara.process.bound import Chain
 from carrara.process.denoiser import NetworkDenoiser, NoisyClassifier
 from carrara.process.grids import Grid
 from carrara.process.noise import GivenNoise, Noise
@@ -10,7 +10,7 @@ from carrara.process.oracle import GaussianMixture
 from carrara.process.parameterisation import Predicts
 from carrara.process.prediction import Denoiser, Guide, Prediction
 from carrara.process.schedules import Schedule
-from carrara.process.transitions import Gaussian, Pair, diffuse, forward, marginal, posterior
+from carrara.process.transitions import Gaussian, ReverseVariance, Transition, diffuse, forward, marginal, posterior
 
 __all__ = [
     "Chain",
@@ -24,11 +24,11 @@ __all__ = [
     "NetworkDenoiser",
     "Noise",
     "NoisyClassifier",
-    "Pair",
     "Prediction",
     "Predicts",
     "ReverseVariance",
     "Schedule",
+    "Transition",
     "diffuse",
     "forward",
     "grids",

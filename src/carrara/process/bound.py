@@ -18,9 +18,14 @@ from carrara.errors import UserError, nearest
 from carrara.process.grids import Grid
 from carrara.process.prediction import Prediction, Scale
 from carrara.process.schedules import Schedule, level
-from carrara.process.transitions import Gaussian, Pair, floor_variance, learned_log_variance, marginal
-
-ReverseVariance = Literal["small", "large", "learned", "optimal"]
+from carrara.process.transitions import (
+    Gaussian,
+    ReverseVariance,
+    Transition,
+    chosen_variance,
+    learned_log_variance,
+    marginal,
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,8 @@ class Chain:
     Attributes:
         schedule: the noise levels.
         grid: the times; it must end at the clean point.
-        variance: Σ: "small" (σ²_post), "large" (σ²_{t|s}), "learned" (between the two), or "optimal" (σ²_post +
-            (a_s σ²_{t|s}/s_t²)² Var[x_0|x_t], for denoisers that know the variance). None takes "learned" where
-            the model gives it, else "small". On the last pair, where σ²_post = 0, "small" and "large" are σ²_post
+        variance: Σ, see `ReverseVariance`; None takes "learned" where the model predicts it, else "small". On the
+            last pair, where σ²_post = 0, "small" and "large" are σ²_post
             of the pair before, as in guided-diffusion.
         levels: how many evenly spaced values in [-1, 1] a pixel has, for the reconstruction's probability; None
             for continuous data, whose reconstruction is a density with σ²_{t|0} ("small" and "large").
@@ -76,24 +80,20 @@ class Chain:
         return len(starts) - 1 - place
 
     @cached_property
-    def _pairs(self) -> list[Pair]:
-        return [Pair.of(self.schedule, t, s) for t, s in self.grid.pairs()]
-
-    @cached_property
     def _tables(self) -> dict[str, Tensor]:
         """The coefficients of every pair, float64 [n]."""
         times = self.grid.times.tolist()
         before = [None, *times[:-2]]
-        floor = [
-            floor_variance(self.schedule, t, s, previous)
-            for (t, s), previous in zip(self.grid.pairs(), before, strict=True)
+        steps = [
+            Transition.of(self.schedule, *pair, last) for pair, last in zip(self.grid.pairs(), before, strict=True)
         ]
-        large = [pair.variance for pair in self._pairs]
+        floor = [transition.floor_variance() for transition in steps]
+        large = [transition.variance for transition in steps]
         end = large[-1] if self.levels is None else floor[-1]
         columns = {
-            "x": [pair.x_coefficient for pair in self._pairs],
-            "x0": [pair.x0_coefficient for pair in self._pairs],
-            "posterior": [pair.posterior_variance for pair in self._pairs],
+            "x": [transition.x_coefficient for transition in steps],
+            "x0": [transition.x0_coefficient for transition in steps],
+            "posterior": [transition.posterior_variance for transition in steps],
             "small": [*floor[:-1], end],
             "large": [*large[:-1], end],
             "floor": floor,
@@ -121,16 +121,14 @@ class Chain:
         """
         x, raw = prediction.x, prediction.variance_fraction
         mean = self._read("x", index, x) * x + self._read("x0", index, x) * prediction.x0
-        kind = self.variance or ("small" if raw is None else "learned")
+        kind = chosen_variance(self.variance, prediction)
         if kind == "optimal":
-            if prediction.x0_variance is None:
-                raise UserError("variance='optimal' needs a denoiser that knows Var[x0|x_t], as the oracle does.")
-            spread = self._read("x0", index, x) ** 2 * prediction.x0_variance
+            assert prediction.x0_variance is not None
+            mode = self._read("x0", index, x) ** 2 * prediction.x0_variance
             # On the last pair a mode of no width would leave no variance: far below any bin is enough.
-            return Gaussian(mean, (self._read("posterior", index, x) + spread).clamp(min=1e-12).log())
+            return Gaussian(mean, (self._read("posterior", index, x) + mode).clamp(min=1e-12).log())
         if kind == "learned":
-            if raw is None:
-                raise UserError("variance='learned' needs a model that was trained with a learned variance.")
+            assert raw is not None
             ends = self._read("floor", index, x), self._read("ceiling", index, x)
             return Gaussian(mean, learned_log_variance(raw, *ends))
         return Gaussian(mean, self._read(kind, index, x, log=True))

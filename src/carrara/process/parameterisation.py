@@ -25,6 +25,7 @@ from torch import Tensor
 from carrara.errors import UserError
 from carrara.process.prediction import Prediction, Scale, scales
 from carrara.process.schedules import Schedule, Time
+from carrara.process.transitions import Transition
 
 Predicts = Literal["eps", "x0", "v", "flow", "edm", "previous"]
 
@@ -57,13 +58,8 @@ def posterior_coefficients(schedule: Schedule, t: Time, x: Tensor) -> tuple[Scal
         raise UserError("a network that predicts the previous image knows whole times only: use a grid of whole times.")
     # In float64 until the end: σ²_{t|s} is a small difference of numbers near one.
     wide = x.new_empty((x.shape[0], *[1] * (x.ndim - 1)), dtype=torch.float64)
-    (a_t, s_t), (a_s, s_s) = scales(schedule, t, wide), scales(schedule, times - 1, wide)
-    step = a_t / a_s
-    c_t = step * (s_s / s_t) ** 2
-    c_0 = (s_t**2 - (step * s_s) ** 2) * a_s / s_t**2
-    if isinstance(c_t, Tensor) and isinstance(c_0, Tensor):
-        return c_t.to(x.dtype), c_0.to(x.dtype)
-    return c_t, c_0
+    transition = Transition.per_sample(schedule, times, times - 1, wide)
+    return transition.x_coefficient.to(x.dtype), transition.x0_coefficient.to(x.dtype)
 
 
 def to_prediction(

@@ -1,7 +1,7 @@
-"""Gaussian transitions between any two times of the process (MATH §1-2).
+"""Gaussian transitions between any two times of the process (docs/math.md §1-2).
 
-For s < t: q(x_t|x_s) = N(a_{t|s} x_s, σ²_{t|s} I) with a_{t|s} = a_t/a_s and σ²_{t|s} = s_t² - a_{t|s}² s_s². For
-neighbours of a table these are √(1-β_t) and β_t. Everything a solver needs is in (a_t, s_t, a_s, s_s), so no
+For s < t: q(x_t|x_s) = N(α_{t|s} x_s, σ²_{t|s} I) with α_{t|s} = α_t/α_s and σ²_{t|s} = σ_t² - α_{t|s}² σ_s². For
+neighbours of a table these are √(1-β_t) and β_t. Everything a solver needs is in (α_t, σ_t, α_s, σ_s), so no
 table of respaced β is ever made.
 """
 
@@ -10,78 +10,139 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.process.prediction import Scale, scales
+from carrara.process.prediction import Prediction, Scale, scales
 from carrara.process.schedules import Schedule, Time, level
+
+S = TypeVar("S", float, Tensor)
+"""A coefficient: one number for the batch, or a tensor [B, 1, …] with one for each sample."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The coefficients of one walked pair: from the noisier time t to the cleaner time s < t.
+class Transition(Generic[S]):
+    """The coefficients of the step from a time t to a cleaner time s.
+
+    Floats for one pair of times; tensors [B, 1, …] for one pair of each sample. On a reversed grid s is the noisier
+    one: see `reversed`.
 
     Attributes:
-        a_t, s_t, a_s, s_s: signal and noise scales at both ends, as floats.
+        schedule: the noise levels.
+        t, s: the two times.
+        alpha_t, sigma_t, alpha_s, sigma_s: signal and noise scales at both.
+        previous: the grid's time before t, from which the reverse variance into the clean point follows; None at the
+            grid's start.
     """
 
-    a_t: float
-    s_t: float
-    a_s: float
-    s_s: float
+    schedule: Schedule
+    t: float
+    s: float
+    alpha_t: S
+    sigma_t: S
+    alpha_s: S
+    sigma_s: S
+    previous: float | None = None
 
-    @classmethod
-    def of(cls, schedule: Schedule, t: float, s: float) -> Pair:
-        """The pair (t, s) of a schedule."""
-        return cls(*level(schedule, t), *level(schedule, s))
+    @staticmethod
+    def of(schedule: Schedule, t: float, s: float, previous: float | None = None) -> Transition[float]:
+        """The transition of a schedule from t to s."""
+        return Transition(schedule, t, s, *level(schedule, t), *level(schedule, s), previous)
+
+    @staticmethod
+    def per_sample(schedule: Schedule, t: Time, s: Time, x: Tensor) -> Transition[Tensor]:
+        """One transition for each sample; `t` and `s` of it are NaN.
+
+        Args:
+            t, s: [B], or one time.
+            x: [B, …], which the coefficients are to multiply; their type is x's.
+        """
+        ends = (*scales(schedule, t, x), *scales(schedule, s, x))
+        alpha_t, sigma_t, alpha_s, sigma_s = (torch.as_tensor(scale, dtype=x.dtype, device=x.device) for scale in ends)
+        return Transition(schedule, math.nan, math.nan, alpha_t, sigma_t, alpha_s, sigma_s)
+
+    def reversed(self) -> Transition[S]:
+        """The same pair of times, from s to t."""
+        return Transition(self.schedule, self.s, self.t, self.alpha_s, self.sigma_s, self.alpha_t, self.sigma_t)
 
     @cached_property
-    def step(self) -> float:
-        """a_{t|s} = a_t/a_s."""
-        return self.a_t / self.a_s
+    def alpha_ts(self) -> S:
+        """α_{t|s} = α_t/α_s."""
+        return self.alpha_t / self.alpha_s
 
     @cached_property
-    def variance(self) -> float:
-        """σ²_{t|s}, the "large" reverse variance: β_t for neighbours.
+    def variance(self) -> S:
+        """σ²_{t|s} = σ_t² - α_{t|s}² σ_s², the "large" reverse variance: β_t for neighbours.
 
         The difference of squares is taken as a product, which loses half as many digits between close levels.
         """
-        carried = self.step * self.s_s
-        return max((self.s_t - carried) * (self.s_t + carried), 0.0)
+        carried = self.alpha_ts * self.sigma_s
+        difference = (self.sigma_t - carried) * (self.sigma_t + carried)
+        return difference.clamp(min=0) if isinstance(difference, Tensor) else max(difference, 0.0)
 
     @cached_property
-    def posterior_variance(self) -> float:
-        """σ²_post = σ²_{t|s} s_s²/s_t², the "small" reverse variance: β̃_t for neighbours, 0 at the clean point."""
-        return self.variance * (self.s_s / self.s_t) ** 2
+    def posterior_variance(self) -> S:
+        """σ²_post = σ²_{t|s} σ_s²/σ_t², the "small" reverse variance: β̃_t for neighbours, 0 at the clean point (Ho et
+        al. 2020, eq. 7)."""
+        return self.variance * (self.sigma_s / self.sigma_t) ** 2
 
     @cached_property
-    def x_coefficient(self) -> float:
-        """The coefficient of x_t in the posterior mean: a_{t|s} s_s²/s_t²."""
-        return self.step * (self.s_s / self.s_t) ** 2
+    def x_coefficient(self) -> S:
+        """The coefficient of x_t in the posterior mean: α_{t|s} σ_s²/σ_t²."""
+        return self.alpha_ts * (self.sigma_s / self.sigma_t) ** 2
 
     @cached_property
-    def x0_coefficient(self) -> float:
-        """The coefficient of x_0 in the posterior mean: a_s σ²_{t|s}/s_t²."""
-        return self.a_s * self.variance / self.s_t**2
+    def x0_coefficient(self) -> S:
+        """The coefficient of x_0 in the posterior mean: α_s σ²_{t|s}/σ_t²."""
+        return self.alpha_s * self.variance / self.sigma_t**2
 
     def posterior_mean(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The mean of q(x_s|x_t, x_0), [B, …]."""
+        """The mean of q(x_s|x_t, x_0), [B, …] (Ho et al. 2020, eq. 7)."""
+        if isinstance(self.x0_coefficient, Tensor):
+            return x * self.x_coefficient + x0 * self.x0_coefficient
         return torch.add(x * self.x_coefficient, x0, alpha=self.x0_coefficient)
 
+    def floor_variance(self: Transition[float]) -> float:
+        """The smaller end of the reverse variance, never 0.
 
-def floor_variance(schedule: Schedule, t: float, s: float, previous: float | None) -> float:
-    """The smaller end of the reverse variance for the pair (t, s), never 0.
+        On the pair that ends clean σ²_post is 0; guided-diffusion then takes σ²_post of the preceding, noisier pair of
+        the grid (previous, t), and σ²_{t|s} on a grid of one pair (docs/math.md §2).
+        """
+        if self.posterior_variance > 0:
+            return self.posterior_variance
+        if self.previous is None:
+            return self.variance
+        return Transition.of(self.schedule, self.previous, self.t).posterior_variance
 
-    On the pair that ends clean σ²_post is 0; guided-diffusion then takes σ²_post of the preceding, noisier
-    walked pair (previous, t), and σ²_{t|s} on a grid of one pair (MATH §2).
+
+ReverseVariance = Literal["small", "large", "learned", "optimal"]
+"""Σ of p_θ(x_s|x_t): σ²_post, σ²_{t|s}, between the two as the network predicts, or, for denoisers that know
+Var[x_0|x_t], σ²_post + (α_s σ²_{t|s}/σ_t²)² Var[x_0|x_t] (Bao et al. 2022)."""
+
+
+def chosen_variance(kind: ReverseVariance | None, prediction: Prediction) -> ReverseVariance:
+    """`kind`, or by default "learned" where the model predicts it, else "small".
+
+    Raises:
+        UserError: a variance that the denoiser does not predict.
     """
-    pair = Pair.of(schedule, t, s)
-    if pair.posterior_variance > 0:
-        return pair.posterior_variance
-    return pair.variance if previous is None else Pair.of(schedule, previous, t).posterior_variance
+    kind = kind or ("small" if prediction.variance_fraction is None else "learned")
+    if kind == "optimal" and prediction.x0_variance is None:
+        raise UserError(
+            "variance='optimal' needs a denoiser that knows Var[x0|x_t], as the oracle does.",
+            key="variance",
+            code="unsupported",
+        )
+    if kind == "learned" and prediction.variance_fraction is None:
+        raise UserError(
+            "variance='learned' needs a model that was trained with a learned variance.",
+            key="variance",
+            code="unsupported",
+        )
+    return kind
 
 
 def learned_log_variance(raw: Tensor, small: Scale, large: Scale) -> Tensor:
@@ -89,14 +150,14 @@ def learned_log_variance(raw: Tensor, small: Scale, large: Scale) -> Tensor:
 
     Args:
         raw: the network's second half, [B, …], not clamped.
-        small, large: the two ends for the pair that is walked, or for one pair a sample, [B, 1, …].
+        small, large: the two ends for one transition, or for one of each sample, [B, 1, …].
     """
     low, high = _log(small), _log(large)
     return raw * ((high - low) / 2) + (high + low) / 2
 
 
 def diffuse(schedule: Schedule, x0: Tensor, t: Time, eps: Tensor) -> Tensor:
-    """x_t = a(t) x_0 + s(t) ε: a draw of q(x_t|x_0) (Ho et al. 2020, eq. 4).
+    """x_t = α(t) x_0 + σ(t) ε: a draw of q(x_t|x_0) (Ho et al. 2020, eq. 4).
 
     Args:
         x0, eps: [B, …].
@@ -192,18 +253,18 @@ def _log_normal_between(low: Tensor, high: Tensor, open_low: Tensor, open_high: 
 
 
 def marginal(schedule: Schedule, x0: Tensor, t: Time) -> Gaussian:
-    """q(x_t|x_0) = N(a_t x_0, s_t² I) (Ho et al. 2020, eq. 4); t is one time, or [B]."""
+    """q(x_t|x_0) = N(α_t x_0, σ_t² I) (Ho et al. 2020, eq. 4); t is one time, or [B]."""
     alpha, sigma = scales(schedule, t, x0)
     return Gaussian(alpha * x0, 2 * _log(sigma))
 
 
 def forward(schedule: Schedule, x: Tensor, s: float, t: float) -> Gaussian:
-    """q(x_t|x_s) = N(a_{t|s} x_s, σ²_{t|s} I) for any s < t; x is x_s, [B, …]."""
-    pair = Pair.of(schedule, t, s)
-    return Gaussian(pair.step * x, _log(pair.variance))
+    """q(x_t|x_s) = N(α_{t|s} x_s, σ²_{t|s} I) for any s < t; x is x_s, [B, …]."""
+    transition = Transition.of(schedule, t, s)
+    return Gaussian(transition.alpha_ts * x, _log(transition.variance))
 
 
 def posterior(schedule: Schedule, x: Tensor, x0: Tensor, t: float, s: float) -> Gaussian:
     """q(x_s|x_t, x_0) for any s < t (Ho et al. 2020, eq. 6-7); x is x_t, [B, …]."""
-    pair = Pair.of(schedule, t, s)
-    return Gaussian(pair.posterior_mean(x, x0), _log(pair.posterior_variance))
+    transition = Transition.of(schedule, t, s)
+    return Gaussian(transition.posterior_mean(x, x0), _log(transition.posterior_variance))

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from carrara.condition import Condition
 from carrara.errors import UserError, nearest
 from carrara.process.grids import Grid
 from carrara.process.noise import Noise
-from carrara.process.prediction import Denoiser, Prediction
-from carrara.process.schedules import Schedule
-from carrara.process.transitions import Pair, floor_variance, learned_log_variance
-from carrara.solvers.base import State, Step
-
-Variance = Literal["small", "large", "learned", "optimal"]
+from carrara.process.prediction import Prediction
+from carrara.process.transitions import ReverseVariance, Transition, chosen_variance, learned_log_variance
+from carrara.solvers.base import Denoise, State, Step, needs_descent
 
 
 @dataclass(frozen=True)
@@ -27,65 +23,55 @@ class Ancestral:
     Pending classifier guidance moves the mean by Σ·gradient (Dhariwal & Nichol 2021, algorithm 1).
 
     Attributes:
-        variance: "small" (σ²_post), "large" (σ²_{t|s}), "learned" (interpolated between the two for the pair
-            that is walked), or "optimal" (σ²_post + (a_s σ²_{t|s}/s_t²)² Var[x_0|x_t], Bao et al. 2022, for
-            denoisers that know the variance). None takes "learned" where the model gives it, else "small".
+        variance: see `ReverseVariance`; None takes "learned" where the model predicts it, else "small".
     """
 
-    variance: Variance | None = None
+    variance: ReverseVariance | None = None
 
     def __post_init__(self) -> None:
-        if self.variance is not None and self.variance not in get_args(Variance):
-            raise UserError(f"there is no variance '{self.variance}': {nearest(self.variance, get_args(Variance))}")
+        if self.variance is not None and self.variance not in get_args(ReverseVariance):
+            known = nearest(self.variance, get_args(ReverseVariance))
+            raise UserError(f"there is no variance '{self.variance}': {known}", key="variance", code="unknown")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
+        return True
+
+    @property
+    def convergence_order(self) -> int:
+        """Of the global error in the step size, on the probability-flow ODE."""
+        return 1
 
     def start(self, x: Tensor, grid: Grid) -> State:
-        if grid.ascending:
-            raise UserError("ancestral sampling walks from noise to image only: invert with DDIM.")
-        return None  # the time before the pair, which the clean pair's variance needs (MATH §2)
+        needs_descent(grid)
+        return None
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        prediction = denoiser(x, t, condition)
-        pair = Pair.of(schedule, t, s)
-        mean = pair.posterior_mean(x, prediction.x0)
-        clean = pair.s_s == 0
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        prediction = denoise(x, transition.t)
+        mean = transition.posterior_mean(x, prediction.x0)
+        clean = transition.sigma_s == 0
         if prediction.pending is None and clean:
-            return Step(mean, prediction, t, s)
-        variance = self._variance(schedule, t, s, state, prediction)
+            return Step(mean, prediction, None, transition.s)
+        variance = self._variance(transition, prediction)
         if prediction.pending is not None:
             mean = mean + variance * prediction.pending
         if clean:
-            return Step(mean, prediction, t, s)
+            return Step(mean, prediction, None, transition.s)
         z = noise.like(x)
         if isinstance(variance, Tensor):
-            return Step(torch.addcmul(mean, variance.sqrt(), z), prediction, t, s)
-        return Step(torch.add(mean, z, alpha=variance**0.5), prediction, t, s)
+            return Step(torch.addcmul(mean, variance.sqrt(), z), prediction, None, transition.s)
+        return Step(torch.add(mean, z, alpha=variance**0.5), prediction, None, transition.s)
 
-    def _variance(
-        self, schedule: Schedule, t: float, s: float, previous: float | None, prediction: Prediction
-    ) -> float | Tensor:
-        pair = Pair.of(schedule, t, s)
-        fraction = prediction.variance_fraction
-        kind = self.variance or ("small" if fraction is None else "learned")
+    def _variance(self, transition: Transition[float], prediction: Prediction) -> float | Tensor:
+        kind = chosen_variance(self.variance, prediction)
         if kind == "small":
-            return pair.posterior_variance
+            return transition.posterior_variance
         if kind == "optimal":
-            if prediction.x0_variance is None:
-                raise UserError("variance='optimal' needs a denoiser that knows Var[x0|x_t], as the oracle does.")
-            return pair.posterior_variance + pair.x0_coefficient**2 * prediction.x0_variance
-        # Where the pair ends clean, "large" is the floor too: see `floor_variance`.
-        floor = floor_variance(schedule, t, s, previous)
-        if kind == "large":
-            return floor if pair.s_s == 0 else pair.variance
-        if fraction is None:
-            raise UserError("variance='learned' needs a model that was trained with a learned variance.")
-        return learned_log_variance(fraction, floor, pair.variance).exp()
+            assert prediction.x0_variance is not None
+            return transition.posterior_variance + transition.x0_coefficient**2 * prediction.x0_variance
+        floor = transition.floor_variance()
+        if kind == "large":  # into the clean point "large" is the floor too, as in guided-diffusion
+            return floor if transition.sigma_s == 0 else transition.variance
+        assert prediction.variance_fraction is not None
+        return learned_log_variance(prediction.variance_fraction, floor, transition.variance).exp()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +17,11 @@ from carrara.errors import UserError
 from carrara.process.grids import Grid
 from carrara.process.noise import Noise
 from carrara.process.prediction import Denoiser, Prediction
-from carrara.process.schedules import Schedule
+from carrara.process.schedules import Schedule, Time
+from carrara.process.transitions import Transition
+
+Denoise = Callable[[Tensor, Time], Prediction]
+"""A denoiser with its condition bound: `denoise(x, t) -> Prediction`."""
 
 State = Any
 """A solver's state between steps: None, or (nested) tuples of floats, strings and tensors, so that
@@ -52,35 +58,42 @@ class Solver(Protocol):
     """One pure step from t to s. A solver is a frozen dataclass of its options; all memory is in `state`.
 
     Neither method changes its arguments, and neither turns gradients off: the caller decides.
+
+    Attributes:
+        convergence_order: p of the global error O(hᵖ) on the probability-flow ODE, for small steps h in ℓ.
+        stochastic: whether a step draws noise.
     """
+
+    @property
+    def convergence_order(self) -> int: ...
+
+    @property
+    def stochastic(self) -> bool: ...
 
     def start(self, x: Tensor, grid: Grid) -> State:
         """The state before the first pair of `grid`."""
         ...
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        """From x at time t to time s.
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        """From x at the transition's time t to its time s.
 
         Args:
-            denoiser: asked as often as the method needs.
-            schedule: the noise levels.
+            denoise: evaluated as often as the method needs.
+            transition: t, s and their coefficients; s > t on a reversed grid, where the method allows it.
             x: [B, …] at time t; never changed.
-            t, s: the pair, as floats; s < t, or s > t on a reversed grid where the method allows it.
-            condition: handed to the denoiser.
-            state: what `start` or the last step gave.
+            state: what `start` or the last step returned.
             noise: bound to this step's draw: `noise.like(x)`, `noise.like(x, sub=1)` …
         """
         ...
+
+
+def bound(denoiser: Denoiser, condition: Condition) -> Denoise:
+    """The denoiser with its condition; no frame of ours stands between where its parameter has the protocol's name."""
+    try:
+        named = "condition" in signature(denoiser).parameters
+    except (TypeError, ValueError):
+        named = False
+    return partial(denoiser, condition=condition) if named else lambda x, t: denoiser(x, t, condition)
 
 
 def needs_descent(grid: Grid) -> None:
@@ -90,7 +103,11 @@ def needs_descent(grid: Grid) -> None:
         UserError: the grid ascends.
     """
     if grid.ascending:
-        raise UserError("this solver walks from noise to image only: invert a reversed grid with DDIM(eta=0).")
+        raise UserError(
+            "this solver integrates from noise to image only: invert a reversed grid with DDIM(eta=0).",
+            key="solver",
+            code="unsupported",
+        )
 
 
 def combine(x: Tensor, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -147,10 +164,11 @@ def integrate(
     first, state = 0, solver.start(x, grid)
     if resume is not None:
         first, x, state = resume["index"] + 1, resume["x"], resume["state"]
-    pairs = grid.pairs()
+    denoise, pairs = bound(denoiser, condition), grid.pairs()
     for index in range(first, len(pairs)):
         t, s = pairs[index]
-        step = solver.step(denoiser, schedule, x, t, s, condition, state, noise.at(index + 1))
+        transition = Transition.of(schedule, t, s, pairs[index - 1][0] if index else None)
+        step = solver.step(denoise, transition, x, state, noise.at(index + 1))
         if not finite(step.x):
             raise NonFinite(
                 f"the prediction of step {index + 1} of {len(pairs)}, from t = {t:g} to {s:g}, is not finite: "

@@ -9,14 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.process.grids import Grid
 from carrara.process.noise import Noise
-from carrara.process.prediction import Denoiser
-from carrara.process.schedules import Schedule
-from carrara.process.transitions import Pair
-from carrara.solvers.base import State, Step
+from carrara.process.transitions import Transition
+from carrara.solvers.base import Denoise, State, Step
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class DDIM:
     """σ = η (s_s/s_t) σ_{t|s};  x_s = a_s x̂_0 + √(s_s² - σ²) ε̂ + σ z.
 
     η = 0 is deterministic and runs on a reversed grid too (DDIM inversion: ε̂ is asked for the earlier image
-    at the later time, MATH §10); η = 1 is the DDPM posterior for every pair.
+    at the later time, MATH §10); η = 1 is the DDPM posterior for every transition.
 
     Attributes:
         eta: 0..1.
@@ -46,42 +43,34 @@ class DDIM:
         """Whether a step draws noise."""
         return self.eta > 0 or self.noise == "large"
 
+    @property
+    def convergence_order(self) -> int:
+        """Of the global error in the step size, on the probability-flow ODE."""
+        return 1
+
     def start(self, x: Tensor, grid: Grid) -> State:
         if grid.ascending and self.stochastic:
             raise UserError("a reversed grid needs a deterministic solver: DDIM with eta=0.")
         return None
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        if s > t:
-            return self._invert(denoiser, schedule, x, t, s, condition)
-        prediction = denoiser(x, t, condition).folded()
-        pair = Pair.of(schedule, t, s)
-        if pair.s_s == 0:
-            return Step(pair.a_s * prediction.x0, prediction, None, s)
-        spread = self.eta * math.sqrt(pair.posterior_variance)
-        direction = math.sqrt(max(pair.s_s**2 - spread**2, 0.0))
-        arrived = torch.add(prediction.x0 * pair.a_s, prediction.eps, alpha=direction)
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        if transition.s > transition.t:
+            return self._invert(denoise, transition, x)
+        prediction = denoise(x, transition.t).folded()
+        if transition.sigma_s == 0:
+            return Step(transition.alpha_s * prediction.x0, prediction, None, transition.s)
+        sigma = self.eta * math.sqrt(transition.posterior_variance)
+        direction = math.sqrt(max(transition.sigma_s**2 - sigma**2, 0.0))
+        x_s = torch.add(prediction.x0 * transition.alpha_s, prediction.eps, alpha=direction)
         if self.stochastic:
-            scale = spread if self.noise == "matched" else math.sqrt(pair.variance)
-            arrived = torch.add(arrived, noise.like(x), alpha=scale)
-        return Step(arrived, prediction, None, s)
+            scale = sigma if self.noise == "matched" else math.sqrt(transition.variance)
+            x_s = torch.add(x_s, noise.like(x), alpha=scale)
+        return Step(x_s, prediction, None, transition.s)
 
-    def _invert(
-        self, denoiser: Denoiser, schedule: Schedule, x: Tensor, t: float, s: float, condition: Condition
-    ) -> Step:
-        """The step run backwards, from the cleaner t up to the noisier s. ε̂ is asked at the target level, where
-        the network was trained; x̂_0 is what it makes of the image as it stands."""
-        asked = denoiser(x, s, condition).folded()
-        pair = Pair.of(schedule, s, t)
-        change = pair.s_t - pair.step * pair.s_s
-        return Step(torch.add(x * pair.step, asked.eps, alpha=change), asked, None, s)
+    def _invert(self, denoise: Denoise, transition: Transition[float], x: Tensor) -> Step:
+        """The step run backwards, from the cleaner t up to the noisier s. ε̂ is predicted at the target level, where
+        the network was trained, from the image as it is."""
+        prediction = denoise(x, transition.s).folded()
+        up = transition.reversed()
+        change = up.sigma_t - up.alpha_ts * up.sigma_s
+        return Step(torch.add(x * up.alpha_ts, prediction.eps, alpha=change), prediction, None, transition.s)

@@ -11,20 +11,17 @@ e^{-h} is the ratio (s_s a_t)/(s_t a_s), so that the clean point and zero SNR (b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.process.grids import Grid
 from carrara.process.noise import Noise
-from carrara.process.prediction import Denoiser
-from carrara.process.schedules import Schedule, level
-from carrara.process.transitions import Pair
-from carrara.solvers.base import State, Step, combine, needs_descent
+from carrara.process.transitions import Transition
+from carrara.solvers.base import Denoise, State, Step, combine, needs_descent
 from carrara.solvers.exponential import History, decay, exact_weights, half_log_snr, halved_weights, moments
 
 
@@ -57,36 +54,37 @@ class DPMSolver:
         if self.solver_type not in ("midpoint", "heun"):
             raise UserError(f"DPM-Solver++'s solver_type is 'midpoint' or 'heun', not '{self.solver_type}'.")
 
+    @property
+    def convergence_order(self) -> int:
+        """Of the global error in the step size, on the probability-flow ODE."""
+        return min(self.order, 2) if self.published else self.order
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
+        return self.eta > 0
+
     def start(self, x: Tensor, grid: Grid) -> State:
         needs_descent(grid)
         return ()  # ((ℓ, x̂_0), …) of the last steps, newest first
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        prediction = denoiser(x, t, condition).folded()
-        pair = Pair.of(schedule, t, s)
-        here = half_log_snr(schedule, t)
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        prediction = denoise(x, transition.t).folded()
+        here = half_log_snr(transition.alpha_t, transition.sigma_t)
         known: History = ((here, prediction.x0), *state)[: self.order]
-        shrink = decay(pair)
+        shrink = decay(transition)
         keep = shrink**self.eta  # e^{-ηh}
         if shrink == 0:
             weights = [1 - keep * shrink]
         else:
             weights = self._weights(-math.log(shrink), [place - here for place, _ in known])
         values = [value for _, value in known]
-        arrived = combine(x * (pair.s_s / pair.s_t * keep), values, [pair.a_s * w for w in weights])
-        if self.eta > 0 and pair.s_s > 0:
-            arrived = torch.add(arrived, noise.like(x), alpha=pair.s_s * math.sqrt(1 - keep**2))
-        return Step(arrived, prediction, known if math.isfinite(here) else (), s)
+        x_s = combine(
+            x * (transition.sigma_s / transition.sigma_t * keep), values, [transition.alpha_s * w for w in weights]
+        )
+        if self.eta > 0 and transition.sigma_s > 0:
+            x_s = torch.add(x_s, noise.like(x), alpha=transition.sigma_s * math.sqrt(1 - keep**2))
+        return Step(x_s, prediction, known if math.isfinite(here) else (), transition.s)
 
     def _weights(self, h: float, places: list[float]) -> list[float]:
         """The weights of the known x̂_0; with η > 0 time runs (1 + η) times as fast in the exponential."""
@@ -122,34 +120,33 @@ class DPMSolver2S:
         if not 0 <= self.eta <= 1:
             raise UserError(f"DPM-Solver++(2S)'s eta lies in 0..1, {self.eta:g} does not.")
 
+    @property
+    def convergence_order(self) -> int:
+        """Of the global error in the step size, on the probability-flow ODE."""
+        return 2
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
+        return self.eta > 0
+
     def start(self, x: Tensor, grid: Grid) -> State:
         needs_descent(grid)
         return None
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        prediction = denoiser(x, t, condition).folded()
-        pair = Pair.of(schedule, t, s)
-        spread = self.eta * math.sqrt(pair.posterior_variance)
-        target = Pair(pair.a_t, pair.s_t, pair.a_s, math.sqrt(max(pair.s_s**2 - spread**2, 0.0)))
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        prediction = denoise(x, transition.t).folded()
+        sigma = self.eta * math.sqrt(transition.posterior_variance)
+        target = replace(transition, sigma_s=math.sqrt(max(transition.sigma_s**2 - sigma**2, 0.0)))
         shrink = decay(target)
         data = prediction.x0
         if shrink > 0:
-            middle = float(schedule.time_at(2 * half_log_snr(schedule, t) - math.log(shrink)))
-            a_m, s_m = level(schedule, middle)
-            half = Pair(pair.a_t, pair.s_t, a_m, s_m)
-            x_m = torch.add(x * (s_m / pair.s_t), data, alpha=a_m * (1 - decay(half)))
-            data = denoiser(x_m, middle, condition).folded().x0
-        arrived = torch.add(x * (target.s_s / pair.s_t), data, alpha=pair.a_s * (1 - shrink))
-        if spread > 0:
-            arrived = torch.add(arrived, noise.like(x), alpha=spread)
-        return Step(arrived, prediction, None, s)
+            here = half_log_snr(transition.alpha_t, transition.sigma_t)
+            middle = float(transition.schedule.time_at(2 * here - math.log(shrink)))
+            half = Transition.of(transition.schedule, transition.t, middle)
+            x_m = torch.add(x * (half.sigma_s / half.sigma_t), data, alpha=half.alpha_s * (1 - decay(half)))
+            data = denoise(x_m, middle).folded().x0
+        x_s = torch.add(x * (target.sigma_s / transition.sigma_t), data, alpha=transition.alpha_s * (1 - shrink))
+        if sigma > 0:
+            x_s = torch.add(x_s, noise.like(x), alpha=sigma)
+        return Step(x_s, prediction, None, transition.s)

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.process.grids import Grid
 from carrara.process.noise import Noise
-from carrara.process.prediction import Denoiser, Prediction
-from carrara.process.schedules import Schedule, level
-from carrara.process.transitions import Pair
-from carrara.solvers.base import State, Step, needs_descent
+from carrara.process.prediction import Prediction
+from carrara.process.transitions import Transition
+from carrara.solvers.base import Denoise, State, Step, needs_descent
 from carrara.solvers.ddim import DDIM
 
 
@@ -28,15 +26,15 @@ class EulerAncestral(DDIM):
     """k-diffusion's Euler-ancestral: DDIM under another name, its noise on by default.
 
     Attributes:
-        eta: 0..1; 1 is the DDPM posterior for every pair.
+        eta: 0..1; 1 is the DDPM posterior for every transition.
     """
 
     eta: float = 1.0
 
 
-def euler_step(prediction: Prediction, pair: Pair) -> Tensor:
-    """x_s = a_s x̂_0 + s_s ε̂, which is x̂_0 itself at the clean point."""
-    return torch.add(prediction.x0 * pair.a_s, prediction.eps, alpha=pair.s_s)
+def euler_step(prediction: Prediction, transition: Transition[float]) -> Tensor:
+    """x_s = α_s x̂_0 + σ_s ε̂, which is x̂_0 itself at the clean point."""
+    return torch.add(prediction.x0 * transition.alpha_s, prediction.eps, alpha=transition.sigma_s)
 
 
 @dataclass(frozen=True)
@@ -61,34 +59,37 @@ class Euler:
         if self.churn < 0 or not 0 <= self.s_min <= self.s_max or self.s_noise < 0:
             raise UserError("churn needs churn ≥ 0, 0 ≤ s_min ≤ s_max and s_noise ≥ 0.")
 
+    @property
+    def convergence_order(self) -> int:
+        """Of the global error in the step size, on the probability-flow ODE."""
+        return 1
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
+        return self.churn > 0
+
     def start(self, x: Tensor, grid: Grid) -> State:
         needs_descent(grid)
         return len(grid)  # the number of steps that the churn is shared among
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        x, t = self.lift(schedule, x, t, state, noise)
-        prediction = denoiser(x, t, condition).folded()
-        return Step(euler_step(prediction, Pair.of(schedule, t, s)), prediction, state, s)
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        x, transition = self.lift(transition, x, state, noise)
+        prediction = denoise(x, transition.t).folded()
+        return Step(euler_step(prediction, transition), prediction, state, transition.s)
 
-    def lift(self, schedule: Schedule, x: Tensor, t: float, steps: int, noise: Noise) -> tuple[Tensor, float]:
-        """x and t after the churn; themselves where there is none."""
-        a, s = level(schedule, t)
-        if self.churn == 0 or a == 0 or not self.s_min <= s / a <= self.s_max:
-            return x, t
-        wanted = s / a * (1 + min(self.churn / steps, math.sqrt(2) - 1))
-        lifted = float(schedule.time_at(-2 * math.log(wanted)))
-        if lifted <= t:
-            return x, t
-        a_new, s_new = level(schedule, lifted)
-        added = math.sqrt(max(s_new**2 - (a_new / a * s) ** 2, 0.0))
-        return torch.add(x * (a_new / a), noise.like(x), alpha=self.s_noise * added), lifted
+    def lift(
+        self, transition: Transition[float], x: Tensor, steps: int, noise: Noise
+    ) -> tuple[Tensor, Transition[float]]:
+        """x and the transition after the churn; themselves where there is none."""
+        schedule, alpha, sigma = transition.schedule, transition.alpha_t, transition.sigma_t
+        if self.churn == 0 or alpha == 0 or not self.s_min <= sigma / alpha <= self.s_max:
+            return x, transition
+        rho = sigma / alpha * (1 + min(self.churn / steps, math.sqrt(2) - 1))
+        t = float(schedule.time_at(-2 * math.log(rho)))
+        if t <= transition.t:
+            return x, transition
+        lifted = Transition.of(schedule, t, transition.s)
+        ratio = lifted.alpha_t / alpha
+        added = math.sqrt(max(lifted.sigma_t**2 - (ratio * sigma) ** 2, 0.0))
+        return torch.add(x * ratio, noise.like(x), alpha=self.s_noise * added), lifted

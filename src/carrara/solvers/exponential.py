@@ -16,8 +16,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from carrara.process.schedules import Schedule, level
-from carrara.process.transitions import Pair
+from carrara.process.transitions import Transition
 
 History = tuple[tuple[float, Tensor], ...]
 """Known values and the places ℓ (or ρ) where they were taken, newest first."""
@@ -25,17 +24,16 @@ History = tuple[tuple[float, Tensor], ...]
 Rule = Literal["midpoint", "heun"]
 
 
-def half_log_snr(schedule: Schedule, t: float) -> float:
-    """ℓ(t) = ln(a/s): +inf at the clean point, -inf where no signal is left."""
-    a, s = level(schedule, t)
-    if a == 0 or s == 0:
-        return -math.inf if a == 0 else math.inf
-    return math.log(a / s)
+def half_log_snr(alpha: float, sigma: float) -> float:
+    """ℓ = ln(α/σ): +inf at the clean point, -inf where no signal is left."""
+    if alpha == 0 or sigma == 0:
+        return -math.inf if alpha == 0 else math.inf
+    return math.log(alpha / sigma)
 
 
-def decay(pair: Pair) -> float:
-    """e^{-h} = (s_s a_t)/(s_t a_s), in [0, 1]: 0 into the clean point and from zero SNR, where h = ∞."""
-    return (pair.s_s * pair.a_t) / (pair.s_t * pair.a_s)
+def decay(transition: Transition[float]) -> float:
+    """e^{-h} = (σ_s α_t)/(σ_t α_s), in [0, 1]: 0 into the clean point and from zero SNR, where h = ∞."""
+    return (transition.sigma_s * transition.alpha_t) / (transition.sigma_t * transition.alpha_s)
 
 
 def moments(h: float, count: int) -> list[float]:

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carrara.condition import Condition
 from carrara.process.noise import Noise
-from carrara.process.prediction import Denoiser
-from carrara.process.schedules import Schedule
-from carrara.process.transitions import Pair
-from carrara.solvers.base import State, Step
+from carrara.process.transitions import Transition
+from carrara.solvers.base import Denoise, State, Step
 from carrara.solvers.euler import Euler, euler_step
 
 
@@ -30,23 +27,19 @@ class Heun(Euler):
         churn, s_min, s_max, s_noise: as for `Euler`.
     """
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        x, t = self.lift(schedule, x, t, state, noise)
-        prediction = denoiser(x, t, condition).folded()
-        pair = Pair.of(schedule, t, s)
-        arrived = euler_step(prediction, pair)
-        if pair.a_t > 0 and pair.s_s > 0:
-            eps = denoiser(arrived, s, condition).folded().eps
-            change = pair.s_s - pair.s_t * (pair.a_s / pair.a_t)  # a_s (ρ_s - ρ_t)
-            arrived = torch.add(arrived, eps - prediction.eps, alpha=change / 2)
-        return Step(arrived, prediction, state, s)
+    @property
+    def convergence_order(self) -> int:
+        """Of the global error in the step size, on the probability-flow ODE."""
+        return 2
+
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        x, transition = self.lift(transition, x, state, noise)
+        prediction = denoise(x, transition.t).folded()
+        x_s = euler_step(prediction, transition)
+        if transition.alpha_t > 0 and transition.sigma_s > 0:
+            eps = denoise(x_s, transition.s).folded().eps
+            change = transition.sigma_s - transition.sigma_t * (
+                transition.alpha_s / transition.alpha_t
+            )  # a_s (ρ_s - ρ_t)
+            x_s = torch.add(x_s, eps - prediction.eps, alpha=change / 2)
+        return Step(x_s, prediction, state, transition.s)

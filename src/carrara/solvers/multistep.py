@@ -11,14 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.process.grids import Grid
 from carrara.process.noise import Noise
-from carrara.process.prediction import Denoiser
-from carrara.process.schedules import Schedule
-from carrara.process.transitions import Pair
-from carrara.solvers.base import State, Step, combine, needs_descent
+from carrara.process.transitions import Transition
+from carrara.solvers.base import Denoise, State, Step, combine, needs_descent
 from carrara.solvers.euler import euler_step
 from carrara.solvers.exponential import History, exact_weights, interpolatory
 
@@ -48,30 +45,33 @@ class LMS:
         if self.order not in ADAMS_BASHFORTH:
             raise UserError(f"LMS has the orders 1 to 4, not {self.order}.")
 
+    @property
+    def convergence_order(self) -> int:
+        """Of the global error in the step size, on the probability-flow ODE."""
+        return self.order
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
+        return False
+
     def start(self, x: Tensor, grid: Grid) -> State:
         needs_descent(grid)
         return ()  # ((ρ, ε̂), …) of the last steps, newest first
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        prediction = denoiser(x, t, condition).folded()
-        pair = Pair.of(schedule, t, s)
-        if pair.a_t == 0 or pair.s_s == 0:
-            return Step(euler_step(prediction, pair), prediction, state, s)
-        rho, target = pair.s_t / pair.a_t, pair.s_s / pair.a_s
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        prediction = denoise(x, transition.t).folded()
+        if transition.alpha_t == 0 or transition.sigma_s == 0:
+            return Step(euler_step(prediction, transition), prediction, state, transition.s)
+        rho, target = transition.sigma_t / transition.alpha_t, transition.sigma_s / transition.alpha_s
         known: History = ((rho, prediction.eps), *state)[: self.order]
         weights = self.weights([place for place, _ in known], target)
-        arrived = combine(x * (pair.a_s / pair.a_t), [value for _, value in known], [pair.a_s * w for w in weights])
-        return Step(arrived, prediction, known, s)
+        x_s = combine(
+            x * (transition.alpha_s / transition.alpha_t),
+            [value for _, value in known],
+            [transition.alpha_s * w for w in weights],
+        )
+        return Step(x_s, prediction, known, transition.s)
 
     def weights(self, places: list[float], target: float) -> list[float]:
         """The weights of ∫ ε̂ dρ from places[0] to target, of values known at `places`."""
@@ -106,30 +106,29 @@ class PLMS:
     SNR it is of order 1. Into the clean point x = a_s x̂_0.
     """
 
+    @property
+    def convergence_order(self) -> int:
+        """Of the global error in the step size: 2, as its weights presume even steps in ρ (4 where they are)."""
+        return 2
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
+        return False
+
     def start(self, x: Tensor, grid: Grid) -> State:
         needs_descent(grid)
         return ()  # the last ε̂, newest first
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        prediction = denoiser(x, t, condition).folded()
-        pair = Pair.of(schedule, t, s)
-        if pair.a_t == 0 or pair.s_s == 0:
-            return Step(euler_step(prediction, pair), prediction, state, s)
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        prediction = denoise(x, transition.t).folded()
+        if transition.alpha_t == 0 or transition.sigma_s == 0:
+            return Step(euler_step(prediction, transition), prediction, state, transition.s)
         known: tuple[Tensor, ...] = (prediction.eps, *state)[:4]
         values, weights = known, ADAMS_BASHFORTH[len(known)]
         if len(known) == 1:
-            values = (prediction.eps, denoiser(euler_step(prediction, pair), s, condition).folded().eps)
+            values = (prediction.eps, denoise(euler_step(prediction, transition), transition.s).folded().eps)
             weights = (1 / 2, 1 / 2)
-        change = pair.s_s - pair.s_t * (pair.a_s / pair.a_t)  # a_s (ρ_s - ρ_t)
-        arrived = combine(x * (pair.a_s / pair.a_t), values, [change * w for w in weights])
-        return Step(arrived, prediction, known, s)
+        change = transition.sigma_s - transition.sigma_t * (transition.alpha_s / transition.alpha_t)  # a_s (ρ_s - ρ_t)
+        x_s = combine(x * (transition.alpha_s / transition.alpha_t), values, [change * w for w in weights])
+        return Step(x_s, prediction, known, transition.s)

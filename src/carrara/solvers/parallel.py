@@ -22,7 +22,7 @@ from carrara.process.grids import Grid
 from carrara.process.noise import Noise
 from carrara.process.prediction import Denoiser, Prediction
 from carrara.process.schedules import Schedule, level
-from carrara.process.transitions import Pair
+from carrara.process.transitions import Transition
 from carrara.solvers.base import NonFinite, Step, combine, finite, needs_descent
 
 
@@ -45,11 +45,11 @@ class Picard:
         if not (0 <= self.eta <= 1 and self.tolerance >= 0 and (self.window is None or self.window >= 1)):
             raise UserError("parallel sampling needs eta in 0..1, a window of at least 1 and a tolerance ≥ 0.")
 
-    def coefficients(self, pair: Pair) -> tuple[float, float, float]:
+    def coefficients(self, transition: Transition[float]) -> tuple[float, float, float]:
         """A, B and σ of the step x_s = A x_t + B x̂_0 + σ z."""
-        sigma = self.eta * math.sqrt(pair.posterior_variance)
-        keep = math.sqrt(max(pair.s_s**2 - sigma**2, 0.0)) / pair.s_t
-        return keep, pair.a_s - keep * pair.a_t, sigma
+        sigma = self.eta * math.sqrt(transition.posterior_variance)
+        keep = math.sqrt(max(transition.sigma_s**2 - sigma**2, 0.0)) / transition.sigma_t
+        return keep, transition.alpha_s - keep * transition.alpha_t, sigma
 
 
 def integrate_parallel(
@@ -77,7 +77,7 @@ def integrate_parallel(
     noise = noise or Noise()
     batch, pairs = x.shape[0], grid.pairs()
     condition = (condition or Condition()).batch(batch)
-    steps = [method.coefficients(Pair.of(schedule, t, s)) for t, s in pairs]
+    steps = [method.coefficients(Transition.of(schedule, t, s)) for t, s in pairs]
     width = min(method.window or len(pairs), len(pairs))
     done, points = 0, [x] * (width + 1)  # the guesses at the times done..done + width
     while done < len(pairs):

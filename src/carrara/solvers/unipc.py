@@ -14,14 +14,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.process.grids import Grid
 from carrara.process.noise import Noise
-from carrara.process.prediction import Denoiser
-from carrara.process.schedules import Schedule, level
-from carrara.process.transitions import Pair
-from carrara.solvers.base import State, Step, combine, needs_descent
+from carrara.process.transitions import Transition
+from carrara.solvers.base import Denoise, State, Step, combine, needs_descent
 from carrara.solvers.exponential import History, decay, exact_weights, half_log_snr, halved_weights
 
 
@@ -49,33 +46,32 @@ class UniPC:
         if self.variant not in ("B1", "B2"):
             raise UserError(f"UniPC's variant is 'B1' or 'B2', not '{self.variant}'.")
 
+    @property
+    def convergence_order(self) -> int:
+        """Of the global error in the step size, on the probability-flow ODE."""
+        return self.order + self.corrector
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
+        return False
+
     def start(self, x: Tensor, grid: Grid) -> State:
         needs_descent(grid)
         return ()  # ((ℓ, x̂_0), …) of the last steps, newest first
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        schedule: Schedule,
-        x: Tensor,
-        t: float,
-        s: float,
-        condition: Condition,
-        state: State,
-        noise: Noise,
-    ) -> Step:
-        prediction = denoiser(x, t, condition).folded()
-        here = half_log_snr(schedule, t)
+    def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:
+        prediction = denoise(x, transition.t).folded()
+        here = half_log_snr(transition.alpha_t, transition.sigma_t)
         past: History = state
         if self.corrector and past:
-            x = self._correct(x, level(schedule, t)[0], (here, prediction.x0), past)
+            x = self._correct(x, transition.alpha_t, (here, prediction.x0), past)
         known: History = ((here, prediction.x0), *past)[: self.order]
-        pair = Pair.of(schedule, t, s)
-        shrink = decay(pair)
+        shrink = decay(transition)
         weights = [1.0] if shrink == 0 else self._weights(-math.log(shrink), [place - here for place, _ in known])
         values = [value for _, value in known]
-        arrived = combine(x * (pair.s_s / pair.s_t), values, [pair.a_s * w for w in weights])
-        return Step(arrived, prediction, known if math.isfinite(here) else (), s)
+        x_s = combine(x * (transition.sigma_s / transition.sigma_t), values, [transition.alpha_s * w for w in weights])
+        return Step(x_s, prediction, known if math.isfinite(here) else (), transition.s)
 
     def _correct(self, x: Tensor, alpha: float, new: tuple[float, Tensor], past: History) -> Tensor:
         """x with the last step's integral taken anew, the value at its end now being known."""
