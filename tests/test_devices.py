@@ -28,6 +28,7 @@ def test_a_device_that_does_not_exist_is_refused(word: str) -> None:
 def test_a_cpu_stays_at_fp32_unless_it_is_given_another_precision() -> None:
     assert resolve_precision("auto", CPU) == "fp32"
     assert resolve_precision("bf16", CPU) == "bf16"
+    assert resolve_precision("no", CPU) == "fp32"
     with refused("unknown", key="precision"):
         resolve_precision("bf17", CPU)
 

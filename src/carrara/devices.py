@@ -39,6 +39,7 @@ def resolve_precision(word: str, device: torch.device) -> Precision:
         UserError: an unknown word, or one that this device cannot compute in.
     """
     known = get_args(Precision)
+    word = {"no": "fp32"}.get(word, word)  # as other programs spell it
     if word not in ("auto", *known):
         raise UserError(
             f"there is no precision '{word}': {nearest(word, ('auto', *known))}", key="precision", code="unknown"

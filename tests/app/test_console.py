@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +47,18 @@ def test_a_users_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None
 def test_events_are_plain_data(tmp_path) -> None:  # type: ignore[no-untyped-def]
     for event in (Notice("a"), StepDone("b", 1, 2), Metrics("c", {"d": 1}), Saved("e", tmp_path, {"f": [1]})):
         assert json.loads(json.dumps(event.as_json()))["event"] in ("notice", "step", "metrics", "saved")
+
+
+def test_work_without_events_is_shown_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console, "HEARTBEAT", 0.1)
+    with console.working("importing"):
+        time.sleep(0.3)
+    assert "importing: …" in capsys.readouterr().out
+
+
+def test_every_command_that_runs_a_network_reports_while_it_works() -> None:
+    """Each shows its events, or that it works."""
+    folder = Path(console.__file__).parent
+    for name in ("demo", "train", "sample", "evaluate", "ema", "data", "data_encode", "convert"):
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        assert "show(" in text or "working(" in text, name

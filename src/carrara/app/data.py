@@ -69,8 +69,8 @@ def check(request: CheckRequest) -> Iterator[Event]:
         def progress(done: int, total: int) -> None:
             report(StepDone("looking at the images", done, total))
 
-        found = check_data(request.path, **arguments, progress=progress)
-        report(Metrics("data", {"ok": found.ok, **asdict(found)}, found))
+        checked = check_data(request.path, **arguments, progress=progress)
+        report(Metrics("data", {"ok": checked.ok, **asdict(checked)}, checked))
 
     return streamed(work)
 

@@ -105,10 +105,10 @@ def measure(drawn: Drawn, data: Digits, film: tuple[Tensor, Tensor, list[float]]
         _figure("Fréchet distance, unguided", distance, "frechet_distance", at_most=0.40, comment="not a FID"),
         _figure("Fréchet distance, training to held-out images", real, "frechet_distance"),
     ]
-    for name, found in memory.items():
-        comment = f"held-out digits {100 * found.figures['memorised_share_held_out'].value:.0f} %, copies 100 %"
+    for name, evaluation in memory.items():
+        comment = f"held-out digits {100 * evaluation.figures['memorised_share_held_out'].value:.0f} %, copies 100 %"
         title = f"Nearer to a training image than its own neighbour, {name}"
-        figures.append(_figure(title, found, "memorised_share", "%", at_most=60.0, comment=comment))
+        figures.append(_figure(title, evaluation, "memorised_share", "%", at_most=60.0, comment=comment))
     figures.append(_diversity(memory["guided"], data))
     assert data.train.images is not None
     index, distances = nearest(memory["guided"].samples.rows[:SHOWN].double(), data.train.images.rows.double())
@@ -132,9 +132,9 @@ def _pictures(reference: Reference) -> Pictures:
     return reference.pictures
 
 
-def _figure(name: str, found: Evaluation, metric: str, unit: str = "", **target: Any) -> Figure:
+def _figure(name: str, evaluation: Evaluation, metric: str, unit: str = "", **target: Any) -> Figure:
     """A metric of an evaluation with its target; fractions are shown in per cent."""
-    measured = found.figures[metric]
+    measured = evaluation.figures[metric]
     decimals, scale = (1, 100) if unit == "%" else (3, 1)
     return Figure(
         name, scale * measured.value, unit, decimals, _ends(measured, scale), protocol=measured.stamp.text(), **target
@@ -146,10 +146,10 @@ def _ends(measured: Measurement, scale: float) -> tuple[float, float] | None:
     return None if ends is None else (scale * ends.low, scale * ends.high)
 
 
-def _diversity(found: Evaluation, data: Digits) -> Figure:
+def _diversity(evaluation: Evaluation, data: Digits) -> Figure:
     """The standard deviation within a class, over that of the real digits."""
     scale = 1 / class_spread(data.images, torch.tensor(data.labels))
-    measured = found.figures["class_spread"]
+    measured = evaluation.figures["class_spread"]
     return Figure(
         "Spread within a class, guided, over the real one",
         scale * measured.value,

@@ -29,9 +29,12 @@ from carrara.evaluation.pictures import Size, data_pictures, decoded_pictures, m
 from carrara.files import write_whole
 from carrara.model import DiffusionModel
 
+Proportions = Mapping[str, int] | None
+"""How many pictures of each class; None takes the classes in turn."""
+
 
 def evaluate(request: EvaluateRequest) -> Iterator[Event]:
-    """Measure; several processes of a launcher share the work, and the first reports.
+    """Measure; the processes of a launcher divide the work, and the first reports.
 
     Yields:
         How far it is, then `Metrics` "evaluation" (`result`: `Measurements`), then what was saved.
@@ -44,7 +47,7 @@ def evaluate(request: EvaluateRequest) -> Iterator[Event]:
 
 
 def sweep(request: SweepRequest) -> Iterator[Event]:
-    """Measure a model in every way of a table, each cell kept in the folder as soon as it is known.
+    """Measure a model in every way of a table, each cell saved in the folder as soon as it is measured.
 
     Yields:
         How far it is, then `Metrics` "table" (`result`: `tables.Table`), then the saved folder.
@@ -61,22 +64,22 @@ def _evaluate(request: EvaluateRequest, report: Report) -> None:
     report = report if processes.first else _silent
     filled = [tables.read(folder) for folder in request.tables]
     work = Work(request, processes.device, report)
-    figures: Measurements = {}
-    found: Evaluation | None = None
+    metrics: Measurements = {}
+    evaluation: Evaluation | None = None
     if work.real is not None:
-        found = work.measure(work.samples(request))
-        figures |= found.figures
+        evaluation = work.measure(work.samples(request))
+        metrics |= evaluation.figures
     if request.held_out is not None:
-        figures |= work.held_out(request, request.held_out)
+        metrics |= work.held_out(request, request.held_out)
     if request.originals is not None:
-        figures |= work.reconstruction(request, request.originals)
-    text = stamp.to_json(figures)
-    report(Metrics("evaluation", json.loads(text), figures))
+        metrics |= work.reconstruction(request, request.originals)
+    text = stamp.to_json(metrics)
+    report(Metrics("evaluation", json.loads(text), metrics))
     if request.out is not None and processes.first:
         write_whole(request.out, (text + "\n").encode())
         report(Saved("metrics", request.out))
-    if request.report is not None and found is not None and work.real is not None:
-        whole = page.of_evaluation(request.subject, replace(found, figures=figures), work.real, work.known, filled)
+    if request.report is not None and evaluation is not None and work.real is not None:
+        whole = page.of_evaluation(request.subject, replace(evaluation, figures=metrics), work.real, work.known, filled)
         path = request.report
         distributed.first_tells(lambda: whole.write(path))
         report(Saved("report", path))
@@ -158,7 +161,7 @@ class Work:
         self.known: Reference | None = None
         if request.reference is not None:
             self.real = self._reference(request.reference)
-            if request.train is not None:  # every one of them is kept: a copy may be of any
+            if request.train is not None:  # all of them are kept: a copy may be of any
                 pictures = data_pictures(request.train, request.train_split, size=self.size)
                 progress = self.progress("training images", pictures.count)
                 self.known = protocol.collected_reference(pictures, self.features, pictures.count, progress)
@@ -185,17 +188,17 @@ class Work:
     def _reference(self, path: str) -> Reference:
         statistics = protocol.holds_statistics(path)
         if statistics and not protocol.holds_images(path):
-            found = protocol.statistics_reference(path, self.features)
+            reference = protocol.statistics_reference(path, self.features)
         else:
             pictures = data_pictures(path, self.request.reference_split, size=self.size)
             progress = self.progress("reference", pictures.count)
             if statistics:
-                found = protocol.statistics_reference(path, self.features, pictures, progress)
+                reference = protocol.statistics_reference(path, self.features, pictures, progress)
             else:
-                found = protocol.collected_reference(pictures, self.features, progress=progress)
-        for notice in found.notices:
+                reference = protocol.collected_reference(pictures, self.features, progress=progress)
+        for notice in reference.notices:
             self.report(Notice(notice))
-        return found
+        return reference
 
     # ---- samples -----------------------------------------------------------------------------------------------
 
@@ -203,34 +206,39 @@ class Work:
         """A model's samples, a codec's reconstructions of the originals, or finished samples."""
         assert self.real is not None
         if self.finished is not None:
-            found = self.finished
+            pictures = self.finished
         elif self.model is not None:
             proportions = self.proportions(self.model, self.real)
-            found = self.sampled(self.model, request.subject, self.count(self.real), proportions, request.sampling)
+            pictures = self.sampled(self.model, request.subject, self.count(self.real), proportions, request.sampling)
         else:
             assert self.codec is not None
             assert request.originals is not None  # refused before
             originals = data_pictures(request.originals, request.originals_split, request.n, self.size)
-            found = decoded_pictures(self.codec, originals, request.subject, self.device)
-        return found if request.captions is None else replace(found, captions=_lines(found, request.captions))
+            pictures = decoded_pictures(self.codec, originals, request.subject, self.device)
+        return pictures if request.captions is None else replace(pictures, captions=_lines(pictures, request.captions))
 
     def sampled(
-        self, model: DiffusionModel, name: str, count: int, shares: Mapping[str, int] | None, choices: dict[str, Any]
+        self,
+        model: DiffusionModel,
+        name: str,
+        count: int,
+        proportions: Mapping[str, int] | None,
+        choices: dict[str, Any],
     ) -> Pictures:
         """Samples of the model, guided by the classifier where there is one."""
         batch = self.request.batch_size
-        return model_pictures(model, name, count, batch, classifier=self.guide, shares=shares, **choices)
+        return model_pictures(model, name, count, batch, classifier=self.guide, shares=proportions, **choices)
 
     def count(self, real: Reference) -> int:
         """How many samples a model makes: `n`, or as many as there are real images, 10,000 at most."""
         return min(real.count or ROWS, ROWS) if self.request.n is None else self.request.n
 
-    def proportions(self, model: DiffusionModel, real: Reference) -> Mapping[str, int] | None:
+    def proportions(self, model: DiffusionModel, real: Reference) -> Proportions:
         """How many pictures of each class the reference has, for samples to take the classes in these proportions;
         None takes them in turn.
 
         Raises:
-            UserError: the proportions were asked for, and the reference has no classes.
+            UserError: the proportions were requested, but the reference has no classes.
         """
         wanted = self.request.classes
         labels = None if real.pictures is None else real.pictures.labels
@@ -247,7 +255,7 @@ class Work:
     # ---- metrics -----------------------------------------------------------------------------------------------
 
     def about(self, real: Reference) -> dict[str, str | bool | None]:
-        """What decides the metrics besides the samples."""
+        """What decides the metrics in addition to the samples."""
         known = None if self.known is None else self.known.content
         about = {"reference": real.content, "train": known, "judge": self.request.evaluator}
         return protocol.features_of(self.features) | about
@@ -286,10 +294,10 @@ class Work:
                 )
             pictures = decoded_pictures(self.codec, originals, request.subject, self.device)
         progress = self.progress("pairs", originals.count)
-        figures = protocol.reconstruction(pictures, originals, perceptual, checksum, progress)
+        metrics = protocol.reconstruction(pictures, originals, perceptual, checksum, progress)
         if isinstance(self.codec, LearnedCodec):
-            figures |= measure_latents(self.codec, originals, figures["psnr"].stamp, self.device)
-        return figures
+            metrics |= measure_latents(self.codec, originals, metrics["psnr"].stamp, self.device)
+        return metrics
 
 
 def _lines(pictures: Pictures, path: Path) -> list[str]:

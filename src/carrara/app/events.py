@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+LOCAL = {"plain": False}
+"""Of a field that is for callers in this process only."""
+
 
 @dataclass(frozen=True)
-class Notice:
-    """A sentence for the user."""
-
-    text: str
+class _Event:
+    kind: ClassVar[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"event": "notice", "text": self.text}
+        """Plain data: everything but tensors and typed results."""
+        names = [f.name for f in fields(self) if f.metadata != LOCAL]
+        values = {name: getattr(self, name) for name in names}
+        return {"event": self.kind} | {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
-class StepDone:
+class Notice(_Event):
+    """A sentence for the user."""
+
+    kind = "notice"
+    text: str
+
+
+@dataclass(frozen=True)
+class StepDone(_Event):
     """How far a task is.
 
     Attributes:
@@ -30,67 +41,53 @@ class StepDone:
         step, total: done, of so many; a total of 0 is not known.
         note: what else changes from step to step ("t = 0.25").
         preview: images [B, C, H, W] in [-1, 1] as they are now, where they are at hand.
-        values: numbers of this step (loss, images_per_s).
     """
 
+    kind = "step"
     task: str
     step: int
     total: int
     note: str = ""
-    preview: Tensor | None = None
-    values: Mapping[str, float] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data, without the preview."""
-        return {"event": "step", "task": self.task, "step": self.step, "total": self.total, **self.values}
+    preview: Tensor | None = field(default=None, metadata=LOCAL)
 
 
 @dataclass(frozen=True)
-class Preview:
+class Preview(_Event):
     """Images [B, C, H, W] in [-1, 1] worth looking at before the work is done."""
 
-    images: Tensor
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data, without the images."""
-        return {"event": "preview", "shape": list(self.images.shape)}
+    kind = "preview"
+    images: Tensor = field(metadata=LOCAL)
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """What was found out.
+class Metrics(_Event):
+    """What was measured.
 
     Attributes:
         name: of what ("start", "evaluation", "comparison", …).
         values: all of it as plain data.
-        result: the same as a typed object, for callers in this process.
+        result: the same as a typed object.
     """
 
+    kind = "metrics"
     name: str
     values: Mapping[str, Any]
-    result: Any = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"event": "metrics", "name": self.name, "values": dict(self.values)}
+    result: Any = field(default=None, metadata=LOCAL)
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A file or folder that now holds what was asked for.
+class Saved(_Event):
+    """A file or folder that now contains what was requested.
 
     Attributes:
         what: "samples", "model", "report", …
         about: what is in it, as plain data.
     """
 
+    kind = "saved"
     what: str
     path: Path
     about: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"event": "saved", "what": self.what, "path": str(self.path), **self.about}
 
 
 Event = Notice | StepDone | Preview | Metrics | Saved

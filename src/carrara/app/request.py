@@ -1,4 +1,4 @@
-"""What all requests share: typed, frozen, and refused in one sentence; and the checks before long work."""
+"""What all requests have in common: typed, frozen, refused in one sentence; and the checks before long work."""
 
 from __future__ import annotations
 

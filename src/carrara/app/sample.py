@@ -25,7 +25,7 @@ CHOICES = ("steps", "solver", "guidance", "rescale", "eta", "spacing", "seed")
 
 
 class Draw(Request):
-    """What sampling and upscaling share.
+    """What sampling and upscaling have in common.
 
     Attributes:
         model: a run folder, or its model folder.
@@ -116,11 +116,11 @@ def _refuse(request: SampleRequest) -> None:
             key="classifier_scale",
             code="conflict",
         )
-    beside = sorted(given & {"labels", "count", "classifier_scale", *CHOICES})
-    if request.like is not None and beside:
+    others = sorted(given & {"labels", "count", "classifier_scale", *CHOICES})
+    if request.like is not None and others:
         raise UserError(
-            f"--like takes {', '.join(beside)} from the picture's metadata: leave it out.",
-            key=beside[0],
+            f"--like takes {', '.join(others)} from the picture's metadata: leave it out.",
+            key=others[0],
             code="conflict",
         )
 
@@ -138,7 +138,7 @@ def requested(request: Draw, names: tuple[str, ...] | None) -> tuple[list[int | 
 
 
 def _by_name(request: Draw, names: tuple[str, ...] | None) -> Iterator[Notice]:
-    """Say which class is meant where a label is both a name and another class's number."""
+    """Report which class is meant where a label is both a name and another class's number."""
     for label in dict.fromkeys(request.labels):
         if (
             isinstance(label, str)
@@ -168,7 +168,7 @@ def drawn(
     return result[0]
 
 
-# ---- where samples are kept ---------------------------------------------------------------------------------------
+# ---- where samples are saved ---------------------------------------------------------------------------------------
 
 
 def samples_folder(out: Path | None, default: Path, overwrite: bool) -> Path:
@@ -212,7 +212,7 @@ def saved(samples: Samples, folder: Path, overwrite: bool) -> Iterator[Saved]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a saved picture tells of how it was made.
+    """How a saved picture was made.
 
     Raises:
         UserError: no picture, or none that `sample` wrote.

@@ -70,7 +70,7 @@ def upscale(request: UpscaleRequest) -> Iterator[Event]:
 
 
 def cascade(request: CascadeRequest) -> Iterator[Event]:
-    """Sample a base model and enlarge its samples; those are kept in the folder `base`."""
+    """Sample a base model and enlarge its samples; those are saved in the folder `base`."""
     device = resolve_device(request.device)
     base = open_model(request.model, device, request.precision, request.codec)
     upsampler = open_model(request.upsampler, device, request.precision)

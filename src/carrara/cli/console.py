@@ -1,4 +1,4 @@
-"""How events are shown: bars on a terminal, lines where the output is piped, JSON where it was asked for."""
+"""How events are shown: bars on a terminal, lines where the output is piped, JSON on request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -35,12 +35,6 @@ def table(values: Mapping[str, object]) -> Table:
     return result
 
 
-def progress_bar() -> Progress:
-    """A bar with counts, a free note, and the time left."""
-    description, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
-    return Progress(description, BarColumn(), MofNCompleteColumn(), note, TimeRemainingColumn(), console=console)
-
-
 def show(events: Iterable[Event], quiet: bool = False) -> Iterator[Event]:
     """Show the steps and notices of a use case, and yield every other event.
 
@@ -60,18 +54,28 @@ def show(events: Iterable[Event], quiet: bool = False) -> Iterator[Event]:
                 yield event
 
 
+@contextmanager
+def working(task: str, quiet: bool = False) -> Iterator[None]:
+    """Show that work without events goes on."""
+    from carrara.app.events import StepDone
+
+    with _progress(quiet) as progress:
+        progress.step(StepDone(task, 0, 0))
+        yield
+
+
 class _Bars:
     """A bar for each task."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
-        self.tasks: dict[str, object] = {}
+        self.tasks: dict[str, TaskID] = {}
 
     def step(self, event: StepDone) -> None:
         if event.task not in self.tasks:
-            self.tasks[event.task] = self.bar.add_task(event.task, note="")
+            self.tasks[event.task] = self.bar.add_task(event.task, total=event.total or None, note="")
         task = self.tasks[event.task]
-        self.bar.update(task, completed=event.step, total=event.total or None, note=event.note)  # type: ignore[arg-type]
+        self.bar.update(task, completed=event.step, total=event.total or None, note=event.note)
 
 
 class _Lines:
@@ -82,8 +86,8 @@ class _Lines:
         self.printed = self.began
 
     def step(self, event: StepDone) -> None:
-        total = f" of {event.total:,}" if event.total else ""
-        self.text = f"{event.task}: {event.step:,}{total}  {event.note}".rstrip()
+        done = f"{event.step:,} of {event.total:,}" if event.total else f"{event.step:,}" if event.step else "…"
+        self.text = f"{event.task}: {done}  {event.note}".rstrip()
         if time.monotonic() - self.printed >= HEARTBEAT:
             self.line()
 

@@ -62,6 +62,7 @@ def import_(
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Turn a model of another program into a model or codec folder, with a report of its parity."""
+    from carrara.cli.console import working
     from carrara.convert import Asked, check_outputs, import_model, refuse_taken
     from carrara.recipe import override
 
@@ -71,7 +72,8 @@ def import_(
     folder = out or beside
     refuse_taken(folder)  # before a large checkpoint is read in vain
     asked = Asked(name, override({}, assignments or []), config, schedule, steps, rescaled, last)
-    imported = import_model(path, asked)
+    with working("importing", json_output):
+        imported = import_model(path, asked)
     report = imported.report
     if check is not None:
         report = {**report, "check": check_outputs(imported.model, check)}
@@ -96,9 +98,12 @@ def export(
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Write a model, classifier or codec as another program reads it, with the config that this program needs."""
+    from carrara.cli.console import working
     from carrara.convert import export_model, load
 
-    _tell({"out": str(out), **export_model(load(model), out, layout)}, json_output)
+    with working("exporting", json_output):
+        report = export_model(load(model), out, layout)
+    _tell({"out": str(out), **report}, json_output)
 
 
 def _tell(report: dict[str, Any], json_output: bool) -> None:

@@ -81,7 +81,7 @@ def evaluate(
 ) -> None:
     """Measure a model, a codec or finished samples.
 
-    `torchrun` shares the work among several processes; the metrics stay the same.
+    `torchrun` divides the work among several processes; the metrics stay the same.
     """
     from carrara.app.evaluate import evaluate as events
     from carrara.app.evaluate_request import EvaluateRequest
@@ -92,7 +92,7 @@ def evaluate(
     given = o.typed(context)
     if comparison is not None:
         o.moved("evaluate --compare", "carrara compare A.json B.json")
-        o.refuse_beside("--compare", given, {"comparison", "varied"})
+        o.refuse_others("--compare", given, {"comparison", "varied"})
         _compare(*comparison, varied, json_output)
         return
     if table is not None:
@@ -103,7 +103,7 @@ def evaluate(
         raise UserError("--varied belongs to carrara compare: leave it out.", key="varied", code="conflict")
     for event in show(events(EvaluateRequest(**given)), json_output):
         if isinstance(event, Metrics):
-            evaluate_show.figures(event.result, json_output)
+            evaluate_show.metrics(event.result, json_output)
         elif isinstance(event, Saved) and not json_output:
             console.print(f"{event.what}: {event.path}")
 
@@ -177,7 +177,7 @@ def _sweep(given: dict[str, object], json_output: bool) -> None:
     from carrara.app.events import Metrics, Saved
     from carrara.cli.console import console, show
 
-    o.refuse_beside("a table", given, set(SweepRequest.model_fields))
+    o.refuse_others("a table", given, set(SweepRequest.model_fields))
     for event in show(events(SweepRequest(**given)), json_output):
         if isinstance(event, Metrics) and json_output:
             print(json.dumps(event.values))

@@ -1,4 +1,4 @@
-"""How metrics are printed: tables with their intervals, and what they share of their protocol."""
+"""How metrics are printed: tables with their intervals, and what their protocols have in common."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ if TYPE_CHECKING:
     from carrara.evaluation.stamp import Comparison
 
 
-def figures(found: Measurements, as_json: bool) -> None:
-    """Print the metrics, each with its interval, then what they share of their protocol."""
+def metrics(measured: Measurements, as_json: bool) -> None:
+    """Print the metrics, each with its interval, then what their protocols have in common."""
     from carrara.evaluation import stamp
 
     if as_json:
-        print(stamp.to_json(found))
+        print(stamp.to_json(measured))
         return
-    _print_figures({name: figure for name, figure in found.items() if not name.endswith("]")})
-    _print_classes({name: figure for name, figure in found.items() if name.endswith("]")})
-    _print_protocols(found)
+    _print_metrics({name: metric for name, metric in measured.items() if not name.endswith("]")})
+    _print_classes({name: metric for name, metric in measured.items() if name.endswith("]")})
+    _print_protocols(measured)
 
 
-def _print_figures(found: Measurements) -> None:
+def _print_metrics(measured: Measurements) -> None:
     rows = Table(box=None, pad_edge=False)
     for heading in ("metric", "value", "95 % interval"):
         rows.add_column(heading, no_wrap=True)
     rows.add_column("settings")
     rows.add_column("note")
-    for name, figure in found.items():
-        settings = ", ".join(f"{key} {value}" for key, value in figure.stamp.settings.items())
-        rows.add_row(name, f"{figure.value:.5g}", _range(figure.interval), settings, figure.note)
+    for name, metric in measured.items():
+        settings = ", ".join(f"{key} {value}" for key, value in metric.stamp.settings.items())
+        rows.add_row(name, f"{metric.value:.5g}", _range(metric.interval), settings, metric.note)
     console.print(rows)
 
 
-def _print_classes(found: Measurements) -> None:
+def _print_classes(measured: Measurements) -> None:
     """One row for each class, one column for each of its metrics."""
     from carrara.evaluation.page import by_class
 
-    if not found:
+    if not measured:
         return
-    columns, lines = by_class(found)
+    columns, lines = by_class(measured)
     rows = Table("class", *columns, box=None, pad_edge=False)
     for line in lines:
         rows.add_row(*line)
@@ -53,11 +53,11 @@ def _print_classes(found: Measurements) -> None:
     console.print(rows)
 
 
-def _print_protocols(found: Measurements) -> None:
-    """What the metrics of one subject share, each protocol once."""
+def _print_protocols(measured: Measurements) -> None:
+    """The protocols of the metrics, each once."""
     seen: list[dict[str, object]] = []
-    for name, figure in found.items():
-        shared = {key: value for key, value in figure.stamp.entries().items() if not key.startswith("settings.")}
+    for name, metric in measured.items():
+        shared = {key: value for key, value in metric.stamp.entries().items() if not key.startswith("settings.")}
         if shared not in seen and not name.endswith("]"):
             seen.append(shared)
             console.print()

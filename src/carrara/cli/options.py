@@ -96,13 +96,13 @@ def typed(context: typer.Context) -> dict[str, Any]:
 
 
 def moved(old: str, new: str) -> None:
-    """Tell on stderr that a spelling works for one more release."""
+    """Print to stderr that a spelling works for one more release."""
     from carrara.cli.console import errors
 
     errors.print(f"'{old}' still works in this release: use '{new}'.")
 
 
-def refuse_beside(option: str, given: dict[str, Any], allowed: set[str]) -> None:
+def refuse_others(option: str, given: dict[str, Any], allowed: set[str]) -> None:
     """Raises UserError where other options were typed than an old spelling takes."""
     others = sorted(f"--{name.replace('_', '-')}" for name in given.keys() - allowed)
     if others:

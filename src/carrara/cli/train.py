@@ -128,18 +128,18 @@ def _self_test(request: SelfTestRequest, json_lines: bool) -> None:
     from carrara.app.train import self_test
     from carrara.cli.console import console, show, table
 
-    found = {event.name: event.values for event in show(self_test(request), json_lines) if isinstance(event, Metrics)}
+    results = {event.name: event.values for event in show(self_test(request), json_lines) if isinstance(event, Metrics)}
     if json_lines:
-        print(json.dumps(found), flush=True)
-    elif "profile" in found:
-        rows = found["profile"]
+        print(json.dumps(results), flush=True)
+    elif "profile" in results:
+        rows = results["profile"]
         console.print(table({k: v for k, v in rows.items() if not isinstance(v, dict)}))
         for title in ("shares", "operations"):
             console.print(table({name: f"{fraction:.1%}" for name, fraction in rows[title].items()}))
-    if "overfit" in found:
-        learned = found["overfit"]
-        verdict = "learned by heart" if learned["passed"] else "NOT learned: fix the recipe before you train"
+    if "overfit" in results:
+        overfit = results["overfit"]
+        outcome = "learned by heart" if overfit["passed"] else "NOT learned: fix the recipe before you train"
         if not json_lines:
-            reached = f"loss at {learned['loss_share']:.1%} of its start after {learned['steps']} steps"
-            console.print(f"one batch: {verdict} ({reached})")
-        raise typer.Exit(0 if learned["passed"] else 1)
+            reached = f"loss at {overfit['loss_share']:.1%} of its start after {overfit['steps']} steps"
+            console.print(f"one batch: {outcome} ({reached})")
+        raise typer.Exit(0 if overfit["passed"] else 1)
