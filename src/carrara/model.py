@@ -16,11 +16,11 @@ from carrara.classifier import Classifier
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import ClassLabels, Conditioner, LowRes, NullForm
-from carrara.errors import UserError, nearest, whole_number
+from carrara.errors import UserError, whole_number
 from carrara.guidance import classifier_free, classifier_guidance, interval, static_threshold
-from carrara.process import Denoiser, Grid, Guide, NetworkDenoiser, Noise, Predicts, Schedule, grids, schedules
+from carrara.process import Denoiser, Grid, Guide, NetworkDenoiser, Noise, Predicts, Schedule, schedules
 from carrara.sampling import Plan, Samples, checked, describe
-from carrara.solvers import DDIM, Solver, Step, named
+from carrara.solvers import Solver, Step, grid_of, resolve
 
 _DROWNED = 2 * math.log(0.01)
 """Below this log-SNR, α/σ = 1 %, a classifier cannot see the image."""
@@ -93,17 +93,16 @@ class DiffusionModel:
         """The network as a denoiser, without any guidance."""
         return NetworkDenoiser(self.network, self.schedule, self.predicts, self.learned_variance)
 
-    def grid(self, steps: int, spacing: str = "trailing") -> Grid:
-        """The times of a sampling run.
+    def grid(self, steps: int, spacing: str | Grid = "trailing", solver: str | Solver | None = None) -> Grid:
+        """The times of a sampling run; see `carrara.solvers.grid_of`.
+
+        Args:
+            solver: what an optimised grid is for; by default the model's own.
 
         Raises:
-            UserError: an unknown spacing, or steps outside 1..T.
+            UserError: an unknown spacing, steps outside 1..T, or a grid that leaves the schedule.
         """
-        spacings = (grids.leading, grids.trailing, grids.linspace, grids.quadratic, grids.karras, grids.log_snr)
-        known: dict[str, Callable[[Schedule, int], Grid]] = {f.__name__: f for f in spacings}
-        if spacing not in known:
-            raise UserError(f"there is no spacing '{spacing}': {nearest(spacing, known)}", key="grid", code="unknown")
-        return known[spacing](self.schedule, steps)
+        return grid_of(spacing, self.schedule, steps, resolve(solver or self.choices()["solver"]))
 
     def plan(
         self,
@@ -133,7 +132,8 @@ class DiffusionModel:
             count: how many samples, where no input has one for each (1 by default).
             solver: a word of `carrara.solvers.SOLVERS`, or a solver.
             steps: pairs of the grid, 1..T.
-            grid: a word ("trailing", "leading", "linspace", "quadratic", "karras", "log_snr") or a `Grid`.
+            grid: a word ("trailing", "leading", "linspace", "quadratic", "karras", "log_snr", "optimised") or a
+                `Grid`.
             guidance: classifier-free scale; 1 is the plain conditional model and costs one pass, 0 the model under its
                 null condition.
             guides: your own, applied to the guided prediction before it is thresholded.
@@ -143,7 +143,7 @@ class DiffusionModel:
             rescale: φ in 0..1, how much of the conditional prediction's standard deviation is restored.
             classifier: of noisy images, trained for this model's schedule and size, that guides toward the labels.
             classifier_scale: its w; 0 does not evaluate it.
-            eta: DDIM's η, 0..1.
+            eta: η of DDIM, Euler-ancestral and the DPM-Solver++ family, 0..1.
             spacing: the same as a word for `grid`.
             inputs: what the model's conditioners read (`low_res=`, `noise_level=` of an up-sampler).
 
@@ -152,8 +152,8 @@ class DiffusionModel:
         """
         asked = {"solver": solver, "steps": steps, "grid": grid if spacing is None else spacing, "guidance": guidance}
         choices = self.choices() | {name: value for name, value in asked.items() if value is not None}
-        method, scale, seed = _solver(choices["solver"], eta), float(choices["guidance"]), whole_number(seed, "seed")
-        times = choices["grid"] if isinstance(choices["grid"], Grid) else self.grid(choices["steps"], choices["grid"])
+        method, scale, seed = resolve(choices["solver"], eta), float(choices["guidance"]), whole_number(seed, "seed")
+        times = grid_of(choices["grid"], self.schedule, choices["steps"], method)
         self._check_start(start)
         inputs = {name: value for name, value in {"labels": labels, **inputs}.items() if value is not None}
         total = conditioning.count_samples(self.conditioners, {**inputs, "start": start}, count)
@@ -376,11 +376,3 @@ def _check_decoded(decoded: Tensor) -> None:
             key="codec",
             code="not_finite",
         )
-
-
-def _solver(choice: str | Solver, eta: float | None) -> Solver:
-    if eta is None:
-        return named(choice) if isinstance(choice, str) else choice
-    if choice != "ddim":
-        raise UserError(f"only the solver ddim takes an eta, {choice} does not.", key="eta", code="conflict")
-    return DDIM(eta=eta)

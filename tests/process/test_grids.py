@@ -191,7 +191,7 @@ def test_a_grid_prints_itself_readably() -> None:
         (lambda: grids.given(TABLE, [500, 0.5]), "between the clean point and 1"),
         (lambda: grids.given(ZERO_SNR, [999.5, 0]), "zero-SNR"),
         (lambda: Grid(torch.tensor([0.0, 1.0])), "descend"),
-        (lambda: grids.trailing(TABLE, 0), "at least 1 step"),
+        (lambda: grids.trailing(TABLE, 0), "at least 1"),
         (lambda: grids.trailing(TABLE, 1001), "only 1000"),
         (lambda: grids.leading(TABLE, 1000, offset=1), "use offset 0"),
         (lambda: grids.leading(schedules.edm(), 5), "table"),

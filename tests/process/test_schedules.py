@@ -253,9 +253,9 @@ def test_times_outside_the_schedule_are_refused(schedule: Schedule, wrong: float
     ("make", "sentence"),
     [
         (lambda: schedules.linear(20), "at least 21 steps"),
-        (lambda: schedules.cosine(1), "at least two; 1 was asked for"),
-        (lambda: schedules.cosine(-3), "at least two"),
-        (lambda: schedules.sigmoid(2.5), "whole number of steps"),  # type: ignore[arg-type]
+        (lambda: schedules.cosine(1), "at least 2"),
+        (lambda: schedules.cosine(-3), "at least 2"),
+        (lambda: schedules.sigmoid(2.5), "whole number"),  # type: ignore[arg-type]
         (lambda: schedules.scaled_linear(10, 0.5, 0.1), "beta_start < beta_end"),
         (lambda: schedules.sigmoid(10, start=3, end=-3), "start < end"),
         (lambda: schedules.from_betas([0.1]), "at least two numbers"),

@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.process import Condition, Denoiser, GaussianMixture, Grid, Noise, Prediction, grids, schedules
+from carrara.guidance import dynamic_threshold, static_threshold
+from carrara.process import (
+    Condition,
+    Denoiser,
+    GaussianMixture,
+    Grid,
+    NetworkDenoiser,
+    Noise,
+    Prediction,
+    grids,
+    schedules,
+)
 from carrara.process.schedules import Time
 from carrara.solvers import (
     DDIM,
@@ -31,6 +42,7 @@ from carrara.solvers import (
     solve,
     solve_parallel,
 )
+from tests.errors import refused
 
 SCHEDULE = schedules.linear(1000)
 MIXTURE = GaussianMixture([0.5, 0.5], torch.tensor([[0.5, -0.5], [-0.5, 0.2]]), [0.05, 0.02])
@@ -186,3 +198,57 @@ def test_adaptive_leaves_a_zero_snr_end_by_one_level() -> None:
         found = solve(denoiser, schedule, Adaptive(rtol=1e-4, atol=1e-4), grids.given(schedule, times), START)
         fine = solve(denoiser, schedule, UniPC(order=3), grids.log_snr(schedule, 99), START)
         torch.testing.assert_close(found, fine, rtol=0, atol=2e-2)  # what is left is Euler's first step
+
+
+def half_precision_network(x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    """A smooth v-prediction, rounded to half precision as a network's output is."""
+    return (0.3 * x / (1 + x.float() ** 2).sqrt()).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("word", ["deis", "lms", "plms", "heun", "ddim", "dpm++2m", "unipc"])
+def test_half_precision_is_rounded_once(word: str, dtype: torch.dtype) -> None:
+    """α_s/α_t is a thousand at the noisy end of the cosine table: rounded terms there would differ by whole units."""
+    schedule = schedules.cosine(1000)
+    denoiser = NetworkDenoiser(half_precision_network, schedule, "v")
+    x = Noise(1).normal((4, 1, 4, 4)).to(dtype)
+    grid = grids.trailing(schedule, 10)
+    half = solve(denoiser, schedule, SOLVERS[word](), grid, x)
+    assert half.dtype == dtype
+    full = solve(denoiser, schedule, SOLVERS[word](), grid, x.float())
+    # one rounding of values of order 1: half of 2^-7 for bfloat16's 8 bits
+    torch.testing.assert_close(half.float(), full, atol=2**-7, rtol=2**-7)
+
+
+@pytest.mark.parametrize(
+    ("solver", "grid", "seed", "key"),
+    [
+        (Heun(), grids.trailing(schedules.linear(100), 8), 1, "resume.solver"),
+        (DDIM(eta=0.5), grids.trailing(schedules.linear(100), 8), 1, "resume.solver"),
+        (DDIM(), grids.trailing(schedules.linear(100), 9), 1, "resume.times"),
+        (DDIM(), grids.trailing(schedules.linear(100), 2), 1, "resume.times"),
+        (DDIM(), grids.leading(schedules.linear(100), 8), 1, "resume.times"),
+        (DDIM(), grids.trailing(schedules.linear(100), 8), 2, "resume.seed"),
+    ],
+)
+def test_a_checkpoint_of_another_integration_is_refused(solver: Solver, grid: Grid, seed: int, key: str) -> None:
+    schedule = schedules.linear(100)
+    denoiser = GaussianMixture([1.0], torch.zeros(1, 2), [0.5]).denoiser(schedule)
+    x = Noise(1).normal((3, 2), dtype=torch.float64)
+    steps = integrate(denoiser, schedule, DDIM(), grids.trailing(schedule, 8), x, noise=Noise(1))
+    checkpoint = next(steps).checkpoint()
+    with refused("mismatch", key):
+        next(integrate(denoiser, schedule, solver, grid, x, noise=Noise(seed), resume=checkpoint))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_found_behind_a_clamp(value: float) -> None:
+    schedule = schedules.linear(100)
+
+    def network(x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        return torch.full_like(x, value)
+
+    for guide in (static_threshold(), dynamic_threshold()):
+        denoiser = guide(NetworkDenoiser(network, schedule, "v"))
+        with refused("not_finite", "prediction"):
+            solve(denoiser, schedule, DDIM(), grids.trailing(schedule, 4), torch.randn(2, 1, 4, 4))

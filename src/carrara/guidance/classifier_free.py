@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -15,6 +14,9 @@ from carrara.guidance.combine import extrapolate, predictions, stacked
 from carrara.guidance.rescale import Quantity, rescaled
 from carrara.process.prediction import Denoiser, Guide, Prediction
 from carrara.process.schedules import Time
+
+LARGEST_SCALE = 1e6
+"""Of a guidance scale: beyond it predictions of order one lose all digits of the conditional model in float32."""
 
 
 class HasNull(Protocol):
@@ -63,9 +65,11 @@ def classifier_free(scale: float, null: Null, *, rescale: float = 0.0, of: Quant
 
 
 def check_scale(scale: float) -> None:
-    """Raises UserError unless a guidance scale is a finite number."""
-    if not math.isfinite(scale):
-        raise UserError(f"the guidance scale must be a finite number, not {scale}.", key="guidance")
+    """Raises UserError unless a guidance scale is a number that float32 can multiply predictions by."""
+    if not abs(scale) <= LARGEST_SCALE:
+        raise UserError(
+            f"the guidance scale must be a finite number of at most {LARGEST_SCALE:g}, not {scale}.", key="guidance"
+        )
 
 
 def null_at(null: Null, t: Time, condition: Condition) -> Condition:

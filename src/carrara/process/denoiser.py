@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from carrara.condition import Condition
 from carrara.errors import UserError, nearest
@@ -59,6 +59,9 @@ class NetworkDenoiser:
     def _arguments(self, x: Tensor, t: Time, condition: Condition) -> tuple[Tensor, Tensor, Condition]:
         """What the network is called with; the target of classifier guidance is not for it."""
         scaled = network_input(self.predicts, x, *scales(self.schedule, t, x))
+        if isinstance(self.network, nn.Module):
+            kept = next((weight.dtype for weight in self.network.parameters()), x.dtype)
+            scaled = scaled.to(kept) if kept in (torch.float16, torch.bfloat16) else scaled
         condition = condition if condition.target is None else replace(condition, target=None)
         return scaled, network_times(self.schedule, t, x), condition
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carrara.errors import UserError
+from carrara.errors import UserError, whole_number
 from carrara.process.schedules import Discrete, Schedule
 
 Terminal = Literal["clean", "last"]
@@ -80,10 +80,9 @@ class Grid:
 
 
 def _steps(schedule: Schedule, steps: int) -> int:
-    if steps < 1:
-        raise UserError(f"a grid needs at least 1 step, {steps} were asked for.")
+    steps = whole_number(steps, "steps", least=1)
     if schedule.discrete and steps > schedule.final_time:
-        raise UserError(f"{steps} steps were asked for, the schedule has only {schedule.final_time:g}.")
+        raise UserError(f"steps is {steps}: the schedule has only {schedule.final_time:g}.", key="steps")
     return steps
 
 

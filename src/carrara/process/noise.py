@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from carrara.errors import UserError
+from carrara.errors import UserError, whole_number
 
 _NUMBERS_PER_BLOCK = 8  # one Philox block gives four 64-bit words: eight numbers of 32 bits
 _SUBDRAWS = 16  # a solver may draw this many times within one step
@@ -105,8 +105,9 @@ class Noise:
     toward: tuple[Noise, float] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed"))
         if not -(2**63) <= self.seed < 2**64:
-            raise UserError(f"a seed is a whole number of 64 bits, {self.seed} is not.")
+            raise UserError(f"a seed is a whole number of 64 bits, {self.seed} is not.", key="seed")
 
     def rows(self, ids: Sequence[int] | Tensor | range) -> Noise:
         """The noise of other samples: a shard of a batch, or one picture of it.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from carrara.errors import UserError, nearest
+from carrara.errors import UserError, nearest, whole_number
 
 Time = float | Tensor
 """A time in schedule units: a float, or a tensor of any shape (float64, or any real type)."""
@@ -77,7 +77,9 @@ class Schedule(ABC):
             low, high = float(times.min()), float(times.max())
             if not (low >= 0 and high <= self.final_time):
                 wrong = low if not low >= 0 else high
-                raise UserError(f"time {wrong:g} lies outside the schedule's 0..{self.final_time:g}.")
+                raise UserError(
+                    f"time {wrong:g} lies outside the schedule's 0..{self.final_time:g}.", key="time", code="mismatch"
+                )
         return times
 
     def __repr__(self) -> str:
@@ -191,9 +193,7 @@ def from_betas(betas: Tensor | Sequence[float], network_scale: float = 1.0) -> D
 
 
 def _count(steps: int) -> int:
-    if not isinstance(steps, int) or steps < 2:
-        raise UserError(f"a discrete schedule needs a whole number of steps, at least two; {steps!r} was asked for.")
-    return steps
+    return whole_number(steps, "schedule.steps", least=2)
 
 
 def linear(steps: int = 1000, network_scale: float = 1.0) -> Discrete:

@@ -247,7 +247,7 @@ class Sampling(Section):
     Attributes:
         solver: a word of `carrara.solvers.SOLVERS`.
         steps: pairs of the grid.
-        spacing: a constructor of `carrara.process.grids`.
+        spacing: a word of `carrara.solvers.WORDS`.
         guidance: classifier-free scale; 1 is the plain conditional model.
         count: how many pictures a preview shows.
         seed: picture k of a preview is row k of this seed.
@@ -255,7 +255,7 @@ class Sampling(Section):
 
     solver: str = "dpm++2m"
     steps: int = Field(20, ge=1)
-    spacing: Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr"] = "trailing"
+    spacing: Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr", "optimised"] = "trailing"
     guidance: float = 1.0
     count: int = Field(16, ge=1)
     seed: int = Field(0, ge=0)

@@ -1,7 +1,9 @@
 """Solvers: one pure step each, walked by the one `integrate`. One family a file."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from carrara.errors import UserError, nearest
 from carrara.solvers.adaptive import Adaptive
@@ -13,6 +15,7 @@ from carrara.solvers.euler import Euler, EulerAncestral
 from carrara.solvers.heun import Heun
 from carrara.solvers.multistep import DEIS, LMS, PLMS
 from carrara.solvers.parallel import Picard, integrate_parallel, solve_parallel
+from carrara.solvers.spacing import SPACINGS, WORDS, grid_of
 from carrara.solvers.tuning import optimised_grid
 from carrara.solvers.unipc import UniPC
 
@@ -36,7 +39,7 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "plms": PLMS,
     "adaptive": Adaptive,
 }
-"""The words of the command line and of recipes; the contract tests walk all of them."""
+"""The words of the command line and of recipes; the tests of contract and order read all of them."""
 
 
 def _plain(name: str) -> str:
@@ -54,7 +57,28 @@ def named(name: str) -> Solver:
     for word, make in SOLVERS.items():
         if _plain(word) == _plain(name):
             return make()
-    raise UserError(f"there is no solver '{name}': {nearest(name, SOLVERS)}")
+    raise UserError(f"there is no solver '{name}': {nearest(name, SOLVERS)}", key="solver", code="unknown")
+
+
+def resolve(choice: str | Solver, eta: float | None = None) -> Solver:
+    """The solver that was chosen, by a word or as it is, with another η where one is given.
+
+    Raises:
+        UserError: an unknown word, or an η for a solver that has none.
+    """
+    solver = named(choice) if isinstance(choice, str) else choice
+    if eta is None:
+        return solver
+    if "eta" not in getattr(solver, "__dataclass_fields__", {}):
+        known = [word for word, make in SOLVERS.items() if "eta" in getattr(make(), "__dataclass_fields__", {})]
+        raise UserError(
+            f"the solver {choice} has no eta: leave it out, or take one of {', '.join(known)}.",
+            key="eta",
+            code="conflict",
+        )
+    own: Any = solver
+    changed: Solver = replace(own, eta=eta)
+    return changed
 
 
 __all__ = [
@@ -63,6 +87,8 @@ __all__ = [
     "LMS",
     "PLMS",
     "SOLVERS",
+    "SPACINGS",
+    "WORDS",
     "Adaptive",
     "Ancestral",
     "DPMSolver",
@@ -75,10 +101,12 @@ __all__ = [
     "Solver",
     "Step",
     "UniPC",
+    "grid_of",
     "integrate",
     "integrate_parallel",
     "named",
     "optimised_grid",
+    "resolve",
     "solve",
     "solve_parallel",
 ]

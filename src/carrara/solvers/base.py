@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import Any, Protocol
@@ -37,8 +37,9 @@ class Step:
         prediction: the prediction that the step was made from (at its start, for methods of several stages).
         state: the solver's state after the step.
         time: where it arrived, in schedule time.
-        index: the number of the pair that was walked, from 0.
+        index: the number of the pair, from 0.
         total: the number of pairs of the grid.
+        setting: what is integrated: solver, times and seed.
     """
 
     x: Tensor
@@ -47,11 +48,12 @@ class Step:
     time: float
     index: int = 0
     total: int = 1
+    setting: Mapping[str, Any] = field(default_factory=dict)
 
     def checkpoint(self) -> dict[str, Any]:
-        """What `integrate(..., resume=…)` needs to go on behind this step: plain data and tensors, which
+        """What `integrate(..., resume=…)` needs to continue after this step: plain data and tensors, which
         `torch.save` and `torch.load(weights_only=True)` keep."""
-        return {"x": self.x, "state": self.state, "index": self.index}
+        return {"x": self.x, "state": self.state, "index": self.index, **self.setting}
 
 
 class Solver(Protocol):
@@ -123,8 +125,11 @@ def finite(x: Tensor) -> bool:
     return math.isfinite(float(x.detach().sum(dtype=wide)))
 
 
-class NonFinite(ArithmeticError):
+class NonFinite(UserError, ArithmeticError):
     """A prediction held NaN or infinity; the sentence names the step and the time."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, key="prediction", code="not_finite")
 
 
 def integrate(
@@ -139,7 +144,9 @@ def integrate(
     after_step: Callable[[Step], Tensor] | None = None,
     resume: Mapping[str, Any] | None = None,
 ) -> Iterator[Step]:
-    """Walk `grid` from x and yield every step: previews, progress and cancelling are the caller's `for` loop.
+    """Integrate from x along `grid` and yield every step: previews, progress, cancelling are the caller's `for` loop.
+
+    In half precision the solver works in float32, and only what is yielded is rounded.
 
     Args:
         denoiser: what is known at each time; guides are already wrapped around it.
@@ -147,23 +154,27 @@ def integrate(
         solver: the method.
         grid: the times. `grid.reversed()` inverts.
         x: the image at the grid's first time, [B, …]: pure noise times s(T) for sampling.
-        condition: what the model is told (nothing by default).
+        condition: what the model is conditioned on (nothing by default).
         noise: addressed randomness; step i uses draw i + 1, draw 0 being the starting noise.
         after_step: called with each step; the tensor it returns takes the place of `step.x` (inpainting's
             known pixels).
-        resume: the `checkpoint` of the last step of an interrupted walk of the same grid; it goes on behind it, and
-            `x` is not looked at.
+        resume: the `checkpoint` of the last step of an interrupted integration with the same solver, grid and seed; it
+            continues after it, and `x` is not read.
 
     Raises:
         NonFinite: a prediction held NaN or infinity.
-        UserError: the grid leaves the schedule.
+        UserError: the grid leaves the schedule, or `resume` is of another solver, grid or seed.
     """
     schedule.check(grid.times)
     condition = condition or Condition()
     noise = noise or Noise()
+    setting = {"solver": repr(solver), "times": grid.times.tolist(), "seed": noise.seed}
     first, state = 0, solver.start(x, grid)
     if resume is not None:
+        _check_resume(resume, setting)
         first, x, state = resume["index"] + 1, resume["x"], resume["state"]
+    dtype = x.dtype
+    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
     denoise, pairs = bound(denoiser, condition), grid.pairs()
     for index in range(first, len(pairs)):
         t, s = pairs[index]
@@ -174,11 +185,24 @@ def integrate(
                 f"the prediction of step {index + 1} of {len(pairs)}, from t = {t:g} to {s:g}, is not finite: "
                 "look at the model's weights, the guidance scale and the precision."
             )
-        step = replace(step, index=index, total=len(pairs))
+        step = replace(step, index=index, total=len(pairs), setting=setting)
         if after_step is not None:
-            step = replace(step, x=after_step(step))
+            step = replace(step, x=after_step(step).to(x.dtype))
         x, state = step.x, step.state
-        yield step
+        yield step if dtype == x.dtype else replace(step, x=x.to(dtype))
+
+
+def _check_resume(resume: Mapping[str, Any], setting: Mapping[str, Any]) -> None:
+    """Raises UserError unless a checkpoint is of the same solver, grid and seed."""
+    for key, value in setting.items():
+        if resume.get(key) != value:
+            found = f"{len(resume[key]) - 1} steps" if key == "times" and key in resume else repr(resume.get(key))
+            raise UserError(
+                f"resume was made with another {'grid' if key == 'times' else key} ({found}): resume with the same, or "
+                "start again.",
+                key=f"resume.{key}",
+                code="mismatch",
+            )
 
 
 def solve(
@@ -192,7 +216,7 @@ def solve(
     *,
     after_step: Callable[[Step], Tensor] | None = None,
 ) -> Tensor:
-    """Drain `integrate` and return the last x, [B, …] at the grid's last time."""
+    """The last x of `integrate`, [B, …] at the grid's last time."""
     for step in integrate(denoiser, schedule, solver, grid, x, condition, noise, after_step=after_step):
         x = step.x
     return x
