@@ -62,11 +62,11 @@ def test_train_sample_and_resume(tmp_path: Path, carrara: Command) -> None:
         "sample", run, "--label", "3", "-l", "7", "--num_inference_steps", "3", "--guidance_scale", "2", "--json"
     )
     assert made.returncode == 0, made.stderr
-    told = json.loads(made.stdout)
-    assert told["labels"] == [3, 7]
-    assert told["steps"] == 3
-    assert told["guidance"] == 2.0
-    assert (Path(told["folder"]) / "samples.npz").exists()
+    printed = json.loads(made.stdout)
+    assert printed["labels"] == [3, 7]
+    assert printed["steps"] == 3
+    assert printed["guidance"] == 2.0
+    assert (Path(printed["folder"]) / "samples.npz").exists()
 
 
 def test_json_lines_are_machine_readable(tmp_path: Path, carrara: Command) -> None:

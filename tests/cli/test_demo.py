@@ -45,7 +45,7 @@ def test_the_files_that_others_read(demo_run: Path) -> None:
 
 
 def test_what_is_measured_is_what_the_files_hold(demo_run: Path) -> None:
-    """The judge's verdict and the distance, computed again from the npz files alone."""
+    """The evaluator's predictions and the distance, computed again from the npz files alone."""
     import torch
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -55,7 +55,7 @@ def test_what_is_measured_is_what_the_files_hold(demo_run: Path) -> None:
 
     pixels, labels = load_digits(return_X_y=True)
     train, held_out, train_labels, _ = train_test_split(pixels, labels, test_size=360, random_state=0, stratify=labels)
-    judge = SVC(C=10).fit(train / 8 - 1, train_labels)
+    evaluator = SVC(C=10).fit(train / 8 - 1, train_labels)
     report = json.loads((demo_run / "report.json").read_text())
     figures = {figure["name"]: figure["value"] for figure in report["figures"]}
     assert figures["Digits read rightly, held-out images"] == pytest.approx(99.44, abs=0.01)
@@ -63,7 +63,7 @@ def test_what_is_measured_is_what_the_files_hold(demo_run: Path) -> None:
     # float32 pixels, multiples of 1/8, are exact; the distance itself is float64.
     assert figures["Fréchet distance, training to held-out images"] == pytest.approx(real, rel=1e-6)
     with np.load(demo_run / "samples" / "samples.npz") as archive:
-        read = judge.predict(archive["arr_0"].reshape(-1, 64) / 127.5 - 1) == archive["arr_1"]
+        read = evaluator.predict(archive["arr_0"].reshape(-1, 64) / 127.5 - 1) == archive["arr_1"]
     assert figures["Digits read as asked, guided"] == pytest.approx(100 * read.mean())
 
 

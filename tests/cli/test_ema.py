@@ -28,10 +28,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_width_is_a_model_that_samples(run: Path, carrara: Command) -> None:
     made = carrara("ema", run, "--width", "0.07", "--json")
     assert made.returncode == 0, made.stderr
-    told = json.loads(made.stdout)
-    assert told["folder"] == str(run / "model-power-0.07")
-    assert "width 0.07 at step 8, from 8 snapshots" in told["origin"]
-    sampled = carrara("sample", told["folder"], "--label", "3", "--steps", "2", "--json")
+    printed = json.loads(made.stdout)
+    assert printed["folder"] == str(run / "model-power-0.07")
+    assert "width 0.07 at step 8, from 8 snapshots" in printed["origin"]
+    sampled = carrara("sample", printed["folder"], "--label", "3", "--steps", "2", "--json")
     assert sampled.returncode == 0, sampled.stderr
 
 

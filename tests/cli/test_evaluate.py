@@ -30,7 +30,7 @@ def everything(path: str | Path, split: str = "train") -> torch.Tensor:
     return torch.cat(list(data_pictures(str(path), split).batches()))
 
 
-def told(carrara: Command, *words: str | Path) -> dict[str, Any]:
+def printed(carrara: Command, *words: str | Path) -> dict[str, Any]:
     """The figures that the command prints as JSON."""
     result = carrara("evaluate", *words, "--json")
     assert result.returncode == 0, result.stderr
@@ -65,7 +65,7 @@ def test_a_model_is_measured_as_its_own_samples_are(tiny_run: Path, carrara: Com
         "--batch-size",
         "7",
     )
-    figures = told(carrara, tiny_run, *words)
+    figures = printed(carrara, tiny_run, *words)
     made = DiffusionModel.load(tiny_run).sample([i % 10 for i in range(30)], steps=2, seed=3)
     expected = frechet_distance(from_uint8(to_uint8(made.images)).flatten(1), everything("digits").flatten(1))
     # Batches of other sizes take their sums in another order: a pixel in some thousands may round to its neighbour.
@@ -97,11 +97,11 @@ def uneven(tmp_path: Path) -> Path:
 def test_samples_take_the_classes_in_the_references_shares(tiny_run: Path, tmp_path: Path, carrara: Command) -> None:
     """Else the distance would be one of shares: rare classes would count as much as frequent ones."""
     words = ("--reference", uneven(tmp_path), "-n", "12", "--steps", "1", "--per-class")
-    figures = told(carrara, tiny_run, *words)
+    figures = printed(carrara, tiny_run, *words)
     assert figures["frechet_distance"]["stamp"]["sampling"]["classes"] == "in the reference's shares"
     assert figures["frechet_distance[1]"]["stamp"]["n"] == 9
     assert figures["frechet_distance[7]"]["stamp"]["n"] == 3
-    in_turn = told(carrara, tiny_run, *words[:-1], "--classes", "turn")
+    in_turn = printed(carrara, tiny_run, *words[:-1], "--classes", "turn")
     assert in_turn["frechet_distance"]["stamp"]["sampling"]["classes"] == "in turn"
     assert in_turn["frechet_distance"]["value"] != figures["frechet_distance"]["value"]
 
@@ -111,9 +111,9 @@ def test_shares_of_classes_that_are_not_there_are_refused(
 ) -> None:
     save_npz(tmp_path / "plain.npz", everything("digits", "test")[:20])
     save_npz(tmp_path / "other.npz", everything("digits", "test")[:20], torch.arange(20))
-    asked = ("evaluate", tiny_run, "-n", "4", "--steps", "1", "--classes", "reference", "--reference")
-    assert "plain.npz" in refused(*asked, tmp_path / "plain.npz")
-    assert "'10'" in refused(*asked, tmp_path / "other.npz")
+    words = ("evaluate", tiny_run, "-n", "4", "--steps", "1", "--classes", "reference", "--reference")
+    assert "plain.npz" in refused(*words, tmp_path / "plain.npz")
+    assert "'10'" in refused(*words, tmp_path / "other.npz")
     unknown = refused("evaluate", tiny_run, "--reference", "digits", "--classes", "turns")
     assert "did you mean 'turn'" in unknown
 
@@ -123,25 +123,25 @@ def test_nothing_is_written_unless_asked(tiny_run: Path, tmp_path: Path, carrara
     words = ("--reference", "digits", "--n", "8", "--steps", "1")
     assert carrara("evaluate", tiny_run, *words, "--out", tmp_path / "f.json").returncode == 0
     assert sorted(tiny_run.rglob("*")) == before
-    assert json.loads((tmp_path / "f.json").read_text()) == told(carrara, tiny_run, *words)
+    assert json.loads((tmp_path / "f.json").read_text()) == printed(carrara, tiny_run, *words)
 
 
 def test_real_images_pass_for_real_and_copies_are_found(halves: tuple[Path, Path], carrara: Command) -> None:
-    """One half of the held-out digits beside the other; then the training images themselves as samples."""
-    words = ("--train", "digits", "--judge", "svc")
-    honest = told(carrara, halves[0], "--reference", halves[1], *words)
+    """One half of the held-out digits against the other; then the training images themselves as samples."""
+    words = ("--train", "digits", "--evaluator", "svc")
+    honest = printed(carrara, halves[0], "--reference", halves[1], *words)
     assert honest["class_accuracy"]["value"] > 0.85  # an SVC that learned from 180 digits
     assert honest["class_accuracy"]["stamp"]["settings"]["judge_rows"] == 180
     share, unseen = honest["memorised_share"], honest["memorised_share_held_out"]
     assert share["interval"]["low"] < unseen["interval"]["high"]  # both halves are unseen: their intervals overlap
     assert unseen["interval"]["low"] < share["interval"]["high"]
-    copied = told(carrara, "digits", "--n", "180", "--reference", halves[1], *words)
+    copied = printed(carrara, "digits", "--n", "180", "--reference", halves[1], *words)
     assert copied["memorised_share"]["value"] == 1
     assert copied["distance_ratio"]["value"] == 0
 
 
 def test_an_exact_copy_of_the_reference_is_at_distance_0(halves: tuple[Path, Path], carrara: Command) -> None:
-    figures = told(carrara, halves[0], "--reference", halves[0])
+    figures = printed(carrara, halves[0], "--reference", halves[0])
     assert figures["frechet_distance"]["value"] == pytest.approx(0, abs=1e-9)  # float64, distances of order 10
     assert figures["precision"]["value"] == figures["recall"]["value"] == figures["coverage"]["value"] == 1
 
@@ -151,7 +151,7 @@ def test_statistics_stand_in_for_their_images(halves: tuple[Path, Path], tmp_pat
     moments = Moments.of(everything(halves[1]))
     path = tmp_path / "stats.npz"
     write_statistics(path, moments, {"features": "pixels", "features_checksum": ""})
-    whole, known = (told(carrara, halves[0], "--reference", real) for real in (halves[1], path))
+    whole, known = (printed(carrara, halves[0], "--reference", real) for real in (halves[1], path))
     assert known["frechet_distance"]["value"] == pytest.approx(whole["frechet_distance"]["value"], rel=1e-9)
     assert "precision" in whole
     assert "precision" not in known
@@ -161,7 +161,7 @@ def test_the_folder_that_sample_wrote_is_read_without_its_grid(
     tiny_run: Path, tmp_path: Path, carrara: Command
 ) -> None:
     assert carrara("sample", tiny_run, "-n", "12", "--steps", "1", "--out", tmp_path / "s").returncode == 0
-    figures = told(carrara, tmp_path / "s", "--reference", "digits")
+    figures = printed(carrara, tmp_path / "s", "--reference", "digits")
     assert figures["frechet_distance"]["stamp"]["n"] == 12
     assert "class_spread" in figures
 
@@ -205,7 +205,7 @@ def test_pictures_of_another_size_or_colour_mode_are_refused(
     assert "3×20×17" in refused("evaluate", tiny_run, "--reference", photos, "--n", "8", "--steps", "1")
     assert "3×8×8" in refused("evaluate", halves[0], "--reference", photos, "--resolution", "8")
     brought = ("--reference", photos, "--resolution", "8", "--channels", "1", "--resize", "box")
-    stamp = told(carrara, halves[0], *brought)["frechet_distance"]["stamp"]
+    stamp = printed(carrara, halves[0], *brought)["frechet_distance"]["stamp"]
     assert stamp["shape"] == [1, 8, 8]
     assert "box" in stamp["resize"]
     Image.new("RGB", (9, 9)).save(photos / "small.png")
@@ -251,11 +251,11 @@ def test_words_that_would_change_nothing_are_refused(
     assert "--train-split" in refused("evaluate", tiny_run, *real, "--train-split", "test")
     assert "--resize" in refused("evaluate", tiny_run, *real, "--resize", "box")
     assert "--reference" in refused("evaluate", tiny_run)
-    assert "'me'" in refused("evaluate", tiny_run, *real, "--judge", "me")
+    assert "'me'" in refused("evaluate", tiny_run, *real, "--evaluator", "me")
     assert "'moon'" in refused("evaluate", tiny_run, *real, "--device", "moon")
     assert "are the reference itself" in refused("evaluate", tiny_run, *real, "--train", "digits")
     photos = photographs(tmp_path / "photos", 8)
-    assert "tells none" in refused("evaluate", photos, *real, "--judge", "svc")
+    assert "tells none" in refused("evaluate", photos, *real, "--evaluator", "svc")
 
 
 def test_a_part_of_a_sorted_data_set_holds_every_class(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_only_the_weights_of_2015_make_a_fid(
     monkeypatch.setattr("carrara.app.evaluate.open_features", lambda word, device, checksum: inception(official))
     few = tmp_path / "few.npz"
     save_npz(few, everything("digits", "test")[:10])
-    figures = told(carrara, few, "--reference", few, "--features", "inception=weights.pth")
+    figures = printed(carrara, few, "--reference", few, "--features", "inception=weights.pth")
     assert names <= figures.keys()
     assert ("fid" in figures) is official
     note = figures["fid" if official else "frechet_distance"]["note"]

@@ -28,7 +28,7 @@ from tests.test_classifier import untrained
 Refused = Callable[..., str]
 
 
-def told(carrara: Command, *words: str | Path) -> dict[str, Any]:
+def printed(carrara: Command, *words: str | Path) -> dict[str, Any]:
     """The figures that the command prints as JSON."""
     result = carrara("evaluate", *words, "--json")
     assert result.returncode == 0, result.stderr
@@ -56,7 +56,7 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_held_out_pictures_need_no_reference(tiny_run: Path, carrara: Command, refused: Refused) -> None:
     words = (tiny_run, "--held-out", "digits", "--held-out-n", "6", "--variance", "large")
-    figures = told(carrara, *words)
+    figures = printed(carrara, *words)
     assert set(figures) == {
         "bits_per_dimension",
         "bits_prior",
@@ -85,12 +85,12 @@ def test_pictures_are_held_against_their_originals(
     for file in square.iterdir():
         pixels = np.asarray(Image.open(file)).astype(int)
         Image.fromarray((pixels + np.where(pixels > 127, -2, 2)).astype(np.uint8)).save(worse / file.name)
-    figures = told(carrara, worse, "--originals", square)
+    figures = printed(carrara, worse, "--originals", square)
     assert figures["psnr"]["value"] == pytest.approx(10 * np.log10(255**2 / 4))
     assert 0.9 < figures["ssim"]["value"] < 1
     assert figures["psnr"]["interval"]["low"] <= figures["psnr"]["value"] + 1e-9
     assert figures["psnr"]["stamp"]["reference"] == square.name
-    same = told(carrara, square, "--originals", square)
+    same = printed(carrara, square, "--originals", square)
     assert same["ssim"]["value"] == pytest.approx(1)
     assert "8 of 8 pictures are equal" in same["psnr"]["note"]
     assert "holds 8 pictures" in refused("evaluate", square, "--originals", photos)
@@ -116,7 +116,7 @@ def test_a_learned_distance_carries_its_checksum(
     save_npz(copy, images.flip(0))
     checksum = file_checksum(weights)
     words = (copy, "--originals", square, "--lpips", weights)
-    found = told(carrara, *words, "--lpips-checksum", checksum)["lpips"]
+    found = printed(carrara, *words, "--lpips-checksum", checksum)["lpips"]
     with torch.no_grad():
         expected = LPIPS.of(state)(images.flip(0), images).mean()
     assert found["value"] == pytest.approx(float(expected), rel=1e-4)
@@ -137,15 +137,15 @@ def test_a_codec_is_measured_by_what_it_leaves(
     with torch.no_grad():
         left = from_uint8(to_uint8(codec.eval().decode(codec.encode(images).mode())))
     expected = 10 * torch.log10(4 / (left - images).double().square().mean((1, 2, 3)))
-    found = told(carrara, tmp_path, "--originals", square)["psnr"]
+    found = printed(carrara, tmp_path, "--originals", square)["psnr"]
     assert found["value"] == pytest.approx(float(expected.mean()), rel=1e-4)
     assert found["stamp"]["sampling"]["codec"] == kind
     assert found["stamp"]["sampling"]["codec_hash"] == codecs.content_hash(codec)
     assert "--originals" in refused("evaluate", tmp_path, "--reference", square)
-    distance = told(carrara, tmp_path, "--originals", square, "--reference", square)["frechet_distance"]
+    distance = printed(carrara, tmp_path, "--originals", square, "--reference", square)["frechet_distance"]
     save_npz(tmp_path / "left.npz", left)
     assert distance["value"] == pytest.approx(
-        told(carrara, tmp_path / "left.npz", "--reference", square)["frechet_distance"]["value"], rel=1e-6
+        printed(carrara, tmp_path / "left.npz", "--reference", square)["frechet_distance"]["value"], rel=1e-6
     )
     assert "no codec" in refused("evaluate", tiny_run, "--originals", "digits", "--n", "4")
 
@@ -159,12 +159,12 @@ def test_a_codebook_is_measured_by_its_use(square: Path, tmp_path: Path, carrara
         indices = codec.encode(images).indices  # type: ignore[attr-defined]
     entries = codec.code_usage.share.numel()  # type: ignore[union-attr]
     share = torch.bincount(indices.flatten()).double() / indices.numel()
-    found = told(carrara, tmp_path / "vq", "--originals", square)
+    found = printed(carrara, tmp_path / "vq", "--originals", square)
     assert found["codebook_use"]["value"] == pytest.approx(len(indices.unique()) / entries)
     assert found["codebook_perplexity"]["value"] == pytest.approx(float(torch.special.entr(share).sum().exp()))
     assert found["latent_bytes"]["value"] == pytest.approx(indices[0].numel() * np.log2(entries) / 8)
     codecs.save(make("kl"), tmp_path / "kl")
-    found = told(carrara, tmp_path / "kl", "--originals", square)
+    found = printed(carrara, tmp_path / "kl", "--originals", square)
     assert found["latent_bytes"]["value"] == 4 * make("kl").encode(images[:1]).mode().numel()
     assert "codebook_use" not in found
 
@@ -179,7 +179,7 @@ def test_captions_are_compared_by_clip(square: Path, tmp_path: Path, carrara: Co
     lines = ["a cat", "a dog", "a red cat", "to rot", "a goat", "a toad", "dot", "a tree"]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     words = (square, "--reference", square, "--features", f"clip={clip}")
-    given = told(carrara, *words, "--captions", tmp_path / "lines.txt")
+    given = printed(carrara, *words, "--captions", tmp_path / "lines.txt")
     assert 0 <= given["clip_score"]["value"] <= 100
     assert given["caption_recall_at_10"]["value"] == 1  # of eight captions
     assert given["clip_score"]["interval"] is not None
@@ -190,9 +190,9 @@ def test_captions_are_compared_by_clip(square: Path, tmp_path: Path, carrara: Co
     for k, line in enumerate(lines):
         (captioned / f"{k}.png").write_bytes((square / f"{k}.png").read_bytes())
         (captioned / f"{k}.txt").write_text(line)
-    own = told(carrara, captioned, "--reference", square, "--features", f"clip={clip}")
+    own = printed(carrara, captioned, "--reference", square, "--features", f"clip={clip}")
     assert own["clip_score"]["value"] == pytest.approx(given["clip_score"]["value"])
-    assert "clip_score" not in told(carrara, *words)
+    assert "clip_score" not in printed(carrara, *words)
     (tmp_path / "few.txt").write_text("a cat\n")
     assert "holds 1 captions for 8 pictures" in refused("evaluate", *words, "--captions", tmp_path / "few.txt")
     assert "none.txt" in refused("evaluate", *words, "--captions", tmp_path / "none.txt")
@@ -209,7 +209,7 @@ def test_a_trained_classifier_judges_and_tells_features(
     classifier = untrained()
     classifier.save(tmp_path)
     words = (tiny_run, "--reference", "digits", "--n", "40", "--steps", "1", "--batch-size", "16")
-    found = told(carrara, *words, "--judge", tmp_path, "--features", f"classifier={tmp_path}")
+    found = printed(carrara, *words, "--evaluator", tmp_path, "--features", f"classifier={tmp_path}")
     made = DiffusionModel.load(tiny_run).sample([k % 10 for k in range(40)], steps=1).images
     read = Classifier.load(tmp_path).read(from_uint8(to_uint8(made)))
     share = float((read == torch.arange(40) % 10).double().mean())
@@ -218,7 +218,7 @@ def test_a_trained_classifier_judges_and_tells_features(
     assert found["class_accuracy"]["stamp"]["settings"]["judge"] == "classifier, random"
     assert found["frechet_distance"]["stamp"]["features"] == "classifier"
     assert torch.tensor(found["class_accuracy"]["details"]["confusion"]).sum() == 40
-    assert "'me'" in refused("evaluate", *words, "--judge", "me")
+    assert "'me'" in refused("evaluate", *words, "--evaluator", "me")
     assert "holds a classifier model" in refused("evaluate", tmp_path, "--reference", "digits")
 
 
@@ -228,7 +228,7 @@ def test_a_trained_classifier_judges_and_tells_features(
 def test_an_archive_of_adm_tells_distance_by_its_statistics_and_pairs_by_its_images(
     tmp_path: Path, carrara: Command
 ) -> None:
-    """Statistics of the whole set beside the first images of it, and sFID's, which are said to be unused."""
+    """Statistics of the whole set, and the first images of it; sFID's are reported as unused."""
     everything = torch.cat(list(data_pictures("digits").batches()))
     samples, archive = tmp_path / "samples.npz", tmp_path / "adm.npz"
     save_npz(samples, torch.cat(list(data_pictures("digits", "test").batches())))
@@ -243,16 +243,16 @@ def test_an_archive_of_adm_tells_distance_by_its_statistics_and_pairs_by_its_ima
     )
     shown = carrara("evaluate", samples, "--reference", archive)
     assert "the statistics of sFID too (mu_s, sigma_s)" in shown.stdout.replace("\n", " ")
-    figures = told(carrara, samples, "--reference", archive)
+    figures = printed(carrara, samples, "--reference", archive)
     rows = torch.cat(list(data_pictures(str(samples)).batches()))
     expected = frechet_distance(rows.flatten(1), everything.flatten(1))
     assert figures["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-9)
     assert figures["precision"]["stamp"]["settings"]["reference_rows"] == 300
-    # Statistics of 2,048 dimensions are of no use for pixels; the images beside them are.
+    # Statistics of 2,048 dimensions are of no use for pixels; the images in the same file are.
     np.savez(archive, arr_0=to_uint8(everything[:300]).numpy(), mu=np.zeros(2048), sigma=np.eye(2048))
     shown = carrara("evaluate", samples, "--reference", archive)
     assert "its 300 images are the reference instead" in shown.stdout.replace("\n", " ")
-    found = told(carrara, samples, "--reference", archive)["frechet_distance"]
+    found = printed(carrara, samples, "--reference", archive)["frechet_distance"]
     assert found["value"] == pytest.approx(frechet_distance(rows.flatten(1), everything[:300].flatten(1)), rel=1e-9)
     assert found["stamp"]["reference_n"] == 300
 
@@ -266,15 +266,15 @@ def test_identical_images_are_measured_without_any_variance(tmp_path: Path, carr
     images = torch.cat(list(data_pictures("digits", "test").batches()))
     save_npz(same, images[:1].expand(80, -1, -1, -1), torch.zeros(80))
     save_npz(real, images, torch.zeros(360))
-    figures = told(carrara, same, "--reference", real)
+    figures = printed(carrara, same, "--reference", real)
     rows = images.flatten(1).double()
     expected = (rows.mean(0) - rows[0]).square().sum() + rows.var(0).sum()
     assert figures["frechet_distance"]["value"] == pytest.approx(float(expected), rel=1e-6)
     assert figures["class_spread"]["value"] == 0
     assert figures["recall"]["value"] < 0.01
-    backwards = told(carrara, real, "--reference", same)
+    backwards = printed(carrara, real, "--reference", same)
     assert backwards["frechet_distance"]["value"] == pytest.approx(float(expected), rel=1e-6)
-    both = told(carrara, same, "--reference", same)
+    both = printed(carrara, same, "--reference", same)
     assert both["frechet_distance"]["value"] == 0
     for found in (figures, backwards, both):
         assert all(np.isfinite(figure["value"]) for figure in found.values())
@@ -286,8 +286,9 @@ def test_features_that_are_no_numbers_are_refused(tmp_path: Path, refused: Refus
     with torch.no_grad():
         next(iter(broken.network.parameters())).fill_(torch.nan)
     broken.save(tmp_path)
-    said = refused("evaluate", "digits", "--n", "20", "--reference", "digits", "--features", f"classifier={tmp_path}")
-    assert "the features hold NaN or infinite numbers, first in row 0" in said
+    words = ("evaluate", "digits", "--n", "20", "--reference", "digits")
+    sentence = refused(*words, "--features", f"classifier={tmp_path}")
+    assert "the features hold NaN or infinite numbers, first in row 0" in sentence
     np.savez(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
     assert "nan.npz' holds NaN" in refused("evaluate", "digits", "--reference", tmp_path / "nan.npz")
 
@@ -300,12 +301,12 @@ def test_inception_weights_of_another_checksum_are_refused(tmp_path: Path, carra
     few = tmp_path / "few.npz"
     save_npz(few, torch.cat(list(data_pictures("digits", "test", 10).batches())))
     words = ("evaluate", few, "--reference", few, "--features", f"inception={weights}")
-    said = refused(*words)
-    assert f"{file_checksum(weights)[:16]}" in said
-    assert "another file" in said
+    sentence = refused(*words)
+    assert f"{file_checksum(weights)[:16]}" in sentence
+    assert "another file" in sentence
     assert "has SHA-256" in refused(*words, "--checksum", "0" * 64)
     assert "no Inception weights" in refused(*words[:-1], "inception=nowhere.pth")
-    figures = told(carrara, *words[1:], "--checksum", file_checksum(weights))
+    figures = printed(carrara, *words[1:], "--checksum", file_checksum(weights))
     assert "frechet_distance" in figures
     assert "fid" not in figures
     assert figures["frechet_distance"]["stamp"]["features_checksum"] == file_checksum(weights)

@@ -40,8 +40,8 @@ def test_a_classifier_leads_from_the_command_line(
         tmp_path / "s",
     )
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert (told["classifier_scale"], told["guidance"], told["labels"]) == (4, 1.5, [3])
+    printed = json.loads(result.stdout)
+    assert (printed["classifier_scale"], printed["guidance"], printed["labels"]) == (4, 1.5, [3])
     assert "--classifier-scale" in refused("sample", tiny_run, "--classifier-scale", "4")
     assert "holds a diffusion model" in refused("sample", tiny_run, "--classifier", tiny_run)
     assert "holds a classifier model" in refused("sample", tmp_path / "clf")
@@ -52,7 +52,7 @@ def test_a_classifier_leads_from_the_command_line(
 
 @pytest.fixture
 def upsampler(tmp_path: Path) -> Path:
-    """An untrained up-sampler from 8x8 to 16x16 gray images that is told a class."""
+    """An untrained up-sampler from 8x8 to 16x16 gray images conditioned on a class."""
     torch.manual_seed(0)
     params = UNetParams(
         image_size=(16, 16),
@@ -102,15 +102,15 @@ def test_the_table_compares_guidance_with_and_without_a_classifier(
     monkeypatch.setattr("carrara.evaluation.tables.SCALES", (0.0, 2.0))
     untrained().save(tmp_path / "clf")
     words = ("evaluate", tiny_run, "--reference", "digits", "-n", "20", "--steps", "2")
-    leader = ("--classifier", tmp_path / "clf")
-    result = carrara(*words, *leader, "--table", "guidance", "--judge", "svc", "--out", tmp_path / "t")
+    guide = ("--classifier", tmp_path / "clf")
+    result = carrara(*words, *guide, "--table", "guidance", "--evaluator", "svc", "--out", tmp_path / "t")
     assert result.returncode == 0, result.stderr
     rows = [line.split(",") for line in (tmp_path / "t" / "table.csv").read_text().splitlines()[1:]]
     value = {(line, scale, figure): number for line, scale, figure, number, *_ in rows}
     assert {line for line, *_ in value} == {"classifier", "classifier-free", "both"}
     figures = {figure for *_, figure in value}
     assert {"precision", "recall", "class_accuracy"} <= figures
-    for figure in figures:  # at scale 0 all three are the model that is told nothing
+    for figure in figures:  # at scale 0 all three are the unconditional model
         assert len({value[line, "0", figure] for line in ("classifier", "classifier-free", "both")}) == 1
     distance = next(figure for figure in figures if "distance" in figure)
     assert len({value[line, "2", distance] for line in ("classifier", "classifier-free", "both")}) == 3
@@ -118,10 +118,10 @@ def test_the_table_compares_guidance_with_and_without_a_classifier(
     assert "classifier_scale" in json.dumps(protocol)
 
     assert "--classifier-scale" in refused(
-        *words, *leader, "--classifier-scale", "2", "--table", "guidance", "--out", "t"
+        *words, *guide, "--classifier-scale", "2", "--table", "guidance", "--out", "t"
     )
     assert "--classifier-scale" in refused(*words, "--classifier-scale", "2")
-    alone = carrara(*words, *leader, "--classifier-scale", "2", "--guidance", "0", "--json")
+    alone = carrara(*words, *guide, "--classifier-scale", "2", "--guidance", "0", "--json")
     assert alone.returncode == 0, alone.stderr
     stamped = next(iter(json.loads(alone.stdout).values()))["stamp"]["sampling"]
     assert (stamped["classifier_scale"], stamped["guidance"]) == (2, 0)

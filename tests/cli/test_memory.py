@@ -29,12 +29,12 @@ PAGES = 20 * 2**23 // 4096
 def faults(**environment: str) -> int:
     """How many pages the system hands out, zeroed, for blocks of a size that was freed before."""
     run = [sys.executable, "-c", PROGRAM]
-    told = subprocess.run(run, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
-    return int(told.stdout)
+    printed = subprocess.run(run, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return int(printed.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc is asked")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc decides")
 def test_freed_blocks_are_used_again_unless_the_environment_says_otherwise() -> None:
     assert faults() < PAGES / 100
-    # the threshold that glibc begins with, said by the user: every block goes back, in pages of 4 KiB or larger ones
+    # the threshold that glibc starts with, set by the user: every block goes back, in pages of 4 KiB or larger ones
     assert faults(MALLOC_MMAP_THRESHOLD_="131072") > 4 * faults()

@@ -41,8 +41,8 @@ def test_ones_own_pictures_are_enlarged(
     words = ("upscale", upsampler_run, own, "--steps", "2", "--out", tmp_path / "s", "--overwrite")
     result = carrara(*words, own / "0.png", "--noise-level", "0.2", "--json")
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert (told["count"], told["noise_level"]) == (4, 0.2)
+    printed = json.loads(result.stdout)
+    assert (printed["count"], printed["noise_level"]) == (4, 0.2)
     pictures = [own / f"{number}.png" for number in (0, 1, 2, 0)]
     small = from_uint8(torch.stack([pixels_of(path) for path in pictures])[..., None])
     made = DiffusionModel.load(upsampler_run).sample(low_res=small, noise_level=0.2, steps=2)
@@ -52,7 +52,7 @@ def test_ones_own_pictures_are_enlarged(
     old = ("sample", upsampler_run, "--steps", "2", "--small", own, "--small", own / "0.png", "--small-noise", "0.2")
     before = pixels_of(tmp_path / "s" / "seed0-00001.png")
     moved = carrara(*old, "--out", tmp_path / "old", "--json")  # the spelling of the last release
-    assert json.loads(moved.stdout) == {**told, "folder": str(tmp_path / "old")}
+    assert json.loads(moved.stdout) == {**printed, "folder": str(tmp_path / "old")}
     assert "carrara upscale" in moved.stderr
     assert torch.equal(pixels_of(tmp_path / "old" / "seed0-00001.png"), before)
     assert json.loads(carrara(*words, "--json", "-n", "2").stdout)["count"] == 2
@@ -69,14 +69,14 @@ def test_ones_own_pictures_are_enlarged(
 def test_a_cascade_is_trained_and_sampled(
     carrara: Command, refused: Callable[..., str], upsampler_run: Path, tmp_path: Path
 ) -> None:
-    """A base model of 4×4 images, and an up-sampler behind it that is told how noisy they are."""
+    """A base model of 4×4 images, and an up-sampler behind it that is conditioned on their noise."""
     base = ("data.resolution=4", "network.attention=[1]", "network.channel_mult=[1]", "training.steps=2")
     train(tiny_recipe(*base, "training.sample_every=100", "sampling.count=1"), tmp_path / "base")
     words = ("sample", tmp_path / "base", "--steps", "2", "-l", "3", "-l", "4", "--out", tmp_path / "s")
     result = carrara(*words, "--upsampler", upsampler_run, "--upsampler-steps", "3", "--small-noise", "0.1", "--json")
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert (told["noise_level"], told["steps"], told["count"]) == (0.1, 3, 2)
+    printed = json.loads(result.stdout)
+    assert (printed["noise_level"], printed["steps"], printed["count"]) == (0.1, 3, 2)
     assert pixels_of(tmp_path / "s" / "seed0-00001.png").shape == (8, 8)
     assert pixels_of(tmp_path / "s" / "base" / "seed0-00001.png").shape == (4, 4)
     late = (*words[:-1], tmp_path / "late", "--upsampler")
@@ -109,8 +109,8 @@ def test_a_decoder_learns_on_and_decodes_from_the_command_line(
     latent = ("network.channel_mult=[1]", "network.attention=[1]")
     train(tiny_recipe(f"codec.path={tmp_path / 'codec'}", *latent), tmp_path / "run")
     late = {"adversarial": 0.5, "start": 10**6}
-    told = begun(tmp_path / "codec", "decoder", loss=late, discriminator={"layers": 1, "channels": 8})
-    (tmp_path / "decoder.yaml").write_text(yaml.safe_dump(told.model_dump(mode="json", exclude_none=True)))
+    fine_tuning = begun(tmp_path / "codec", "decoder", loss=late, discriminator={"layers": 1, "channels": 8})
+    (tmp_path / "decoder.yaml").write_text(yaml.safe_dump(fine_tuning.model_dump(mode="json", exclude_none=True)))
     trained = carrara("train", tmp_path / "decoder.yaml", "--out", tmp_path / "tuned")
     assert trained.returncode == 0, trained.stderr
     assert "the decoder alone" in trained.stdout

@@ -91,7 +91,7 @@ def sample(request: SampleRequest) -> Iterator[Event]:
     precision = request.precision
     metadata = None if request.like is None else read_metadata(request.like)
     if metadata is not None and precision == "auto":
-        precision = next((p for p in ("bf16", "fp16") if str(metadata["weights"]).endswith(p)), "fp32")
+        precision = next((p for p in ("bf16", "fp16") if str(metadata.get("weights")).endswith(p)), "fp32")
     model = open_model(request.model, device, precision, request.codec)
     guide = None if request.classifier is None else Classifier.load(request.classifier, device)
     if metadata is None:
