@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from carrara.condition import Condition, Site
-from carrara.errors import UserError
 from carrara.networks.fused import FEW_PLACES, norm_silu, upsampled_convolution
 from carrara.networks.layers import (
     GroupNorm,
@@ -26,6 +25,7 @@ from carrara.networks.layers import (
     sinusoidal_embedding,
     split_heads,
 )
+from tests.errors import refused
 from tests.shared import shared
 
 
@@ -135,7 +135,7 @@ def test_heads_are_counted_and_refused() -> None:
     assert count_heads(64, 4, None) == 4
     assert count_heads(64, None, 16) == 4
     for heads, width in ((3, None), (None, 24), (None, 128)):
-        with pytest.raises(UserError, match="64 channels cannot be split"):
+        with refused("invalid", "network.heads" if width is None else "network.head_channels"):
             count_heads(64, heads, width)
 
 

@@ -1,19 +1,18 @@
-"""The encoder half of ADM's and latent diffusion's U-Net, shared by U-Net and noisy classifier.
+"""The encoder half of ADM's and latent diffusion's U-Net, which the U-Net and the noisy classifier have in common.
 
 Dhariwal & Nichol 2021; Rombach et al. 2022.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from carrara.condition import Condition
-from carrara.errors import UserError, nearest
+from carrara.errors import UserError
 from carrara.networks.layers import (
     Downsample,
     ResidualBlock,
@@ -23,59 +22,15 @@ from carrara.networks.layers import (
     count_heads,
     sinusoidal_embedding,
 )
+from carrara.networks.slots import InputParams
 from carrara.networks.transformer import SpatialTransformer, TokenAttention
 
 
-def check_slots(condition: Condition, takes: Mapping[str, int]) -> None:
-    """Whether a condition fills just the slots that a network takes; nothing is silently ignored.
-
-    Args:
-        condition: what the network is about to be told.
-        takes: the network's slots and their widths; 0 and absent are "no".
-
-    Raises:
-        UserError: a slot is missing, or filled for nothing, or of another width.
-    """
-    filled = condition.tensors()
-    mask = filled.pop("context_mask", None)
-    for slot in filled:
-        if not takes.get(slot):
-            raise UserError(f"this network takes no {slot}: leave that slot of the condition empty.")
-    for slot, width in takes.items():
-        if width and slot not in filled:
-            raise UserError(f"this network needs the condition's {slot}.")
-        if slot == "label" or not width:
-            continue
-        if slot == "context" and filled[slot].ndim != 3:
-            raise UserError(f"the condition's context is of shape {tuple(filled[slot].shape)}: it must be [B, L, D].")
-        found = filled[slot].shape[-1 if slot == "context" else 1]
-        if found != width:
-            raise UserError(f"the condition's {slot} has {found} channels: the network takes {width}.")
-    if mask is not None and ("context" not in filled or mask.shape != filled["context"].shape[:2]):
-        raise UserError(
-            f"the condition's context_mask of shape {tuple(mask.shape)} fits no context: it must be [B, L]."
-        )
-    if mask is not None and mask.dtype != torch.bool:
-        raise UserError(f"the condition's context_mask holds {mask.dtype}: True and False are expected.")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Whether a word of the params is one of the known ones.
-
-    Raises:
-        UserError: it is not; the nearest known word is named.
-    """
-    if value not in choices:
-        raise UserError(f"network.{name} is '{value}': {nearest(value, choices)}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class BackboneParams:
-    """What the encoder is made of. Plain data: `dataclasses.asdict` gives what JSON can hold.
+class BackboneParams(InputParams):
+    """What the encoder is made of.
 
     Attributes:
-        image_size: (H, W) the network is trained for; (L,) and (D, H, W) make it one- and three-dimensional.
-        in_channels: channels of x.
         channels: width of the first level, before `channel_mult`.
         channel_mult: width of each level, in units of `channels`; all levels but the last end with a halving.
         blocks_per_level: residual blocks on each level, one number for all or one for each (the decoder of a U-Net
@@ -92,8 +47,7 @@ class BackboneParams:
         dropout: probability, in each residual block.
         transformer_depth: what attends: 0 is plain self-attention (ADM), n a spatial transformer of n blocks
             (latent diffusion); one number for all levels or one for each, of which the last is the middle's too.
-        context_channels: width of `Condition.context`, which the transformers look at.
-        context_only: downsampling factors of the levels whose transformers never look at the map itself
+        context_only: downsampling factors of the levels whose transformers never attend to the map itself
             (Stable Diffusion's up-sampler).
         context_only_middle: the same of the middle.
         projection: how the transformers' projections are laid out, "linear" or as 1×1-"convolution"; matters only
@@ -102,8 +56,6 @@ class BackboneParams:
         checkpointing: compute each block again in the backward pass instead of storing it.
     """
 
-    image_size: tuple[int, ...] = (32, 32)
-    in_channels: int = 3
     channels: int = 64
     channel_mult: tuple[float, ...] = (1, 2, 2)
     blocks_per_level: int | tuple[int, ...] = 2
@@ -115,67 +67,67 @@ class BackboneParams:
     resampling: Literal["residual", "convolution", "pooling"] = "residual"
     dropout: float = 0.0
     transformer_depth: int | tuple[int, ...] = 0
-    context_channels: int = 0
     context_only: tuple[int, ...] = ()
     context_only_middle: bool = False
     projection: Literal["linear", "convolution"] = "linear"
     norm_groups: int = 32
     checkpointing: bool = False
 
-    def __post_init__(self) -> None:
-        for field in fields(self):  # what JSON and YAML call lists
-            if isinstance(getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
-        self._check()
-
     def _check(self) -> None:
-        for name in ("in_channels", "channels", "norm_groups", "heads", "head_channels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"network.{name} is {value}: it must be at least 1.")
-        if not 1 <= self.dims <= 3:
-            raise UserError(f"network.image_size {self.image_size} must have one, two or three entries.")
+        super()._check()
+        self._at_least(1, "channels", "norm_groups", "heads", "head_channels")
         if not self.channel_mult or min(self.widths) < 1:
-            raise UserError(f"network.channel_mult {self.channel_mult} must give each level at least one channel.")
+            raise UserError(
+                f"network.channel_mult {self.channel_mult} must give each level at least one channel.",
+                key="network.channel_mult",
+            )
         if not 0 <= self.dropout < 1:
-            raise UserError(f"network.dropout is {self.dropout}: it must be at least 0 and below 1.")
+            raise UserError(
+                f"network.dropout is {self.dropout}: it must be at least 0 and below 1.", key="network.dropout"
+            )
         if self.heads is not None and self.head_channels is not None:
-            raise UserError("network.heads and network.head_channels exclude each other: set one of them to null.")
-        for name, least in (("blocks_per_level", 1), ("transformer_depth", 0)):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != len(self.channel_mult):
-                raise UserError(
-                    f"network.{name} {value} must have one entry for each of {len(self.channel_mult)} levels."
-                )
-            if min(value if isinstance(value, tuple) else (value,)) < least:
-                raise UserError(f"network.{name} is {value}: it must be at least {least}.")
-        check_choice("qkv_order", self.qkv_order, ("new", "legacy"))
-        check_choice("projection", self.projection, ("linear", "convolution"))
+            raise UserError(
+                "network.heads and network.head_channels exclude each other: set one of them to null.",
+                key="network.heads",
+                code="conflict",
+            )
+        self._check_per_level("blocks_per_level", 1)
+        self._check_per_level("transformer_depth", 0)
+        self._one_of("qkv_order", ("new", "legacy"))
+        self._one_of("projection", ("linear", "convolution"))
+        self._one_of("resampling", ("residual", "convolution", "pooling"))
         self._check_context()
-        check_choice("resampling", self.resampling, ("residual", "convolution", "pooling"))
         for name in ("attention", "context_only"):
             unknown = sorted(set(getattr(self, name)) - set(self.factors))
             if unknown:
                 raise UserError(
                     f"network.{name} holds {unknown}, but the levels of this network have the downsampling "
-                    f"factors {list(self.factors)}."
+                    f"factors {list(self.factors)}.",
+                    key=f"network.{name}",
                 )
         self.check_size(*self.image_size)
         for width in self.attended_widths:
             count_heads(width, self.heads, self.head_channels)
 
-    def _check_context(self) -> None:
-        if self.context_channels < 0:
-            raise UserError(f"network.context_channels is {self.context_channels}: it must not be negative.")
-        if self.context_channels and not any(self.depths):
-            raise UserError("network.context_channels needs transformers: set network.transformer_depth to 1 or more.")
-        if (self.context_only or self.context_only_middle) and not self.context_channels:
-            raise UserError("network.context_only needs network.context_channels.")
+    def _check_per_level(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, tuple) and len(value) != len(self.channel_mult):
+            raise UserError(
+                f"network.{name} {value} must have one entry for each of {len(self.channel_mult)} levels.",
+                key=f"network.{name}",
+            )
+        if min(value if isinstance(value, tuple) else (value,)) < least:
+            raise UserError(f"network.{name} is {value}: it must be at least {least}.", key=f"network.{name}")
 
-    @property
-    def dims(self) -> int:
-        """Dimensions of the signal: 2 for images."""
-        return len(self.image_size)
+    def _check_context(self) -> None:
+        if self.context_channels and not any(self.depths):
+            raise UserError(
+                "network.context_channels needs transformers: set network.transformer_depth to 1 or more.",
+                key="network.transformer_depth",
+                code="missing",
+            )
+        self._needs("context_only", "context_channels")
+        self._needs("context_only_middle", "context_channels")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -211,13 +163,16 @@ class BackboneParams:
         return 4 * self.channels
 
     def check_size(self, *size: int) -> None:
-        """Whether the network can take an input of this size, e.g. `check_size(height, width)`.
+        """Raises UserError unless the network can take an input of this size, e.g. `check_size(height, width)`.
 
-        Raises:
-            UserError: a side cannot be halved often enough; the nearest allowed sizes are named.
+        Where a side cannot be halved often enough, the nearest allowed sizes are named.
         """
         if len(size) != self.dims:
-            raise UserError(f"the network takes inputs of {self.dims} dimensions, not of size {size}.")
+            raise UserError(
+                f"the network takes inputs of {self.dims} dimensions, not of size {size}.",
+                key="network.image_size",
+                code="shape",
+            )
         factor = self.factors[-1]
         resampled = size[-2:]
         if all(side > 0 and side % factor == 0 for side in resampled):
@@ -227,7 +182,9 @@ class BackboneParams:
         raise UserError(
             f"the size {'×'.join(map(str, size))} does not fit a network of {len(self.channel_mult)} levels: "
             f"each side must be a multiple of {factor}, the nearest are {'×'.join(map(str, below))} "
-            f"and {'×'.join(map(str, above))}."
+            f"and {'×'.join(map(str, above))}.",
+            key="network.image_size",
+            code="shape",
         )
 
 
@@ -285,7 +242,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Parts:
-    """Makes the parts of a network from its params, so that each place says only what differs there."""
+    """Makes the parts of a network from its params: each use gives only what differs there."""
 
     def __init__(self, params: BackboneParams) -> None:
         self.params = params
@@ -387,7 +344,7 @@ class Encoder(nn.Module):
 
 
 def cast_torso(network: nn.Module, dtype: torch.dtype) -> None:
-    """Turn the convolutions of encoder and decoder, and the linear maps of their transformers, into `dtype`, in place.
+    """Cast the convolutions of encoder and decoder, and the linear maps of their transformers, to `dtype`, in place.
 
     Norms, embeddings and the output stay in float32: what guided-diffusion's `use_fp16` does.
     """
@@ -403,5 +360,5 @@ def cast_torso(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def attention_sites(network: nn.Module) -> tuple[str, ...]:
-    """The names under which a network's attention layers ask the attention seam, in their order."""
+    """The names of a network's attention layers (see `Site`), in their order."""
     return tuple(module.site for module in network.modules() if isinstance(module, SelfAttention | TokenAttention))

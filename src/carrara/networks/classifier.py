@@ -1,4 +1,4 @@
-"""ADM's noisy classifier: p(y | x_t), told the time (Dhariwal & Nichol 2021, section 4 and appendix H)."""
+"""ADM's noisy classifier: p(y | x_t, t) (Dhariwal & Nichol 2021, section 4 and appendix H)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from carrara.condition import Condition
 from carrara.errors import UserError
-from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding, check_choice, check_slots
+from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding
 from carrara.networks.layers import GroupNorm, attention, count_heads, split_heads, zero_module
 from carrara.networks.memory import to_memory_format
 from carrara.networks.network import Network
+from carrara.networks.slots import check_slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderClassifierParams(BackboneParams):
-    """What the classifier is made of, beside its encoder's `BackboneParams`.
+    """What the classifier is made of, in addition to its encoder's `BackboneParams`.
 
     Attributes:
-        num_classes: classes it tells apart.
+        num_classes: how many classes.
         pool: how the maps become one vector. "attention": attention pooling of the last map, at the size
             trained for only; "adaptive": its mean; "spatial": the means of all maps through a hidden layer of
             2048; "spatial_v2": the same, with a group norm and SiLU.
@@ -35,12 +36,19 @@ class EncoderClassifierParams(BackboneParams):
     def _check(self) -> None:
         super()._check()
         if self.dims != 2:
-            raise UserError(f"a classifier takes images, but network.image_size is {self.image_size}.")
-        if self.num_classes < 1:
-            raise UserError(f"network.num_classes is {self.num_classes}: it must be at least 1.")
+            raise UserError(
+                f"a classifier takes images, but network.image_size is {self.image_size}.",
+                key="network.image_size",
+                code="unsupported",
+            )
+        self._at_least(1, "num_classes")
         if self.context_channels:
-            raise UserError("a classifier is told no context: leave network.context_channels out.")
-        check_choice("pool", self.pool, ("attention", "adaptive", "spatial", "spatial_v2"))
+            raise UserError(
+                "a classifier takes no context: leave network.context_channels out.",
+                key="network.context_channels",
+                code="unsupported",
+            )
+        self._one_of("pool", ("attention", "adaptive", "spatial", "spatial_v2"))
 
     def check_size(self, *size: int) -> None:
         super().check_size(*size)
@@ -48,18 +56,20 @@ class EncoderClassifierParams(BackboneParams):
             trained = "×".join(map(str, self.image_size))
             raise UserError(
                 f"this classifier reads images of {trained}, not of {'×'.join(map(str, size))}: "
-                "its attention pool has a position for each place of that size only."
+                "its attention pool has an embedding for each position of that size only.",
+                key="network.image_size",
+                code="shape",
             )
 
 
 class AttentionPool(nn.Module):
-    """One attention over [mean; places] + positions, of which the first token's answer is kept (as in CLIP)."""
+    """One attention over [mean; positions] + embeddings, whose output is that of the first token (as in CLIP)."""
 
-    def __init__(self, channels: int, places: int, heads: int, out: int, groups: int) -> None:
+    def __init__(self, channels: int, count: int, heads: int, out: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm = GroupNorm(channels, groups)
-        self.positions = nn.Parameter(torch.randn(channels, places + 1) / math.sqrt(channels))
+        self.positions = nn.Parameter(torch.randn(channels, count + 1) / math.sqrt(channels))
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, out)
 
@@ -72,7 +82,7 @@ class AttentionPool(nn.Module):
 
 
 class AdaptivePool(nn.Module):
-    """The mean over the places of the last map, then a linear map that starts at zero."""
+    """The mean over the positions of the last map, then a linear map that starts at zero."""
 
     def __init__(self, channels: int, out: int, groups: int) -> None:
         super().__init__()
@@ -114,9 +124,9 @@ class EncoderClassifier(Network):
         p = self.params
         width = p.widths[-1]
         if p.pool == "attention":
-            places = math.prod(side // p.factors[-1] for side in p.image_size)
+            count = math.prod(side // p.factors[-1] for side in p.image_size)
             heads = count_heads(width, p.heads, p.head_channels)
-            return AttentionPool(width, places, heads, p.num_classes, p.norm_groups)
+            return AttentionPool(width, count, heads, p.num_classes, p.norm_groups)
         if p.pool == "adaptive":
             return AdaptivePool(width, p.num_classes, p.norm_groups)
         return SpatialPool(sum(self.encoder.skips) + width, p.num_classes, normed=p.pool == "spatial_v2")
@@ -124,8 +134,8 @@ class EncoderClassifier(Network):
     def forward(self, x: Tensor, network_time: Tensor, condition: Condition | None = None) -> Tensor:
         """Args:
             x: float [B, C, H, W], the noisy images.
-            network_time: float [B] (or one for all), the time as the network was trained to be told it.
-            condition: may hold the attention seam; a classifier is told nothing else.
+            network_time: float [B] (or one for all), the time in the network's units.
+            condition: may hold the attention seam; a classifier takes nothing else.
 
         Returns:
             float [B, num_classes], logits in x's type.
