@@ -152,3 +152,17 @@ def test_bf16_is_recorded_and_repeated(run_folder: Path, tmp_path: Path) -> None
             pixels.append(torch.tensor(list(image.getdata())))
             assert json.loads(image.info["carrara"])["weights"].endswith("bf16") is (name != "b")
     assert torch.equal(pixels[0], pixels[2])
+
+
+def test_a_picture_in_a_models_folder_needs_no_model(run_folder: Path, tmp_path: Path) -> None:
+    saved = run(model=run_folder, labels=("6",), steps=2, seed=77)[-1]
+    assert isinstance(saved, Saved)
+    picture = next(saved.path.glob("seed*.png"))
+    run(like=picture, out=tmp_path / "again")
+    with Image.open(picture) as first, Image.open(tmp_path / "again" / picture.name) as second:
+        assert first.tobytes() == second.tobytes()
+    (tmp_path / picture.name).write_bytes(picture.read_bytes())
+    with refused("missing", key="model"):
+        run(like=tmp_path / picture.name)
+    with refused("missing", key="model"):
+        run(labels=("1",))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from carrara import weights
 from carrara.app.events import Event, Notice, Saved, StepDone
 from carrara.app.models import open_model
 from carrara.app.request import Request, check_folder
@@ -69,12 +70,20 @@ class SampleRequest(Draw):
     Attributes:
         count: by default one per label, 16 without labels, or all classes in turn.
         classifier, classifier_scale: a noisy classifier's folder, to guide toward the labels.
-        like: a picture that this model made, to make again from its metadata.
+        like: a picture to make again from its metadata; of a picture in a model's folder, `model` is that model.
     """
 
     classifier: Path | None = None
     classifier_scale: float = 1.0
     like: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_picture(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "model" in values or values.get("like") is None:
+            return values
+        folders = [folder for folder in Path(values["like"]).absolute().parents if weights.holds(folder)]
+        return {**values, "model": folders[0]} if folders else values
 
 
 def sample(request: SampleRequest) -> Iterator[Event]:

@@ -10,22 +10,24 @@ from typer.core import TyperGroup
 
 from carrara.errors import UserError
 
+PANEL = "Sampling"
 Words = str | None
 Number = int | None
 Real = float | None
 
-Steps = Annotated[Number, Option(help="Solver steps.", rich_help_panel="Sampling")]
-Solver = Annotated[Words, Option(help="ddpm, ddim, dpm++2m, …", rich_help_panel="Sampling")]
-Guidance = Annotated[Real, Option(help="Classifier-free scale; 1: none.", rich_help_panel="Sampling")]
+Steps = Annotated[Number, Option(help="Solver steps.", rich_help_panel=PANEL)]
+Solver = Annotated[Words, Option(help="ddpm, ddim, dpm++2m, …", rich_help_panel=PANEL)]
+Guidance = Annotated[Real, Option(help="Classifier-free scale; 1: none.", rich_help_panel=PANEL)]
 Classifier = Annotated[
-    Words, Option(help="A noisy classifier's run or folder, to guide toward the labels.", rich_help_panel="Sampling")
+    Words, Option(help="A noisy classifier's run or folder, to guide toward the labels.", rich_help_panel=PANEL)
 ]
-ClassifierScale = Annotated[Real, Option(help="Its scale; default: 1.", rich_help_panel="Sampling")]
-Eta = Annotated[Real, Option(help="DDIM's η, 0..1.", rich_help_panel="Sampling")]
+ClassifierScale = Annotated[Real, Option(help="Its scale; default: 1.", rich_help_panel=PANEL)]
+Eta = Annotated[Real, Option(help="DDIM's η, 0..1.", rich_help_panel=PANEL)]
 Spacing = Annotated[
-    Words, Option(help="trailing, leading, linspace, quadratic, karras, log_snr.", rich_help_panel="Sampling")
+    Words,
+    Option(help="trailing, leading, linspace, quadratic, karras, log_snr or optimised.", rich_help_panel=PANEL),
 ]
-Seed = Annotated[int, Option(help="Picture k is row k of this seed.", rich_help_panel="Sampling")]
+Seed = Annotated[int, Option(help="Picture k is row k of this seed.", rich_help_panel=PANEL)]
 BatchSize = Annotated[int, Option(help="Pictures computed at once.", min=1)]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, Option(help="auto, fp32, bf16 or fp16.")]
@@ -57,6 +59,7 @@ Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 
 
 FAMILIAR = {
+    "grid": "spacing",
     "guidance-rescale": "rescale",
     "guidance-scale": "guidance",
     "judge": "evaluator",

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     from carrara.app.events import Event
 
-Model = Annotated[Path, typer.Argument(help="A run folder, or its model folder.")]
+Model = Annotated[
+    Path | None,
+    typer.Argument(help="A run folder, or its model folder; not needed with --like for a picture in it."),
+]
 Out = Annotated[Path | None, Option(help="Where the pictures go; default: a new folder in MODEL.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")]
 Labels = Annotated[
@@ -28,7 +31,7 @@ Labels = Annotated[
     ),
 ]
 Rescale = Annotated[
-    float, Option(help="φ, 0..1: how much of the unguided contrast is restored.", rich_help_panel="Sampling")
+    float, Option(help="φ, 0..1: how much of the unguided contrast is restored.", rich_help_panel=o.PANEL)
 ]
 Codec = Annotated[o.Words, Option(help="A codec with MODEL's latents whose decoder was fine-tuned.")]
 NoiseLevel = Annotated[o.Real, Option(help="Noise on the pictures, 0 (default) up to what training had.")]
@@ -36,7 +39,7 @@ NoiseLevel = Annotated[o.Real, Option(help="Noise on the pictures, 0 (default) u
 
 def sample(
     context: typer.Context,
-    model: Model,
+    model: Model = None,
     out: Out = None,
     overwrite: Overwrite = False,
     labels: Labels = None,
