@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from carrara.app.events import Event, Metrics, Notice, Saved, StepDone
 from carrara.cli import console
@@ -62,3 +63,17 @@ def test_every_command_that_runs_a_network_reports_while_it_works() -> None:
     for name in ("demo", "train", "sample", "evaluate", "ema", "data", "data_encode", "convert"):
         text = (folder / f"{name}.py").read_text(encoding="utf-8")
         assert "show(" in text or "working(" in text, name
+
+
+def test_the_result_goes_to_stdout_though_the_bar_is_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`carrara evaluate … --json > file`, with stderr left on the terminal."""
+    monkeypatch.setattr(console, "errors", Console(stderr=True, force_terminal=True))
+    events: list[Event] = [StepDone("sampling", 1, 2), Metrics("all", {"a": 1})]
+    for event in console.show(events, quiet=True):
+        assert isinstance(event, Metrics)
+        print(json.dumps(event.values))
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"a": 1}
+    assert "sampling" in err

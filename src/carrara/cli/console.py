@@ -113,6 +113,7 @@ def _progress(quiet: bool) -> Iterator[_Bars | _Lines]:
             TimeRemainingColumn(),
             console=to,
             transient=quiet,
+            redirect_stdout=not quiet,  # else the result would go where the bar is, to stderr
         ) as bar:
             yield _Bars(bar)
         return
