@@ -29,7 +29,17 @@ def params_from(kind: type, given: Mapping[str, Any], decided: Mapping[str, Any]
     try:
         return TypeAdapter(kind).validate_python({**given, **decided})
     except ValidationError as error:
-        raise UserError(sentence(error, prefix=f"{section}.")) from None
+        raise UserError(sentence(error, prefix=f"{section}."), **key_and_code(error, f"{section}.")) from None
+
+
+def key_and_code(error: ValidationError, prefix: str = "") -> dict[str, Any]:
+    """The `key` and `code` of the first of pydantic's complaints, as `UserError` takes them."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return {"key": cause.key, "code": cause.code}
+    codes = {"extra_forbidden": "unknown", "missing": "missing"}
+    return {"key": prefix + ".".join(map(str, first["loc"])), "code": codes.get(first["type"], "invalid")}
 
 
 def sentence(error: ValidationError, model: type[BaseModel] | None = None, prefix: str = "") -> str:
