@@ -18,7 +18,7 @@ from carrara.errors import UserError
 from carrara.modes import eval_mode
 from carrara.process import Denoiser, Grid, Guide, Noise, Prediction, Schedule
 from carrara.process.schedules import Time
-from carrara.solvers import DDIM, SOLVERS, Solver, Step, integrate
+from carrara.solvers import SOLVERS, Solver, Step, integrate, resolve
 from carrara.version import __version__
 
 METADATA = 1
@@ -163,10 +163,13 @@ def describe(
 
 def solver_word(solver: Solver) -> dict[str, Any] | None:
     """The arguments `solver` (and `eta`) of `sample` that name a solver; None where no words do."""
-    if isinstance(solver, DDIM) and solver == DDIM(eta=solver.eta):
-        return {"solver": "ddim", "eta": solver.eta}
-    found = next((word for word, known in SOLVERS.items() if known() == solver), None)
-    return None if found is None else {"solver": found}
+    known = {word: make() for word, make in SOLVERS.items()}
+    if word := next((word for word, own in known.items() if own == solver), None):
+        return {"solver": word}
+    eta = getattr(solver, "eta", None)
+    with_eta = {word: own for word, own in known.items() if eta is not None and type(own) is type(solver)}
+    word = next((word for word, own in with_eta.items() if resolve(own, eta) == solver), None)
+    return None if word is None else {"solver": word, "eta": eta}
 
 
 def replay(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,10 +34,13 @@ WAYS: list[dict[str, Any]] = [
     {"labels": ("3", "7", "1"), "steps": 3, "guidance": 2.0},
     {"labels": (4, 5, 6), "steps": 2, "solver": "ddim", "eta": 0.5, "seed": 9},
     {"labels": ("0", "2", "8"), "steps": 3, "solver": "unipc", "spacing": "log_snr", "guidance": 1.5, "rescale": 0.7},
+    {"labels": ("1", "2", "3"), "steps": 3, "solver": "euler-ancestral", "eta": 0.5},
+    {"labels": ("1", "2", "3"), "steps": 3, "solver": "DPM++ 2M SDE", "eta": 0.25},
+    {"labels": ("1", "2", "3"), "steps": 3, "solver": "dpm++3m", "spacing": "optimised"},
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["guided", "eta", "rescaled"])
+@pytest.mark.parametrize("way", WAYS, ids=["guided", "eta", "rescaled", "ancestral", "sde", "optimised"])
 def test_a_picture_is_made_again_from_its_metadata(way: dict[str, Any], run_folder: Path, tmp_path: Path) -> None:
     run(model=run_folder, out=tmp_path / "a", **way)
     third = next((tmp_path / "a").glob("seed*-00002.png"))
