@@ -16,7 +16,7 @@ def test_shipped_recipes_are_valid_and_flip_nothing(name: str) -> None:
     recipe = load(name)
     assert name in shipped()
     assert recipe.data.flip is False
-    assert recipe.network_params(10).image_size == recipe.data.resolution
+    assert recipe.network_params({"label": 10}).image_size == recipe.data.resolution
 
 
 def test_yaml_round_trip() -> None:

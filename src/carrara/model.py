@@ -122,6 +122,7 @@ class DiffusionModel:
         classifier_scale: float = 1.0,
         eta: float | None = None,
         spacing: str | None = None,
+        condition: Condition | None = None,
         **inputs: Any,
     ) -> Plan:
         """Everything that sampling needs, decided and checked; nothing is computed.
@@ -145,6 +146,7 @@ class DiffusionModel:
             classifier_scale: its w; 0 does not evaluate it.
             eta: η of DDIM, Euler-ancestral and the DPM-Solver++ family, 0..1.
             spacing: the same as a word for `grid`.
+            condition: of every sample, in place of the conditioners' inputs (what `conditioning.examples` returns).
             inputs: what the model's conditioners read (`low_res=`, `noise_level=` of an up-sampler).
 
         Raises:
@@ -156,9 +158,10 @@ class DiffusionModel:
         times = grid_of(choices["grid"], self.schedule, choices["steps"], method)
         self._check_start(start)
         inputs = {name: value for name, value in {"labels": labels, **inputs}.items() if value is not None}
-        total = conditioning.count_samples(self.conditioners, {**inputs, "start": start}, count)
+        given = {} if condition is None else condition.tensors()
+        total = conditioning.count_samples(self.conditioners, {**inputs, **given, "start": start}, count)
         noise = Noise(seed).rows(range(first, first + total))
-        metadata = describe(method, times, choices["grid"], scale, rescale, noise, {**inputs, "start": start})
+        metadata = describe(method, times, choices["grid"], scale, rescale, noise, {**inputs, **given, "start": start})
         metadata["weights"] = self.origin
         if guides:
             metadata["needs"].append("guides")
@@ -170,7 +173,7 @@ class DiffusionModel:
             schedule=self.schedule,
             solver=method,
             grid=times,
-            condition=self._condition(inputs, noise, classifier).batch(total),
+            condition=(condition or self._condition(inputs, noise, classifier)).batch(total),
             noise=noise,
             shape=self.codec.latent_shape(self.shape),
             start=start,

@@ -117,7 +117,7 @@ def test_the_shipped_codecs_fit_the_shipped_latent_model() -> None:
         assert first_stage.data.resolution == latent.data.resolution
     images = vq.training.steps * vq.training.batch_size
     assert vq.codec["restart_until"] == 0.8 * images  # the last fifth shows which codes live
-    assert latent.network_params(10, (4, 16, 16)).image_size == (16, 16)
+    assert latent.network_params({"label": 10}, (4, 16, 16)).image_size == (16, 16)
 
 
 def test_a_preview_shows_images_beside_their_reconstructions(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         recipe(network={"channels": 8})
     with pytest.raises(UserError, match=r"give codec\.path, and"):
         tiny_recipe("codec.path=x", "codec.channels=8")
-    with pytest.raises(UserError, match=r"no model folder .*: name a run"):
+    with pytest.raises(UserError, match=r"no folder .*: name a run"):
         Trainer(tiny_recipe(f"codec.path={tmp_path / 'none'}"), tmp_path / "run")
     late = recipe("vqgan", loss={"adversarial": 0.5, "start": 10**6}, discriminator={"layers": 1}, codec={"codes": 16})
     trainer = Trainer(late, tmp_path / "late")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from carrara.cli import convert, data, data_encode, demo, ema, evaluate, recipes, sample, train
@@ -32,9 +35,20 @@ app.command("recipes")(recipes.recipes)
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+def _start(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    extension: Annotated[
+        list[Path] | None,
+        typer.Option("--extension", help="A Python file of yours that registers networks or conditioners. Repeatable."),
+    ] = None,
+) -> None:
     if version:
         from carrara import __version__
 
         print(__version__)
         raise typer.Exit
+    if extension:
+        from carrara.extensions import load_extension
+
+        for path in extension:
+            load_extension(path)

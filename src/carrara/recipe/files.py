@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from carrara.errors import UserError, nearest
-from carrara.recipe.params import key_and_code, sentence
+from carrara.recipe.params import complaint
 from carrara.recipe.whole import Recipe
 
 
@@ -24,8 +24,7 @@ def validate(data: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        message = sentence(error, Recipe).replace("the recipe", origin, 1)
-        raise UserError(message, **key_and_code(error)) from None
+        raise complaint(error, Recipe, origin=origin) from None
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from carrara.errors import UserError
+from carrara.errors import UserError, nearest
 
 Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -65,16 +65,40 @@ class Data(Section):
 
 
 class Conditioning(Section):
-    """What the model is told.
+    """What the model is conditioned on.
 
     Attributes:
-        kind: "none", or "labels": the class of every image.
-        dropout: share of samples whose condition is dropped in training, so that the model can be guided
+        kind: "none", "labels" (the class of every image), or a kind of conditioner that you registered, whose own
+            settings may follow.
+        dropout: fraction of samples whose condition is dropped in training, so that the model can be guided
             classifier-free; 0 trains no null condition.
     """
 
-    kind: Literal["none", "labels"] = "none"
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    kind: str = "none"
     dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> Conditioning:
+        from carrara.conditioning import KINDS
+
+        shipped = ("none", "labels")
+        known = {*shipped, *KINDS} - {"low_res"}  # the section `upsampling` makes that one
+        if self.kind not in known:
+            raise UserError(
+                f"the recipe's conditioning.kind is '{self.kind}': {nearest(self.kind, known)}",
+                key="conditioning.kind",
+                code="unknown",
+            )
+        for key in self.model_extra or {}:
+            if self.kind in shipped:
+                raise UserError(
+                    f"the recipe has an unknown key 'conditioning.{key}': {nearest(key, type(self).model_fields)}",
+                    key=f"conditioning.{key}",
+                    code="unknown",
+                )
+        return self
 
 
 class Upsampling(Section):

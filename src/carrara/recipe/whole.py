@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
@@ -88,7 +89,7 @@ class Recipe(Section):
         if self.upsampling is not None:
             shrunk_size(self.upsampling.factor, *self.data.resolution)
         if self.kind != "codec" and self.start is None and not self.codec:
-            self.network_params(2 if self.kind == "classifier" or self.conditioning.kind == "labels" else None)
+            self._check_network()
         return self
 
     def _refuse_other_kinds_keys(self) -> None:
@@ -151,10 +152,26 @@ class Recipe(Section):
                 f"{decided[0]} follows from the {begun} that the run starts from, {self.start}: leave it out."
             )
 
-    def network_params(self, classes: int | None, latent: tuple[int, ...] | None = None) -> Any:
-        """The network's params for this recipe's images and a number of classes.
+    def _check_network(self) -> None:
+        """Raises UserError unless the network can be made, as far as is known without data."""
+        from carrara import networks
+
+        if "kind" in self.network:
+            networks.params_class(self.network["kind"])
+        if self.conditioning.kind in ("none", "labels"):
+            self.network_params(self.expected_slots())
+
+    def expected_slots(self) -> dict[str, int]:
+        """The slots of the kinds that come with Carrara, as far as they are known without data: two classes."""
+        labels = {"label": 2} if self.kind == "classifier" or self.conditioning.kind == "labels" else {}
+        low_res = {"concat": self.data.channels, "vector": 1} if self.upsampling is not None else {}
+        return labels | low_res
+
+    def network_params(self, slots: Mapping[str, int], latent: tuple[int, ...] | None = None) -> Any:
+        """The network's params for this recipe's images and conditions.
 
         Args:
+            slots: what the conditioners fill, with widths, see `Conditioner.slots`; of a classifier "label" alone.
             latent: [C', H', W'] of the codec's latents; None works on the images themselves.
 
         Raises:
@@ -165,12 +182,13 @@ class Recipe(Section):
         from carrara import networks
 
         channels, *size = latent or (self.data.channels, *self.data.resolution)
+        classes = slots.get("label")
         decided: dict[str, Any] = {"image_size": tuple(size), "in_channels": channels, "num_classes": classes}
         if self.kind != "classifier":
-            enlarges = self.upsampling is not None
             decided["null_label"] = classes is not None and self.conditioning.dropout > 0
-            decided["concat_channels"] = self.data.channels if enlarges else 0
-            decided |= {"upsample_concat": enlarges, "vector_channels": int(enlarges)}  # the vector: the noise's level
+            decided["concat_channels"] = slots.get("concat", 0)
+            decided |= {"upsample_concat": self.upsampling is not None, "vector_channels": slots.get("vector", 0)}
+            decided |= {"context_channels": slots["context"]} if "context" in slots else {}
         usual = "encoder_classifier" if self.kind == "classifier" else "unet"
         kind = self.network.get("kind", usual)
         params = networks.params_class(kind)

@@ -50,7 +50,7 @@ def order_of(recipe: Recipe, source: Source) -> Order | None:
     begun = DiffusionModel.load(recipe.start) if recipe.kind == "diffusion" and recipe.start else None
     if recipe.kind != "diffusion" or recipe.codec or (begun is not None and not begun.codec.bounded):
         raise UserError("data.buckets are for diffusion models of pixels: latents and other networks take one size.")
-    params: Any = recipe.network_params(classes=2) if begun is None else begun.network.params
+    params: Any = recipe.network_params(recipe.expected_slots()) if begun is None else begun.network.params
     upsampling = recipe.upsampling if begun is None else begun.low_res
     factor = math.lcm(params.factors[-1], (upsampling and upsampling.factor) or 1)
     sizes = None if data.buckets == "auto" else data.buckets

@@ -45,7 +45,7 @@ class ClassifierTask:
         anew: list[str] = []
         if recipe.start is None:
             torch.manual_seed(recipe.seed)
-            network: Network = EncoderClassifier(recipe.network_params(len(self.names)))
+            network: Network = EncoderClassifier(recipe.network_params({"label": len(self.names)}))
         else:
             base = Classifier.load(recipe.start)
             self.schedule = base.schedule

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from carrara import codecs, conditioning, networks
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
-from carrara.conditioning import ClassLabels, Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
+from carrara.conditioning import Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
 from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source, open_latents
 from carrara.distributed import Processes
 from carrara.errors import UserError
@@ -45,12 +45,12 @@ class DiffusionTask:
         shape = (recipe.data.channels, *recipe.data.resolution)
         latent = codec.latent_shape(shape)
         conditioners = _conditioners(recipe, source, shape, base)
-        labels = next((c for c in conditioners if isinstance(c, ClassLabels)), None)
-        classes = len(labels.names) if labels else None
+        slots = {slot: width for conditioner in conditioners for slot, width in conditioner.slots.items()}
+        classes = slots.get("label")
         new_weights: list[str] = []
         if base is None:
             torch.manual_seed(recipe.seed)
-            network = networks.create(recipe.network_params(classes, latent))
+            network = networks.create(recipe.network_params(slots, latent))
         else:
             network, new_weights = begun_from(base.network, recipe, classes, latent)
         self.modules: dict[str, nn.Module] = {"network": network.to(self.device)}
@@ -198,8 +198,14 @@ class DiffusionTask:
         if model.low_res is not None and model.low_res.factor is not None:
             return self._enlarged(model, rows, model.low_res.factor)
         classes = model.class_labels
-        labels = [row % len(classes.names) for row in rows] if classes else None
-        samples = model.sample(labels, len(rows), seed=seed, first=rows[0])
+        if len(model.conditioners) > (1 if classes else 0):  # inputs as the first images have them
+            shown = shown_batch(self.recipe, self.source, rows)
+            inputs = TrainingInputs(shown.images, shown.label, shown.captions)
+            condition = self._condition(inputs, Noise(seed).rows(rows))
+            samples = model.sample(condition=condition, seed=seed, first=rows[0])
+        else:
+            labels = [row % len(classes.names) for row in rows] if classes else None
+            samples = model.sample(labels, len(rows), seed=seed, first=rows[0])
         return samples.images, samples.metadata
 
     def _enlarged(self, model: DiffusionModel, rows: range, factor: int) -> tuple[Tensor, dict[str, Any]]:
