@@ -131,9 +131,9 @@ def test_what_the_recipe_cannot_give_it_is_refused(tmp_path: Path) -> None:
 def test_a_config_of_a_kind_that_is_not_registered_is_refused(tmp_path: Path) -> None:
     model = Trainer(recipe({"kind": "toy"}), tmp_path / "run")
     list(model.steps())
-    kept = registry._KINDS.pop("toy")
+    entry = registry._KINDS.pop("toy")
     try:
         with refused("unknown", "network.kind"):
             DiffusionModel.load(tmp_path / "run")
     finally:
-        registry._KINDS["toy"] = kept
+        registry._KINDS["toy"] = entry

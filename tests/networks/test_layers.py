@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from carrara.condition import Condition, Site
-from carrara.networks.fused import FEW_PLACES, norm_silu, upsampled_convolution
+from carrara.networks.fused import FEW_POSITIONS, norm_silu, upsampled_convolution
 from carrara.networks.layers import (
     GroupNorm,
     ResidualBlock,
@@ -80,7 +80,7 @@ def test_group_norm_takes_any_channel_count_and_half_types_in_float32(channels: 
 @pytest.mark.parametrize("large", [False, True])
 def test_the_upsampled_convolution_is_the_convolution_of_the_repeated_map(dims: int, out: int, large: bool) -> None:
     size = {1: (70,), 2: (8, 9), 3: (3, 6, 5)}[dims] if large else (3, 4, 5)[-dims:]
-    assert (math.prod(size) >= FEW_PLACES) is large
+    assert (math.prod(size) >= FEW_POSITIONS) is large
     conv = convolution(dims, 4, out).double()
     factors = (1.0, 2.0, 2.0) if dims == 3 else (2.0,) * dims
     gradients = []
@@ -177,7 +177,7 @@ def test_half_types_are_normalised_in_float32_with_and_without_gradients(dtype: 
         with torch.set_grad_enabled(grad):
             got = norm_silu(norm, x)
         assert got.dtype == dtype
-        # One rounding to the half type after SiLU, one more before it where gradients are kept.
+        # One rounding to the half type after SiLU, one more before it where gradients are stored.
         torch.testing.assert_close(got.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
 

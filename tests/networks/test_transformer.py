@@ -53,16 +53,16 @@ def test_every_attention_calls_the_seam_with_its_site_in_order() -> None:
     sites: list[Site] = []
     x = noise(2, 4, 8, 8)
     with torch.no_grad():
-        heard = network(x, times(2), replace(CONTEXT, attend=softmax_seam(sites)))
+        listened = network(x, times(2), replace(CONTEXT, attend=softmax_seam(sites)))
         # The fused kernel sums in another order: float32 rounding of values near 1 through some ten layers.
-        torch.testing.assert_close(heard, network(x, times(2), CONTEXT), rtol=0, atol=2e-5)
-    asked = [site.name for site in sites]
-    assert tuple(asked) == network.attention_sites
-    assert asked[:6] == [
+        torch.testing.assert_close(listened, network(x, times(2), CONTEXT), rtol=0, atol=2e-5)
+    names = [site.name for site in sites]
+    assert tuple(names) == network.attention_sites
+    assert names[:6] == [
         *("down.0.0.context", "down.0.0.cross"),
         *("down.1.0.0.self", "down.1.0.0.cross", "down.1.0.1.self", "down.1.0.1.cross"),
     ]
-    assert "middle.1.cross" in asked
+    assert "middle.1.cross" in names
     assert sites[0] == Site("down.0.0.context", "cross", (8, 8), 1)
     assert sites[2] == Site("down.1.0.0.self", "self", (4, 4), 1)
 
@@ -85,13 +85,13 @@ def test_a_listener_sees_the_mask_too() -> None:
     x, context = noise(2, 4, 8, 8), noise(2, 5, 6, seed=1)
     mask = torch.tensor([[True, False, True, True, False], [False, True, True, True, True]])
     with torch.no_grad():
-        quiet = network(x, times(2), Condition(context=context, context_mask=mask))
-        heard = network(x, times(2), Condition(context=context, context_mask=mask, attend=softmax_seam([])))
-        torch.testing.assert_close(heard, quiet, rtol=0, atol=2e-5)
+        fused = network(x, times(2), Condition(context=context, context_mask=mask))
+        listened = network(x, times(2), Condition(context=context, context_mask=mask, attend=softmax_seam([])))
+        torch.testing.assert_close(listened, fused, rtol=0, atol=2e-5)
         changed = torch.where(mask[..., None], context, 100.0)
         for attend in (None, softmax_seam([])):
             hidden = Condition(context=changed, context_mask=mask, attend=attend)
-            torch.testing.assert_close(network(x, times(2), hidden), quiet, rtol=0, atol=2e-5)
+            torch.testing.assert_close(network(x, times(2), hidden), fused, rtol=0, atol=2e-5)
         everything = Condition(context=context, context_mask=torch.ones(2, 5, dtype=torch.bool))
         torch.testing.assert_close(network(x, times(2), everything), network(x, times(2), Condition(context=context)))
         nothing_visible = Condition(context=context, context_mask=torch.zeros(2, 5, dtype=torch.bool))

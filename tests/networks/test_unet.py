@@ -172,20 +172,20 @@ def test_concatenated_images_must_fit() -> None:
 
 def test_every_attention_layer_calls_the_seam_with_its_site() -> None:
     network = awake(UNet(replace(SMALL, attention=(1, 2))))
-    asked: list[str] = []
+    names: list[str] = []
 
     def seam(site: Site, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         assert (site.kind, site.branches, mask) == ("self", 1, None)
         assert site.size == ((4, 4) if site.name.startswith(("down.1", "middle", "up.1")) else (8, 8))
-        asked.append(site.name)
+        names.append(site.name)
         return nn.functional.scaled_dot_product_attention(q, k, v)
 
     x = noise(2, 3, 8, 8)
     with torch.no_grad():
         seen = network(x, times(2), Condition(attend=seam))
         torch.testing.assert_close(seen, network(x, times(2)))
-    assert tuple(asked) == network.attention_sites
-    assert asked == [
+    assert tuple(names) == network.attention_sites
+    assert names == [
         *("down.0.0.self", "down.1.0.self", "middle.self"),
         *("up.1.0.self", "up.1.1.self", "up.0.0.self", "up.0.1.self"),
     ]
@@ -281,8 +281,8 @@ def test_training_and_inference_compute_the_same() -> None:
     network = awake(UNet(SMALL))
     x = noise(2, 3, 8, 8)
     with torch.no_grad():
-        quiet = network(x, times(2))
-    assert torch.equal(network(x, times(2)), quiet)
+        plain_raw = network(x, times(2))
+    assert torch.equal(network(x, times(2)), plain_raw)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

@@ -88,10 +88,10 @@ def load(state_dict: StateDict, *, heads: int | None = None, **changes: Any) -> 
     for theirs in state_dict.keys() - names.keys() - {_POSITIONS}:
         raise UserError(f"the checkpoint holds the unexpected weights '{theirs}'.", key=theirs, code="mismatch")
     for theirs, name in names.items():
-        found = tuple(_of(state_dict, theirs).shape)
-        if found != tuple(own[name]):
+        shape = tuple(_of(state_dict, theirs).shape)
+        if shape != tuple(own[name]):
             raise UserError(
-                f"'{theirs}' has the shape {found}, {tuple(own[name])} is needed.", key=theirs, code="shape"
+                f"'{theirs}' has the shape {shape}, {tuple(own[name])} is needed.", key=theirs, code="shape"
             )
     if not torch.allclose(_of(state_dict, _POSITIONS).float().reshape(-1, params.width), _table(params), atol=1e-4):
         raise UserError(

@@ -25,9 +25,9 @@ _PLAIN: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3
 _DOUBLING = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
 """Takes three weights w to those of the flipped kernel convolved with [1, 1]: [w₂, w₂ + w₁, w₁ + w₀, w₀]."""
 
-FEW_PLACES = 64
-"""In a map of fewer places, making the doubled kernel costs more than it spares. (Decided by the map alone: a sample's
-numbers must not depend on the batch that it is in.)"""
+FEW_POSITIONS = 64
+"""In a map of fewer positions, making the doubled kernel costs more than it spares. (Decided by the map alone: the
+numbers of a sample must not depend on the batch that it is in.)"""
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -105,9 +105,9 @@ class NormSiLU(torch.autograd.Function):
             wanted = [True, True, True]
             d_x, d_gain, d_offset = torch.ops.aten.native_group_norm_backward(d, x, mean, rstd, gain[0], *shape, wanted)
             return d_x, d_gain[None], d_offset[None], None, None
-        places = tuple(range(2, x.ndim))
+        axes = tuple(range(2, x.ndim))
         work: Tensor = d * x
-        with_x, alone = work.sum(places), d.sum(places)  # Σ d·x, Σ d over the places, [B, C]
+        with_x, alone = work.sum(axes), d.sum(axes)  # Σ d·x, Σ d over the positions, [B, C]
         d_gain, d_offset = (with_x - alone * m) * r, alone
         count = each * math.prod(x.shape[2:])
 
@@ -144,14 +144,14 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     """
     dims = weight.ndim - 2
     strides = (1, 2, 2) if dims == 3 else (2,) * dims
-    if math.prod(x.shape[2:]) < FEW_PLACES:
+    if math.prod(x.shape[2:]) < FEW_POSITIONS:
         repeated = F.interpolate(x, scale_factor=tuple(map(float, strides)), mode="nearest")
         return _PLAIN[dims](repeated, weight, bias, padding=1)
     return _TRANSPOSED[dims](x, _doubled(weight), bias, strides, 1)
 
 
 def _doubled(weight: Tensor) -> Tensor:
-    """The kernel [C, C', 4, …] of that transposed convolution, laid out in memory as the weight is."""
+    """The kernel [C, C', 4, …] of that transposed convolution, in the memory format of the weight."""
     if weight.ndim == 3:
         line: Tensor = weight @ _DOUBLING.to(weight)
         return line.transpose(0, 1)

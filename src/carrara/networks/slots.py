@@ -190,8 +190,8 @@ class ConditionedNetwork(Network):
             condition: of one row or of B; None is the empty one.
 
         Returns:
-            x, [B, C + concat_channels, *S]; the condition, whose context are the label's tokens where those are asked
-            for by the params.
+            x, [B, C + concat_channels, *S]; the condition, whose context is the label's tokens where the params
+            have `label_tokens`.
 
         Raises:
             UserError: a slot is missing, has no use, or does not fit.

@@ -156,9 +156,9 @@ class SpatialTransformer(Block):
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """[B, C, *S] to [B, C, *S]; reads the condition's `context`, `context_mask` and `attend`."""
-        places = self.norm(x).movedim(1, -1)  # [B, *S, C]: no copy where channels lie last
-        tokens = self.project_in(places.flatten(1, -2).to(self.project_in.weight.dtype))  # [B, L, C]
+        positions = self.norm(x).movedim(1, -1)  # [B, *S, C]: no copy where channels lie last
+        tokens = self.project_in(positions.flatten(1, -2).to(self.project_in.weight.dtype))  # [B, L, C]
         for block in self.blocks:
             tokens = maybe_checkpoint(block, tokens, x.shape[2:], condition, enabled=self.checkpointing)  # [B, L, C]
-        h = self.project_out(tokens).reshape(places.shape).movedim(-1, 1)  # [B, C, *S]
+        h = self.project_out(tokens).reshape(positions.shape).movedim(-1, 1)  # [B, C, *S]
         return h.to(x.dtype).add_(x)  # type: ignore[no-any-return]
