@@ -223,7 +223,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path: Path) -> None:
 
     refused(r"lacks 'out\.2\.bias'", changes={f"{compvis_unet.PART}out.2.bias": torch.zeros(0)})
     refused(r"lacks 'decoder\.conv_out\.bias'", changes={"first_stage_model.decoder.conv_out.bias": torch.zeros(0)})
-    refused("holds 'out.3.bias'", changes={f"{compvis_unet.PART}out.3.bias": torch.zeros(1)})
+    refused("contains 'out.3.bias'", changes={f"{compvis_unet.PART}out.3.bias": torch.zeros(1)})
     refused("'betas' run from 0.0015 to 0.0195 in 1000 steps", Asked(arguments={"linear_end": 0.012}))
     refused("'betas' run from 0.0015", changes={"betas": weights["betas"][:500]})
     refused("beta_schedule is 'cosin': did you mean 'cosine'", Asked(arguments={"beta_schedule": "cosin"}))

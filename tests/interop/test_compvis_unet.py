@@ -238,7 +238,7 @@ def test_files_and_arguments_that_do_not_fit_are_named_in_one_sentence() -> None
     ):
         with pytest.raises(UserError, match=sentence):
             compvis_unet.load_unet(weights, **arguments | changes)
-    with pytest.raises(UserError, match="holds 'extra', which"):
+    with pytest.raises(UserError, match="contains 'extra', which"):
         compvis_unet.load_unet(weights | {"extra": torch.zeros(1)}, **arguments)
     with pytest.raises(UserError, match="name num_heads or num_head_channels"):
         compvis_unet.load_unet(weights)

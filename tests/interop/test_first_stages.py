@@ -121,7 +121,7 @@ def test_wrong_arguments_and_checkpoints_are_refused() -> None:
         compvis.load_autoencoder(weights, embed_dim=4, ddconfig=SMALL | {"ch_mult": (1, 3), "double_z": True})
     with pytest.raises(UserError, match=r"lacks 'encoder\.conv_in\.bias'"):
         compvis.load_autoencoder({k: v for k, v in weights.items() if k != "encoder.conv_in.bias"}, **arguments)
-    with pytest.raises(UserError, match=r"holds 'extra\.weight'"):
+    with pytest.raises(UserError, match=r"contains 'extra\.weight'"):
         compvis.load_autoencoder(weights | {"extra.weight": torch.zeros(1)}, **arguments)
 
 

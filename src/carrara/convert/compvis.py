@@ -7,6 +7,7 @@ YAML is read where it is named, or lies beside the checkpoint under its name, wh
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from carrara.codecs import DiscreteAutoencoder, LearnedCodec, VQAutoencoder
 from carrara.conditioning import ClassLabels
 from carrara.convert.imported import (
     DROPOUT,
+    MARK,
     Asked,
     Contents,
     Convertible,
@@ -34,13 +36,15 @@ from carrara.errors import UserError, nearest
 from carrara.files import write_whole
 from carrara.interop import compvis, compvis_model, compvis_published, published_codecs, taming
 from carrara.interop.compvis_unet import CLASSES, MEAN, PART, unet_weights
-from carrara.interop.layout import strip_prefixes
+from carrara.interop.layout import check_tensor, strip_prefixes
 from carrara.model import DiffusionModel
 from carrara.networks import UNet
 from carrara.process.schedules import Discrete
 
 NULLED = "ldm-imagenet-256-v2"
 """The published model whose last class means "no class"."""
+
+HALF = (torch.float16, torch.bfloat16)
 
 STABLE = {
     name: name if "upscaler" in name else "stable-diffusion"
@@ -75,7 +79,9 @@ def is_whole(contents: Contents) -> bool:
 
 def is_first_stage(contents: Contents) -> bool:
     """Whether the tensors are, or hold, a first stage."""
-    return not is_whole(contents) and "encoder.conv_in.weight" in compvis.own_weights(contents.tensors)
+    own = compvis.own_weights(contents.tensors)
+    theirs = any(key.startswith(("encoder.down_blocks.", "encoder.mid_block.")) for key in own)  # diffusers'
+    return not is_whole(contents) and "encoder.conv_in.weight" in own and not theirs
 
 
 def quantises(contents: Contents) -> bool:
@@ -194,7 +200,14 @@ def _first_stage(tensors: StateDict, name: str | None, settings: Settings) -> tu
     scale = _number(settings, "scale_factor", arguments.pop("scale_factor", 1.0))
     load = taming.load_vq if "n_embed" in arguments else compvis.load_autoencoder
     codec = load(tensors, **arguments)
-    codec.set_latent_scale(float(strip_prefixes(tensors).get("scale_factor", scale)))
+    stored = tensors.get("scale_factor")
+    if stored is not None:
+        check_tensor("scale_factor", stored)
+        near = torch.isclose(stored.double(), torch.tensor(scale).double(), rtol=torch.finfo(stored.dtype).eps)
+        scale = scale if stored.dtype in HALF and bool(near) else float(stored)
+    if not math.isfinite(scale) or scale == 0:
+        raise UserError(f"scale_factor is {scale}: it must be a finite number other than 0.", key="scale_factor")
+    codec.set_latent_scale(scale)
     return codec, recognised
 
 
@@ -379,7 +392,7 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
 def _write(path: Path, config: Mapping[str, Any], weights: StateDict) -> dict[str, Any]:
     beside = path.with_suffix(".yaml")
     plain = json.loads(json.dumps(config))  # without tuples, which YAML would mark as Python's
-    text = yaml.safe_dump(plain, sort_keys=False)
+    text = f"# {MARK}\n" + yaml.safe_dump(plain, sort_keys=False)
     write_weights(path, weights, nested=True)
     write_whole(beside, text.encode())
     return {"config": str(beside), "tensors": len(weights)}

@@ -12,11 +12,12 @@ from torch import Tensor
 from carrara.classifier import Classifier
 from carrara.codecs import LearnedCodec
 from carrara.conditioning import ClassLabels
-from carrara.convert.imported import Asked, Contents, Convertible, Imported, there_and_back, write_weights
+from carrara.convert.imported import MARK, Asked, Contents, Convertible, Imported, there_and_back, write_weights
 from carrara.convert.parity import fingerprint, own_network
 from carrara.errors import UserError, nearest
 from carrara.files import write_whole
 from carrara.interop import guided_diffusion
+from carrara.interop.layout import strip_prefixes
 from carrara.interop.published import PUBLISHED, Published, recognise
 from carrara.model import DiffusionModel
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
@@ -26,7 +27,7 @@ from carrara.process.schedules import Discrete
 
 def is_guided_diffusion(contents: Contents) -> bool:
     """Whether these are the weights of such a network, alone in their file."""
-    own = guided_diffusion.strip_prefixes(contents.tensors)
+    own = strip_prefixes(contents.tensors)
     return "input_blocks.0.0.weight" in own and not any(".transformer_blocks." in key for key in own)
 
 
@@ -62,7 +63,7 @@ def import_guided_diffusion(contents: Contents, asked: Asked) -> Imported:
         network = guided_diffusion.load(UNet, found.params, checkpoint)
     network.eval()
     model = _assembled(network, found, f"{contents.path.name}, imported")
-    weights = there_and_back(guided_diffusion.strip_prefixes(checkpoint), guided_diffusion.state_dict(network))
+    weights = there_and_back(strip_prefixes(checkpoint), guided_diffusion.state_dict(network))
     return Imported(model, {"recognised": list(recognised), **weights, "fingerprint": fingerprint(network)})
 
 
@@ -87,7 +88,7 @@ def export_guided_diffusion(model: Convertible, path: Path) -> dict[str, Any]:
     arguments = guided_diffusion.constructor_arguments(network.params)
     report = {"arguments": arguments, "tensors": len(weights), "fingerprint": fingerprint(network)}
     write_weights(path, weights)
-    write_whole(path.with_suffix(".json"), (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(path.with_suffix(".json"), (json.dumps({"note": MARK, **report}, indent=2) + "\n").encode())
     return report
 
 

@@ -22,6 +22,7 @@ from carrara.errors import UserError
 from carrara.files import write_whole
 from carrara.interop.diffusers_folder import CONFIG, read_json
 from carrara.interop.files import read_checkpoint
+from carrara.interop.layout import strip_prefixes
 from carrara.model import DiffusionModel
 from carrara.networks import UNet
 from carrara.process import Predicts, Schedule
@@ -45,22 +46,34 @@ class Contents:
         path: where it lies.
         tensors: of a file, by their keys there; none of a folder.
         config: of a folder, its `model_index.json` or `config.json`; none of a file.
+        taken: of a file with several tables of weights, the key of the one in `tensors`.
+        others: the keys of the other tables.
+        mean: `tensors` are a running mean that has its own key.
     """
 
     path: Path
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    taken: str = ""
+    others: tuple[str, ...] = ()
+    mean: bool = False
 
     @classmethod
-    def of(cls, path: str | Path) -> Contents:
+    def of(cls, path: str | Path, *, last: bool = False) -> Contents:
         """Read a weight file, or a folder's config.
+
+        Args:
+            path: the file or folder.
+            last: of a file with several tables of weights take the last ones, not their running mean.
 
         Raises:
             UserError: there is nothing, or nothing that can be read.
         """
         path = Path(path)
         if not path.is_dir():
-            return cls(path, tensors=read_checkpoint(path))
+            read = read_checkpoint(path, last=last)
+            tensors = strip_prefixes(read.tensors)
+            return cls(path, tensors=tensors, taken=read.key, others=read.others, mean=read.mean)
         return cls(path, config=read_json(path / (INDEX if (path / INDEX).is_file() else CONFIG), "model"))
 
 
@@ -145,9 +158,9 @@ def assembled(
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raises UserError where a folder is not free to be written."""
+    """Raises UserError unless a folder is free to be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name another folder with --out.")
+        raise UserError(f"{folder} is there already: name another folder with --out.", key=str(folder), code="exists")
 
 
 @contextmanager
@@ -170,6 +183,33 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+MARK = "written by carrara"
+"""Stands in every config that is written beside weights, so that a later export knows its own files."""
+
+
+def refuse_foreign(path: Path, config: Path) -> None:
+    """Raises UserError unless weights and the config beside them are free, or from an earlier export.
+
+    Args:
+        path: the weight file.
+        config: the file of the same stem that describes it; only what is written here has the mark.
+    """
+    if path.suffix not in FILES:
+        raise UserError(
+            f"{path} ends in neither {', '.join(FILES[:-1])} nor {FILES[-1]}: name the file that way.",
+            key=str(path),
+            code="unsupported",
+        )
+    ours = config.is_file() and MARK.encode() in config.read_bytes()[:200]
+    for there in (config, path):
+        if os.path.lexists(there) and not (ours and there.is_file()):
+            raise UserError(
+                f"{there} exists and was not written by `carrara export`: move it, or name another file with --out.",
+                key=str(there),
+                code="exists",
+            )
+
+
 def write_weights(path: Path, weights: Mapping[str, Tensor], *, nested: bool = False) -> None:
     """Write a weight file, whole or not at all.
 
@@ -179,12 +219,10 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], *, nested: bool = F
         nested: a PyTorch file has them under `state_dict`, as Lightning writes them.
 
     Raises:
-        UserError: another ending, or a full disk.
+        UserError: a full disk.
     """
     from safetensors.torch import save as to_bytes
 
-    if path.suffix not in FILES:
-        raise UserError(f"{path} ends in neither {', '.join(FILES[:-1])} nor {FILES[-1]}: name the file that way.")
     state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     if path.suffix == ".safetensors":
         write_whole(path, to_bytes(state))

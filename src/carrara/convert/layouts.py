@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from carrara import loading
 from carrara.classifier import Classifier
 from carrara.codecs import DiscreteAutoencoder, KLAutoencoder, LearnedCodec, VQAutoencoder
 from carrara.convert import compvis, diffusers, guided_diffusion
-from carrara.convert.imported import Asked, Contents, Convertible, Imported
+from carrara.convert.imported import Asked, Contents, Convertible, Imported, refuse_foreign
 from carrara.errors import UserError, nearest
 from carrara.model import DiffusionModel
 
@@ -23,6 +23,7 @@ class Layout:
     Attributes:
         name: the word for it.
         folder: a model is a folder, not a file.
+        config: of a file, the ending of the config that is written with it.
         takes: the entries of `Asked` that mean something to it.
         fits: whether some contents are laid out so.
         read: contents as a model.
@@ -32,6 +33,7 @@ class Layout:
 
     name: str
     folder: bool = False
+    config: str = ".yaml"
     takes: frozenset[str] = frozenset()
     fits: Callable[[Contents], bool]
     read: Callable[[Contents, Asked], Imported]
@@ -48,6 +50,7 @@ _CONFIGURED = frozenset({"name", "arguments", "config"})
 LAYOUTS = (
     Layout(
         name="guided-diffusion",
+        config=".json",
         takes=frozenset({"name", "arguments", "schedule", "steps", "rescaled_time"}),
         fits=guided_diffusion.is_guided_diffusion,
         read=guided_diffusion.import_guided_diffusion,
@@ -107,17 +110,22 @@ def import_model(path: str | Path, asked: Asked | None = None) -> Imported:
         UserError: no layout fits, something was told that means nothing to it, or it cannot be read.
     """
     asked = asked or Asked()
-    contents = Contents.of(path)
+    contents = Contents.of(path, last=asked.last_weights)
     layout = next((layout for layout in LAYOUTS if layout.fits(contents)), None)
     if layout is None:
-        raise UserError(_unknown(contents))
+        raise UserError(_unknown(contents), key=str(path), code="unsupported")
+    chosen = {"weights": contents.taken, "not_taken": contents.others} if contents.others else {}
+    if contents.others:
+        asked = replace(asked, last_weights=False)  # the choice is made
     for entry in fields(Asked):
         if getattr(asked, entry.name) and entry.name not in layout.takes:
             raise UserError(
-                f"{OPTIONS[entry.name]} means nothing to {path}, in the layout {layout.name}: leave it out."
+                f"{OPTIONS[entry.name]} means nothing to {path}, in the layout {layout.name}: leave it out.",
+                key=OPTIONS[entry.name],
+                code="conflict",
             )
     imported = layout.read(contents, asked)
-    return Imported(imported.model, {"layout": layout.name, **imported.report})
+    return Imported(imported.model, {"layout": layout.name, **chosen, **imported.report})
 
 
 def _unknown(contents: Contents) -> str:
@@ -125,7 +133,7 @@ def _unknown(contents: Contents) -> str:
         return f"{contents.path} is a folder of Carrara already: there is nothing to import."
     if contents.config:
         return f"{contents.path} is a folder of neither diffusers nor any other program that is known here."
-    if any(".resnets." in key for key in contents.tensors):
+    if any(".resnets." in key or key.startswith("down_blocks.") for key in contents.tensors):
         return f"{contents.path} holds weights of diffusers, whose config lies beside them: name the folder instead."
     first = next(iter(contents.tensors))
     names = ", ".join(layout.name for layout in LAYOUTS)
@@ -159,6 +167,8 @@ def export_model(model: Convertible, path: str | Path, layout: str | None = None
                 "no other program's layout holds what this model is: copy its own folder, which Carrara reads."
             )
         raise UserError(f"no layout of a folder holds this model: name a file, such as {path}.safetensors.")
+    if not chosen.folder:
+        refuse_foreign(path, path.with_suffix(chosen.config))
     return {"layout": chosen.name, **chosen.write(model, path)}
 
 

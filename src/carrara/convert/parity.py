@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from carrara.codecs import LearnedCodec
 from carrara.condition import Condition
 from carrara.convert.imported import Convertible
 from carrara.errors import UserError
-from carrara.networks import EncoderClassifier, UNet
+from carrara.networks import EncoderClassifier, UNet, UNetParams
 
 PARITY = 1e-5
 """The largest difference, as a share of the largest output, that float32 rounding explains."""
@@ -70,6 +71,7 @@ def check_outputs(model: Convertible, path: str | Path) -> dict[str, Any]:
     arrays = _arrays(path, ("x", "out") if isinstance(model, LearnedCodec) else ("x", "t", "out"))
     x, expected = arrays["x"].float(), arrays["out"].float()
     if isinstance(model, LearnedCodec):
+        _check_images(path, x, (model.params.in_channels, model.reduction))
         answer = model.decode(model.encode(x).mode())
     else:
         network = own_network(model)
@@ -79,10 +81,13 @@ def check_outputs(model: Convertible, path: str | Path) -> dict[str, Any]:
         )
         if isinstance(network, EncoderClassifier):
             condition = Condition()
+        _check_shapes(path, network, arrays, condition)
         answer = network(x, arrays["t"].float(), condition)
     if answer.shape != expected.shape:
         raise UserError(
-            f"{path}: 'out' has the shape {tuple(expected.shape)}, the network gives {tuple(answer.shape)}."
+            f"{path}: 'out' has the shape {tuple(expected.shape)}, the network gives {tuple(answer.shape)}.",
+            key="out",
+            code="shape",
         )
     difference, largest = float((answer - expected).abs().max()), float(expected.abs().max())
     equal = difference <= PARITY * max(largest, 1.0)
@@ -93,12 +98,69 @@ def _arrays(path: str | Path, needed: tuple[str, ...]) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: torch.from_numpy(file[key]) for key in file.files}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as .npz: {error}.") from None
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as .npz: {error}.", key=str(path), code="damaged") from None
     for key in needed:
         if key not in arrays:
-            raise UserError(f"{path} lacks the array '{key}': it must hold {', '.join(needed[:-1])} and {needed[-1]}.")
+            raise UserError(
+                f"{path} lacks the array '{key}': it must contain {', '.join(needed[:-1])} and {needed[-1]}.",
+                key=key,
+                code="missing",
+            )
+    for key, array in arrays.items():
+        if not array.numel() or (array.is_floating_point() and not bool(array.isfinite().all())):
+            raise UserError(f"{path}: '{key}' is empty or not finite.", key=key, code="damaged")
     return arrays
+
+
+def _check_images(path: str | Path, x: Tensor, shape: tuple[int, int]) -> None:
+    """Raises UserError unless x is [B, C, H, W] for C channels and a factor that H and W are multiples of."""
+    channels, factor = shape
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
+        raise UserError(
+            f"{path}: 'x' has the shape {tuple(x.shape)}; [B, {channels}, H, W] with sides that are multiples of "
+            f"{factor} is needed.",
+            key="x",
+            code="shape",
+        )
+
+
+def _check_shapes(
+    path: str | Path, network: UNet | EncoderClassifier, arrays: dict[str, Tensor], condition: Condition
+) -> None:
+    """Raises UserError unless the arrays are what the network takes."""
+    p, batch = network.params, len(arrays["x"])
+    classes = p.labels if isinstance(p, UNetParams) else 0
+    if p.dims == 2:
+        _check_images(path, arrays["x"], (p.in_channels, p.factors[-1]))
+    lacks = {"y": classes and condition.label is None, "low_res": _concat(network) and condition.concat is None}
+    for key, lacking in lacks.items():
+        if lacking:
+            raise UserError(f"{path} lacks the array '{key}', which the network takes.", key=key, code="missing")
+    for key in ("t", "y"):
+        if key in arrays and tuple(arrays[key].shape) != (batch,):
+            raise UserError(
+                f"{path}: '{key}' has the shape {tuple(arrays[key].shape)}, ({batch},) is needed.",
+                key=key,
+                code="shape",
+            )
+    if (
+        classes
+        and condition.label is not None
+        and not bool(((condition.label >= 0) & (condition.label < classes)).all())
+    ):
+        raise UserError(f"{path}: 'y' has labels outside 0 to {classes - 1}.", key="y", code="invalid")
+    low_res = condition.concat
+    if low_res is not None and (low_res.ndim != 4 or low_res.shape[:2] != (batch, _concat(network))):
+        raise UserError(
+            f"{path}: 'low_res' has the shape {tuple(low_res.shape)}, ({batch}, {_concat(network)}, h, w) is needed.",
+            key="low_res",
+            code="shape",
+        )
+
+
+def _concat(network: UNet | EncoderClassifier) -> int:
+    return network.params.concat_channels if isinstance(network, UNet) else 0
 
 
 def own_network(model: Convertible) -> UNet | EncoderClassifier:

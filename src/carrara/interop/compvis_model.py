@@ -57,7 +57,7 @@ def schedule(checkpoint: StateDict, arguments: Mapping[str, Any]) -> Discrete:
         )
     if not said:
         assert table is not None
-        return _of_table(table.double())
+        return _of_table(table)
     named = _named(arguments, 1000 if table is None else len(table))
     if table is not None and not _same(named.betas, table):
         raise UserError(
@@ -88,21 +88,39 @@ def _linear(steps: int, start: float, end: float) -> Discrete:
 
 
 def _of_table(betas: Tensor) -> Discrete:
-    """The schedule of a table in float32, by its formula where one gives these numbers."""
-    steps, start, end = len(betas), float(f"{float(betas[0]):.6g}"), float(f"{float(betas[-1]):.6g}")
+    """The schedule of a table, by its formula where one gives these numbers.
+
+    Raises:
+        UserError: a table in half precision that no formula gives, or no β at all.
+    """
+    steps = len(betas)
+    if betas.ndim != 1 or not bool(((betas > 0) & (betas <= 1)).all()):
+        raise UserError("the checkpoint's 'betas' are no noise levels in (0, 1].", key="betas", code="damaged")
     formulas: list[Discrete] = [schedules.cosine(steps)]
-    if 0 < start < end < 1:
-        formulas.append(schedules.scaled_linear(steps, start, end))
+    for digits in range(1, 7):  # of the ends; the fewest that give the table
+        start, end = (float(f"{float(beta):.{digits}g}") for beta in (betas[0], betas[-1]))
+        if 0 < start < end < 1:
+            formulas.append(schedules.scaled_linear(steps, start, end))
     if steps > LEAST_LINEAR:
         formulas.append(schedules.linear(steps))
-    for made in formulas:
-        if _same(made.betas, betas):
-            return made
-    return schedules.from_betas(betas)
+    for schedule in formulas:
+        if _same(schedule.betas, betas):
+            return schedule
+    if betas.dtype in (torch.float16, torch.bfloat16):
+        raise UserError(
+            "the checkpoint's 'betas' are in half precision, too coarse to read a schedule from: name linear_start "
+            "and linear_end, or the original's config.",
+            key="betas",
+            code="missing",
+        )
+    return schedules.from_betas(betas.double())
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=ROUNDING, atol=0)
+def _same(formula: Tensor, table: Tensor) -> bool:
+    """Whether a table has a formula's values, up to the rounding of the type that it is stored in."""
+    info = torch.finfo(table.dtype) if table.dtype in (torch.float16, torch.bfloat16) else None
+    near, least = (info.eps, info.smallest_normal * info.eps) if info else (ROUNDING, 0.0)
+    return formula.shape == table.shape and torch.allclose(formula.double(), table.double(), rtol=near, atol=least)
 
 
 def tables(schedule: Discrete) -> dict[str, Tensor]:

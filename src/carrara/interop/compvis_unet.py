@@ -16,8 +16,8 @@ from torch import Tensor
 
 from carrara.errors import UserError, nearest
 from carrara.interop import guided_diffusion, heads
-from carrara.interop.guided_diffusion import REQUIRED, Shapes, StateDict, difference, shapes, strip_prefixes
-from carrara.interop.layout import to_theirs
+from carrara.interop.guided_diffusion import REQUIRED, Shapes, StateDict, difference, shapes
+from carrara.interop.layout import WRAPPERS, strip_prefixes, to_theirs
 from carrara.interop.unet_keys import places
 from carrara.networks import UNet, UNetParams
 from carrara.networks.backbone import cast_torso
@@ -124,10 +124,22 @@ def unet_weights(checkpoint: StateDict, ema: bool = False) -> dict[str, Tensor]:
     if not ema:
         return own or whole
     dotless = {MEAN + "diffusion_model" + key.replace(".", ""): key for key in own}
-    mean = {dotless[key]: value for key, value in whole.items() if key in dotless}
+    plain = {_without_wrappers(key): value for key, value in whole.items() if key.startswith(MEAN)}
+    mean = {dotless[key]: value for key, value in plain.items() if key in dotless}
     if len(mean) < len(own) or not own:
-        raise UserError(f"the checkpoint holds no running mean of its U-Net ('{MEAN}…'): load it with ema=False.")
+        raise UserError(
+            f"the checkpoint contains no running mean of its U-Net ('{MEAN}…'), only the last weights.",
+            key=MEAN,
+            code="missing",
+        )
     return mean
+
+
+def _without_wrappers(key: str) -> str:
+    """The name of a running mean, which has no dots, without the wrapper of a compiled or a parallel U-Net."""
+    for wrapper in WRAPPERS:
+        key = key.replace(f"diffusion_model{wrapper}", "diffusion_model")
+    return key
 
 
 # Arguments

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from carrara.errors import UserError
 from carrara.files import write_whole
 from carrara.interop.files import read_checkpoint
-from carrara.interop.layout import Place, leaf
+from carrara.interop.layout import Place, leaf, strip_prefixes
 
 CONFIG = "config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+STEM = "diffusion_pytorch_model"
+WEIGHTS = (f"{STEM}.safetensors", f"{STEM}.bin")
 """Today's name of the weights, and that of older folders."""
+VARIANTS = ("", ".fp32", ".ema", ".bf16", ".fp16", ".non_ema")
+"""What diffusers may insert into the names of weight files, in order of preference."""
 SKIP = "conv_shortcut"
 """The name of the convolution beside a residual block."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -34,13 +37,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         UserError: it is missing, or no JSON object.
     """
     if not path.is_file():
-        raise UserError(f"there is no {path.name} in '{path.parent}': name the folder of the {what} itself.")
+        raise UserError(
+            f"there is no {path.name} in '{path.parent}': name the folder of the {what} itself.",
+            key=str(path),
+            code="missing",
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is no JSON ({error}): fetch it again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is no JSON ({error}): download it again.", key=str(path), code="damaged") from None
     if not isinstance(config, dict):
-        raise UserError(f"'{path}' does not describe anything of diffusers: fetch it again.")
+        raise UserError(
+            f"'{path}' does not describe anything of diffusers: download it again.", key=str(path), code="damaged"
+        )
     return config
 
 
@@ -50,8 +59,37 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: they are missing or damaged.
     """
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
-    return {_renamed(key): value for key, value in read_checkpoint(path).items()}
+    tensors = {key: value for path in weight_files(folder) for key, value in read_checkpoint(path).tensors.items()}
+    return {_renamed(key): value for key, value in strip_prefixes(tensors).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A model folder's weight files: one, or the shards of an index; full precision first, safetensors first.
+
+    Raises:
+        UserError: the index is damaged or names a file outside the folder.
+    """
+    for variant in VARIANTS:
+        for ending in ("safetensors", "bin"):
+            one = folder / f"{STEM}{variant}.{ending}"
+            if one.is_file():
+                return [one]
+            for name in (f"{STEM}.{ending}.index{variant}.json", f"{STEM}{variant}.{ending}.index.json"):
+                if (folder / name).is_file():
+                    return _shards(folder / name)
+    return [folder / WEIGHTS[0]]  # which is then named as missing
+
+
+def _shards(index: Path) -> list[Path]:
+    files = read_json(index, "model").get("weight_map")
+    names = set(files.values()) if isinstance(files, dict) else set()
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise UserError(
+            f"'{index}' has no weight_map of the files in its folder: download it again.",
+            key=str(index),
+            code="damaged",
+        )
+    return [index.parent / name for name in sorted(names)]
 
 
 def write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:

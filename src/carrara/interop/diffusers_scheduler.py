@@ -47,6 +47,12 @@ def read(config: Mapping[str, Any]) -> tuple[Discrete, Predicts]:
     if kind not in CLASSES:
         raise UserError(f"the scheduler is a {kind}, whose noise levels are no table of β: {nearest(kind, CLASSES)}")
     predicts = str(config.get("prediction_type", "epsilon"))
+    if "flow" in predicts:
+        raise UserError(
+            f"the scheduler's prediction_type is '{predicts}': flow models of diffusers cannot be imported.",
+            key="prediction_type",
+            code="unsupported",
+        )
     if predicts not in PREDICTS:
         raise UserError(f"the scheduler's prediction_type is '{predicts}': {nearest(predicts, PREDICTS)}")
     for entry in ("use_flow_sigmas", "flow_shift_terminal"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from carrara.errors import UserError, nearest
 from carrara.interop import heads
-from carrara.interop.layout import to_ours, to_theirs
+from carrara.interop.layout import strip_prefixes, to_ours, to_theirs
 from carrara.interop.unet_keys import Network, places
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
 from carrara.networks.backbone import BackboneParams, cast_torso
@@ -106,15 +106,6 @@ def load(
     if half:
         cast_torso(network, torch.float16)
     return network
-
-
-def strip_prefixes(checkpoint: StateDict) -> dict[str, Tensor]:
-    """The same tensors without the "module." and "_orig_mod." that wrappers put before every key."""
-    stripped = dict(checkpoint)
-    for prefix in ("module.", "_orig_mod.") * 2:
-        if stripped and all(key.startswith(prefix) for key in stripped):
-            stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
-    return stripped
 
 
 # Arguments

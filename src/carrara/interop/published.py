@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from carrara.errors import UserError
-from carrara.interop.guided_diffusion import Shapes, StateDict, difference, shapes, strip_prefixes
+from carrara.interop.guided_diffusion import Shapes, StateDict, difference, shapes
+from carrara.interop.layout import strip_prefixes
 from carrara.interop.unet_keys import Network
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
 
