@@ -19,6 +19,7 @@ from carrara.networks import network as registry
 from carrara.recipe import Recipe, validate
 from carrara.training import Trainer
 from tests.errors import refused
+from tests.processes import together
 
 
 @dataclass(frozen=True)
@@ -137,3 +138,16 @@ def test_a_config_of_a_kind_that_is_not_registered_is_refused(tmp_path: Path) ->
             DiffusionModel.load(tmp_path / "run")
     finally:
         registry._KINDS["toy"] = entry
+
+
+def trained(folder: Path, parallel: str) -> list[float]:
+    sections = {"training": {"steps": 3, "batch_size": 16, "warmup": 0, "tracker": "none", "parallel": parallel}}
+    return [progress.loss for progress in Trainer(recipe(DIT, **sections), folder).steps() if progress.notice is None]
+
+
+def test_a_transformer_is_sharded_by_its_blocks_and_learns_alike(tmp_path: Path) -> None:
+    """Sums over the batch in another order: float32 rounding through three steps."""
+    one = together(1, trained, tmp_path / "one", "ddp")[0]
+    for parallel in ("ddp", "fsdp"):
+        assert together(2, trained, tmp_path / parallel, parallel)[0] == pytest.approx(one, rel=1e-4)
+        assert DiffusionModel.load(tmp_path / parallel).sample(labels=[0], steps=2).images.isfinite().all()

@@ -349,6 +349,8 @@ class Trainer:
             return network
         assert self._plain is not None  # kept before the network was sharded or compiled
         plain = copy.deepcopy(self._plain).to_empty(device=self.processes.device).eval()
+        for name, buffer in network.named_buffers():  # never sharded, and some are in no state dict
+            plain.get_buffer(name).copy_(buffer)
         put_weights(plain, copied(network.state_dict()))
         return plain
 
