@@ -194,3 +194,27 @@ def test_registered_with_blocks_to_shard() -> None:
     assert isinstance(network, DiT)
     assert list(network.shard_units) == list(network.blocks)
     assert networks.build(networks.config(network)).params == network.params
+
+
+def test_float64_and_autocast_agree_with_float32() -> None:
+    network = awake(DiT(replace(SMALL, num_classes=3, context_channels=6)))
+    x, condition = noise(2, 3, 8, 12), Condition(label=torch.tensor([0, 2]), context=noise(2, 4, 6))
+    with torch.no_grad():
+        single = network(x, times(2), condition)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = network(x, times(2), condition)
+        double = network.double()(x.double(), times(2).double(), condition)
+    assert half.dtype == torch.float32
+    scale = float(single.abs().max())
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=2e-5 * scale)  # angles are good to 6e-5
+    torch.testing.assert_close(half, single, rtol=0, atol=0.06 * scale)  # 8 bits through two blocks
+
+
+@pytest.mark.slow
+def test_the_whole_network_compiles_as_one_graph() -> None:
+    network = awake(DiT(replace(SMALL, context_channels=6)))
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    x, condition = noise(2, 3, 8, 12), Condition(context=noise(2, 4, 6))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(compiled(x, times(2), condition), network(x, times(2), condition))
