@@ -116,12 +116,12 @@ def first_tells(function: Callable[[], Result]) -> Result:
         try:
             told[0] = function()
         except Exception as error:
-            failure, told[1] = error, str(error)
+            failure, told[1] = error, error if isinstance(error, UserError) else UserError(str(error))
     torch.distributed.broadcast_object_list(told, src=0)
     if failure is not None:
         raise failure
     if told[1] is not None:
-        raise UserError(told[1])
+        raise told[1]
     result: Result = told[0]
     return result
 

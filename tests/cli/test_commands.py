@@ -57,7 +57,7 @@ def test_train_sample_and_resume(tmp_path: Path, carrara: Command) -> None:
     assert str(run) in first.stdout
     more = carrara("train", "digits", "--out", run, *SETS, "--set", "training.steps=5")
     assert more.returncode == 0
-    assert "going on from the checkpoint of step 5" in more.stdout
+    assert "resuming from the checkpoint of step 5" in more.stdout
     made = carrara(
         "sample", run, "--label", "3", "-l", "7", "--num_inference_steps", "3", "--guidance_scale", "2", "--json"
     )

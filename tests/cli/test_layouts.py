@@ -78,7 +78,7 @@ def test_it_trains_resumes_and_samples(layout: str, tmp_path: Path, carrara: Com
 
     assert carrara("train", data, "--out", tmp_path / "broken", *WORDS, "--steps", "2").returncode == 0
     resumed = carrara("train", data, "--out", tmp_path / "broken", *WORDS, "--steps", "4")
-    assert "going on from the checkpoint of step 2" in resumed.stdout
+    assert "resuming from the checkpoint of step 2" in resumed.stdout
     for name in ("network", "ema"):
         parts = ("checkpoints", "step-00000004", f"{name}.safetensors")
         assert tmp_path.joinpath("broken", *parts).read_bytes() == tmp_path.joinpath("straight", *parts).read_bytes()

@@ -81,7 +81,7 @@ def test_the_run_says_that_it_fell_back_and_ends_in_the_same_bits(tiny_run: Path
     (folder / "checkpoints" / "step-00000012" / "ema.safetensors").write_bytes(b"")
     notices = [p.notice for p in train(tiny_recipe(), folder) if p.notice]
     assert any("ema.safetensors does not match" in notice for notice in notices)
-    assert "going on from the checkpoint of step 10." in notices
+    assert "resuming from the checkpoint of step 10." in notices
     for name in ("network", "ema"):
         parts = ("checkpoints", "step-00000012", f"{name}.safetensors")
         assert folder.joinpath(*parts).read_bytes() == tiny_run.joinpath(*parts).read_bytes()

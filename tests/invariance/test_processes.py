@@ -147,7 +147,7 @@ def test_two_processes_resume_to_the_same_bits(runs: tuple[Path, list[list[Walk]
     folder, by_kind = runs
     assert_same_bits(folder / "ddp", folder / "ddp-broken", 6)
     assert_same_bits(folder / "fsdp-whole", folder / "fsdp-broken", 6)
-    assert by_kind[4][0].notices == ["going on from the checkpoint of step 3."]
+    assert by_kind[4][0].notices == ["resuming from the checkpoint of step 3."]
     assert len(by_kind[4][0].outcomes) == 3
 
 
@@ -171,7 +171,7 @@ def test_two_killed_processes_resume_to_the_same_bits(runs: tuple[Path, list[lis
     for file in (tmp_path / "run").glob("reached-*"):
         file.unlink()
     notices = [seen[0].notices for seen in together(2, walks, [(tmp_path / "run", (), None)])]
-    assert notices[0] == ["going on from the checkpoint of step 3."]
+    assert notices[0] == ["resuming from the checkpoint of step 3."]
     assert_same_bits(runs[0] / "ddp", tmp_path / "run", 6)
 
 

@@ -117,7 +117,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(tiny_run: Path, tmp_path: 
 
 def test_running_a_finished_run_again_does_nothing(tiny_run: Path) -> None:
     before = (tiny_run / "model" / "network.safetensors").read_bytes()
-    assert train(tiny_recipe(), tiny_run)[0].notice == "going on from the checkpoint of step 12."
+    assert train(tiny_recipe(), tiny_run)[0].notice == "resuming from the checkpoint of step 12."
     assert (tiny_run / "model" / "network.safetensors").read_bytes() == before
 
 

@@ -66,7 +66,7 @@ def test_a_null_label_is_added_behind_the_classes_and_other_classes_begin_anew(t
     pictures = folder(tmp_path / "two", {**files(20, "a/{}.png"), **files(20, "b/{}.png")})
     other = Trainer(fine_tuning(tiny_run, data={"path": str(pictures)}, sampling={"guidance": 1.0}), tmp_path / "c")
     assert len(other.network.state_dict()["label.weight"]) == 3
-    assert "label.weight anew" in other.summary()["starts from"]
+    assert "label.weight[0]" in other.summary()["starts from"]
     other.run.close()
 
 
@@ -88,7 +88,7 @@ def test_a_classifier_says_what_starts_anew(tmp_path: Path) -> None:
     base = fine_tuning(tmp_path / "clf", data={"path": str(pictures)}).model_dump() | {"kind": "classifier"}
     recipe = validate({key: base[key] for key in ("name", "kind", "start", "data", "training")})
     trainer = Trainer(recipe, tmp_path / "run")
-    assert trainer.summary()["starts from"].endswith(" anew)")  # two classes, where ten were
+    assert trainer.summary()["starts from"].endswith(" random)")  # two classes, where ten were
     assert trainer.task.preview(trainer.network, range(0))[0].shape == (0, 1, 8, 8)
     trainer.run.close()
 

@@ -20,7 +20,7 @@ from carrara.objectives import ClassifierObjective, Examples
 from carrara.process import Noise, schedules
 from carrara.recipe import Recipe
 from carrara.training.assembly import make_times
-from carrara.training.start import begun_from, begun_sentence
+from carrara.training.start import network_from, start_sentence
 
 
 class ClassifierTask:
@@ -42,7 +42,7 @@ class ClassifierTask:
         self.recipe, self.device = recipe, processes.device
         self.names = tuple(source.class_names)
         self.schedule = schedules.build(recipe.schedule.spec())
-        anew: list[str] = []
+        new_weights: list[str] = []
         if recipe.start is None:
             torch.manual_seed(recipe.seed)
             network: Network = EncoderClassifier(recipe.network_params({"label": len(self.names)}))
@@ -50,14 +50,14 @@ class ClassifierTask:
             base = Classifier.load(recipe.start)
             self.schedule = base.schedule
             size = (recipe.data.channels, *recipe.data.resolution)
-            network, anew = begun_from(base.network, recipe, len(self.names), size)
+            network, new_weights = network_from(base.network, recipe, len(self.names), size, (base.names, self.names))
         self.params = network.params
         self.modules: dict[str, nn.Module] = {"network": network.to(self.device)}
         self.summary: dict[str, Any] = {
             "image": "×".join(map(str, (recipe.data.channels, *recipe.data.resolution))),
             "classes": len(self.names),
             "noise levels": recipe.objective.times.kind,
-        } | ({"starts from": begun_sentence(recipe.start, anew)} if recipe.start else {})
+        } | ({"starts from": start_sentence(recipe.start, new_weights)} if recipe.start else {})
         self.notices: list[str] = []
 
     def walked(self, images: Batches) -> Batches:

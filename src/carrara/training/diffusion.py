@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from carrara import codecs, conditioning, networks
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
-from carrara.conditioning import Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
+from carrara.conditioning import ClassLabels, Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
 from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source, open_latents
 from carrara.distributed import Processes
 from carrara.errors import UserError
@@ -24,7 +24,7 @@ from carrara.process import Noise, Predicts, grids, schedules
 from carrara.process.bound import Chain
 from carrara.recipe import Recipe
 from carrara.training.assembly import make_times, shown_batch
-from carrara.training.start import begun_from, begun_sentence
+from carrara.training.start import network_from, start_sentence
 
 
 class DiffusionTask:
@@ -52,7 +52,9 @@ class DiffusionTask:
             torch.manual_seed(recipe.seed)
             network = networks.create(recipe.network_params(slots, latent))
         else:
-            network, new_weights = begun_from(base.network, recipe, classes, latent)
+            network, new_weights = network_from(
+                base.network, recipe, classes, latent, (class_names(base.conditioners), class_names(conditioners))
+            )
         self.modules: dict[str, nn.Module] = {"network": network.to(self.device)}
         self.model = DiffusionModel(
             network=network,
@@ -117,7 +119,7 @@ class DiffusionTask:
             latent = "×".join(map(str, model.codec.latent_shape(model.shape)))
             summary["latent"] = f"{latent} of the {model.codec.kind} codec {recipe.codec.get('path', recipe.start)}"
         if recipe.start is not None:
-            summary["starts from"] = begun_sentence(recipe.start, new_weights)
+            summary["starts from"] = start_sentence(recipe.start, new_weights)
         return summary
 
     def walked(self, images: Batches) -> Batches | LatentBatches:
@@ -225,6 +227,11 @@ class DiffusionTask:
 def _codec(recipe: Recipe) -> Codec:
     """The codec that the recipe names."""
     return codecs.load(recipe.codec["path"]) if recipe.codec else Identity()
+
+
+def class_names(conditioners: Iterable[Conditioner]) -> tuple[str, ...]:
+    """The classes among some conditions; none for a model without."""
+    return next((c.names for c in conditioners if isinstance(c, ClassLabels)), ())
 
 
 def _conditioners(

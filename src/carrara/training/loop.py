@@ -10,15 +10,16 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import carrara
@@ -52,14 +53,14 @@ _BACKWARD = 2
 
 
 class Trainer:
-    """A run that can be walked step by step: `for progress in Trainer(recipe, folder).steps(): …`
+    """A run, step by step: `for progress in Trainer(recipe, folder).steps(): …`
 
-    Every process of a launcher makes its own and walks it; the first one writes.
+    Every process of a launcher makes its own and iterates over it; the first one writes.
 
     Args:
         recipe: what to train.
         folder: the run folder.
-        accept_changes: go on although the folder's recipe differs.
+        accept_changes: resume although the folder's recipe differs.
         device: as of `distributed.start`.
 
     Raises:
@@ -81,6 +82,8 @@ class Trainer:
         self.step, self.bad_steps, self.window = 0, 0, Window()
         self.notices = [*self.source.warnings, *self.task.notices]
         self._stop = False
+        self._saved = 0  # the step of the last checkpoint
+        self._late: list[str] = []  # notices of what failed along the way
         self.log: Log | None = None  # only the first process has one
         self.writer = checkpoint.Writer()
         self._copy: dict[str, Any] = {}  # the last checkpoint's, whose memory serves the next
@@ -88,6 +91,7 @@ class Trainer:
         distributed.first_tells(lambda: self.run.claim(accept_changes))
         try:
             self._prepare()
+            distributed.first_tells(self.run.write_recipe)
         except BaseException:
             self.run.close()
             raise
@@ -193,6 +197,9 @@ class Trainer:
             stacks = self.run.folder / f"stuck-{self.processes.rank}.txt"
             with Watchdog(self.phases, self.recipe.training.stuck_after, stacks):
                 yield from self._walk()
+        except Exception:
+            self._rescue()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -220,6 +227,8 @@ class Trainer:
             if self.step == first + 1:
                 self._reserve()
             self._after_step()
+            yield from (self._notice(sentence) for sentence in self._late)
+            self._late.clear()
             left = (training.steps - self.step) * training.batch_size / speed
             yield Progress(self.step, training.steps, loss, speed, left)
         with self.phases("saving"):
@@ -235,18 +244,41 @@ class Trainer:
         last = self.step == training.steps
         if training.validate_every and self.step % training.validate_every == 0:
             with self.phases("validating"):
-                self._validate()
+                self._attempt("validation", self._validate)
         if self.step % training.log_every == 0 and self.window.steps:
             self._write_log()
         if self.task.pictures and (self.step % training.sample_every == 0 or last):
             with self.phases("sampling"):
-                self._preview()
+                self._attempt("the preview", self._preview)
         with self.phases("saving"):
             if training.power_ema and self.step % training.power_ema_every == 0:
                 self._save_snapshot()
             # Nothing is saved in the middle of a bad stretch, so that the last checkpoint is a good one.
             if self.step % training.checkpoint_every == 0 and not last and not self.bad_steps:
                 self.save_checkpoint()
+
+    def _attempt(self, name: str, work: Callable[[], None]) -> None:
+        """Do what no run depends on: where it fails there is a notice, and training continues.
+
+        Of several processes all fail together, see `_preview`; what a single one cannot do ends the run.
+        """
+        try:
+            work()
+        except Exception as error:
+            if self.processes.world > 1 and not isinstance(error, UserError):
+                raise
+            self._late.append(f"{name} of step {self.step} failed and is left out: {type(error).__name__}: {error}")
+
+    def _rescue(self) -> None:
+        """Save a healthy run that ends by a failure; sharded weights cannot be gathered by one process alone."""
+        if self.step <= self._saved or self.bad_steps or not self.processes.first:
+            return
+        if distributed.is_sharded(self.network):
+            return
+        with suppress(Exception):  # what ended the run is raised again, whatever becomes of this
+            self.writer.wait()
+            self._write_checkpoint()
+            self.writer.wait()
 
     @property
     def stopped(self) -> bool:
@@ -362,13 +394,22 @@ class Trainer:
         for name, network in (("ema", self.means["ema"].module), ("raw", self.network)):
             whole = self._whole(network)
             with self.phases.moved_by(whole):
-                own, protocol = self.task.preview(whole, rows)
+                own, metadata = distributed.all_or_none(partial(self._shown, whole, rows), self.processes.device)
             images = distributed.gather(own.to(self.processes.device)).cpu()[: self.task.pictures]
             if self.log is not None:
                 sheet = pictures.grid(images)
                 scale = max(1, 64 // sheet.shape[-1])
-                pictures.save_png(sheet, self.run.samples / f"step-{self.step:08d}-{name}.png", protocol, scale)
+                pictures.save_png(sheet, self.run.samples / f"step-{self.step:08d}-{name}.png", metadata, scale)
                 self.log.picture(f"samples/{name}", sheet, self.step)
+
+    def _shown(self, network: nn.Module, rows: range) -> tuple[Tensor, dict[str, Any]]:
+        """This process's part of a preview; any failure is a `UserError`, which all processes hear of."""
+        try:
+            return self.task.preview(network, rows)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{type(error).__name__}: {error}", key="preview", code="invalid") from error
 
     def _validate(self) -> None:
         assert self.held_out is not None
@@ -402,9 +443,13 @@ class Trainer:
 
     def save_checkpoint(self) -> Path:
         """Copy the state, and write it behind the training's back; then old checkpoints are pruned."""
+        distributed.first_tells(self.writer.wait)  # the memory of the copy is what is being written
+        return self._write_checkpoint()
+
+    def _write_checkpoint(self) -> Path:
         step, training = self.step, self.recipe.training
         folder = checkpoint.folder_of(self.run.checkpoints, step)
-        distributed.first_tells(self.writer.wait)  # the memory of the copy is what is being written
+        self._saved = step
         if not self.processes.first and not distributed.is_sharded(self.network):
             return folder
         self._copy = copied(self._tensors(), self._copy)
@@ -419,6 +464,7 @@ class Trainer:
             "optimisers": self._copy["optimisers"],
             "objective": self._copy["objective"],
             "codec": self._codec,
+            "classes": list(self.source.class_names or ()),
             "recipe": self.recipe.to_yaml(),
         }
 
@@ -468,7 +514,15 @@ class Trainer:
         return None if codec is None else {"kind": codec.kind, "hash": codecs.content_hash(codec)}
 
     def _take_up(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
+        self._check_classes(state)
+        if state["step"] > self.recipe.training.steps:
+            raise UserError(
+                f"{self.run.folder} has been trained for {state['step']} steps, more than training.steps="
+                f"{self.recipe.training.steps}: set it to {state['step']} or more, or name another --out.",
+                key="training.steps",
+                code="conflict",
+            )
         if state.get("codec") and self.task.codec is not None:
             told = state["codec"]
             codecs.check_same(self.task.codec, told["kind"], told["hash"], f"the run {self.run.folder}")
@@ -488,12 +542,30 @@ class Trainer:
         if self.stepper.scale is not None and state["scale"] is not None:
             self.stepper.scale = LossScale(**state["scale"])
         self.step, self.bad_steps = state["step"], state["bad_steps"]
+        self._saved = self.step
         self.window = Window.of(state["window"])
-        self.notices.append(f"going on from the checkpoint of step {self.step}.")
+        self.notices.append(f"resuming from the checkpoint of step {self.step}.")
         now = self.setting()
         for key, then in state.get("setting", {}).items():
             if then != now[key]:
                 self.notices.append(f"the checkpoint was made with {key} {then}, this is {now[key]}: bits may differ.")
+
+    def _check_classes(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError unless the classes of the data are those that the checkpoint was trained on."""
+        before, now = state.get("classes"), list(self.source.class_names or ())
+        if before is None or before == now:  # the first edition's checkpoints do not hold them
+            return
+        place = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)
+        if place is None:
+            what = f"{len(before)} classes, and the data now have {len(now)}"
+        else:
+            what = f"class {place} as '{before[place]}', which is '{now[place]}' in the data now"
+        raise UserError(
+            f"{self.run.folder} was trained with {what}: bring the data back, or train in another --out with "
+            f"start: {self.run.folder}, which maps classes by their names.",
+            key="data.path",
+            code="mismatch",
+        )
 
 
 def _passed(then: float, now: float) -> float:

@@ -66,7 +66,7 @@ class Run:
         """Make the folder and hold it for this process.
 
         Args:
-            accept_changes: go on although the folder's recipe differs in what changes the result.
+            accept_changes: resume although the folder's recipe differs in what changes the result.
 
         Raises:
             UserError: the folder holds something else, another recipe's run, or a run that is under way.
@@ -90,10 +90,13 @@ class Run:
         try:
             if known.exists():
                 self._compare(known, accept_changes)
-            write_whole(known, self.recipe.to_yaml().encode())
         except UserError:
             self.close()
             raise
+
+    def write_recipe(self) -> None:
+        """Write the recipe, once nothing about the run can be refused any more."""
+        write_whole(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
 
     def close(self) -> None:
         """Let other processes have the folder."""

@@ -1,7 +1,8 @@
-"""Beginning from the weights of another model: fine-tuning."""
+"""Starting from the weights of another model: fine-tuning."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,23 +12,31 @@ from carrara import networks
 from carrara.errors import UserError
 from carrara.recipe import Recipe
 
+TABLE = "label.weight"
+"""The rows of the classes."""
 
-def begun_from(
-    base: nn.Module, recipe: Recipe, classes: int | None, shape: tuple[int, ...]
+
+def network_from(
+    base: nn.Module,
+    recipe: Recipe,
+    classes: int | None,
+    shape: tuple[int, ...],
+    names: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> tuple[networks.Network, list[str]]:
     """A network with the weights of another, for other images or classes.
 
-    Weights of the same shape are taken over. A table of classes keeps its rows where a null label is added behind
-    them, and starts anew where the number of classes is another one.
+    Weights of the same shape are copied. The rows of a table of classes are copied by the classes' names, the null
+    label's to the null label; of classes that the other network does not know they are random.
 
     Args:
         base: a registered network.
         recipe: may change `network.dropout` and `network.checkpointing`.
-        classes: of the data, or None for a model that is told nothing.
+        classes: of the data, or None for an unconditional model.
         shape: [C, H, W] of the images, or of their latents, that it is for.
+        names: of the other network's classes, and of the data's.
 
     Returns:
-        The network, and the names of the weights that start anew.
+        The network, and the names of the weights that are random.
 
     Raises:
         UserError: the network takes another number of channels.
@@ -48,18 +57,34 @@ def begun_from(
     torch.manual_seed(recipe.seed)
     network = networks.build(config | {key: value for key, value in changes.items() if key in config})
     old, new = base.state_dict(), network.state_dict()
-    anew = []
+    random = []
     for name, weight in new.items():
-        if name in old and old[name].shape == weight.shape:
+        if name == TABLE and name in old and old[name].shape[1:] == weight.shape[1:]:
+            rows = _rows(*names, config.get("num_classes"), classes, len(old[name]), len(weight))
+            for row, known in rows.items():
+                weight[row] = old[name][known]
+            random += [f"{name}[{row}]" for row in range(len(weight)) if row not in rows and row != classes]
+        elif name in old and old[name].shape == weight.shape:
             weight.copy_(old[name])
-        elif name == "label.weight" and name in old and config["num_classes"] == classes:
-            known = min(len(weight), len(old[name]))
-            weight[:known] = old[name][:known]
         else:
-            anew.append(name)
-    return network, anew
+            random.append(name)
+    return network, random
 
 
-def begun_sentence(start: str, anew: list[str]) -> str:
+def _rows(
+    old: Sequence[str], new: Sequence[str], old_count: int | None, count: int | None, old_rows: int, rows: int
+) -> dict[int, int]:
+    """Which row of the old table each row of the new one is copied from."""
+    numbers = list(map(str, range(old_count or 0)))
+    if list(old) in ([], numbers):  # classes without names are their numbers
+        old, new = numbers, numbers if count == old_count else []
+    places = {name: place for place, name in enumerate(old)}
+    found = {place: places[name] for place, name in enumerate(new) if name in places}
+    if old_count is not None and count is not None and old_rows > old_count and rows > count:
+        found[count] = old_count
+    return found
+
+
+def start_sentence(start: str, random: list[str]) -> str:
     """Where a run starts from, for its summary."""
-    return start + (f" ({', '.join(anew)} anew)" if anew else "")
+    return start + (f" ({', '.join(random)} random)" if random else "")
