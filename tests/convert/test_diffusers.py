@@ -220,6 +220,7 @@ def test_names_of_classes_go_with_the_pipeline(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "p" / "model_index.json").read_text())
     assert list(index["id2label"].values()) == list(NAMES)
     del index["id2label"]
+    (tmp_path / "p" / "carrara.json").unlink()
     write(tmp_path / "p" / "model_index.json", index)
     again = import_model(tmp_path / "p").model
     assert isinstance(again, DiffusionModel)

@@ -32,6 +32,7 @@ from carrara.convert.imported import (
     write_weights,
 )
 from carrara.convert.parity import fingerprint, own_network
+from carrara.convert.record import KEY, record, restore
 from carrara.errors import UserError, nearest
 from carrara.files import write_whole
 from carrara.interop import compvis, compvis_model, compvis_published, published_codecs, taming
@@ -65,8 +66,9 @@ WORDS = (
     "first_stage_config",
     "classes",
     "null_label",
+    KEY,
 )
-"""The settings of a whole model that are read; the last two are ours."""
+"""The settings of a whole model that are read; the last three are ours."""
 
 Settings = dict[str, Any]
 StateDict = Mapping[str, Tensor]
@@ -152,6 +154,7 @@ def export_compvis(model: Convertible, path: Path) -> dict[str, Any]:
     config = compvis_model.config(network, codec, model.schedule, model.predicts, scale)
     if model.class_labels is not None:
         config["classes"] = list(model.class_labels.names)
+    config[KEY] = record(model)
     weights = _weights(network, codec) | {"scale_factor": torch.tensor(scale)}
     assert isinstance(model.schedule, Discrete)  # or `config` would have refused it
     report = _write(path, config, weights | compvis_model.tables(model.schedule))
@@ -279,6 +282,9 @@ def _model(path: Path, checkpoint: StateDict, asked: Asked, settings: Settings) 
     if len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise UserError(f"image_size is {size}: it must be the side of the latents, or their height and width.")
     model = assembled(network, schedule, predicts, labels, codec, size, path)
+    kept = settings.get(KEY)
+    if isinstance(kept, Mapping) and not asked.arguments:
+        restore(model, kept, path.with_suffix(".yaml"))
     whole = unet_weights(checkpoint, mean)
     theirs = {PART + key: value for key, value in whole.items()}
     theirs |= {key: value for key, value in checkpoint.items() if tokens and key == CLASSES}
@@ -356,7 +362,7 @@ def _settings(path: Path, asked: Asked) -> Settings:
     try:
         described = yaml.safe_load(config.read_text(encoding="utf-8"))
         model = described["model"]
-        own = {key: described[key] for key in ("classes", "scale_factor") if key in described}
+        own = {key: described[key] for key in ("classes", "scale_factor", KEY) if key in described}
         return _merged({**model.get("params", {}), **own}, asked.arguments)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{config} cannot be read: {str(error).splitlines()[0]}.") from None

@@ -20,6 +20,7 @@ from carrara.convert.imported import (
     whole_folder,
 )
 from carrara.convert.parity import fingerprint, own_network
+from carrara.convert.record import KEY, record, restore
 from carrara.errors import UserError
 from carrara.interop import diffusers_codec, diffusers_scheduler, diffusers_unet2d
 from carrara.interop.diffusers_folder import CONFIG, read_json, read_weights, write_json
@@ -29,6 +30,7 @@ from carrara.networks import UNet
 CODECS = ("vae", "vqvae", "movq")
 """What a pipeline may call its first stage."""
 SCHEDULER = "scheduler_config.json"
+RECORD = f"{KEY}.json"
 
 
 def is_diffusers(contents: Contents) -> bool:
@@ -108,6 +110,7 @@ def export_diffusers(model: Convertible, folder: Path) -> dict[str, Any]:
             diffusers_codec.save_codec(codec, new / "vqvae")
         write_json(new / "scheduler" / SCHEDULER, scheduler)
         write_json(new / INDEX, index)
+        write_json(new / RECORD, record(model))
     tensors = len(diffusers_unet2d.unet_state_dict(network))
     return {"kind": index["_class_name"], "tensors": tensors, "fingerprint": fingerprint(network)}
 
@@ -150,6 +153,8 @@ def _model(contents: Contents, first: str | None) -> Imported:
     codec = None if imported is None else imported.model
     assert codec is None or isinstance(codec, LearnedCodec)
     model = assembled(network, schedule, predicts, labels, codec, network.params.image_size, folder)
+    if (folder / RECORD).is_file():
+        restore(model, read_json(folder / RECORD, "pipeline"), folder / RECORD)
     weights = there_and_back(read_weights(folder / "unet"), diffusers_unet2d.unet_state_dict(network))
     report: dict[str, Any] = {
         "recognised": [contents.config["_class_name"]],

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from carrara.classifier import Classifier
-from carrara.codecs import LearnedCodec
 from carrara.conditioning import ClassLabels
 from carrara.convert.imported import MARK, Asked, Contents, Convertible, Imported, there_and_back, write_weights
 from carrara.convert.parity import fingerprint, own_network
+from carrara.convert.record import KEY, Record, record, restore
+from carrara.convert.record import network as recorded_network
 from carrara.errors import UserError, nearest
 from carrara.files import write_whole
 from carrara.interop import guided_diffusion
@@ -44,11 +45,19 @@ def import_guided_diffusion(contents: Contents, asked: Asked) -> Imported:
         UserError: the checkpoint fits no model, or leaves something open that must be named.
     """
     checkpoint, name = contents.tensors, asked.name
+    recognised: tuple[str, ...]
     if name is not None and asked.arguments:
         raise UserError(f"'{name}' names the whole network: leave out {', '.join(asked.arguments)}.")
-    if asked.arguments:
+    beside = contents.path.with_suffix(".json")
+    kept = None if asked != Asked() else _recorded(beside)
+    if kept is not None:
+        params = recorded_network(kept, beside).params
+        if not isinstance(params, UNetParams | EncoderClassifierParams):
+            raise UserError(f"{beside} describes no network of guided-diffusion.", key=str(beside), code="damaged")
+        found, recognised = Published(params=params, schedule="linear", files=()), ()
+    elif asked.arguments:
         found = _described(checkpoint, asked)
-        recognised: tuple[str, ...] = ()
+        recognised = ()
     else:
         if asked.schedule or asked.steps or asked.rescaled_time:
             raise UserError("a published model has its own schedule: --schedule and its like go with --set only.")
@@ -63,8 +72,22 @@ def import_guided_diffusion(contents: Contents, asked: Asked) -> Imported:
         network = guided_diffusion.load(UNet, found.params, checkpoint)
     network.eval()
     model = _assembled(network, found, f"{contents.path.name}, imported")
+    if kept is not None:
+        restore(model, kept, beside, weights_only=True)
     weights = there_and_back(strip_prefixes(checkpoint), guided_diffusion.state_dict(network))
-    return Imported(model, {"recognised": list(recognised), **weights, "fingerprint": fingerprint(network)})
+    described = {"config": str(beside)} if kept is not None else {}
+    report = {"recognised": list(recognised), **described, **weights, "fingerprint": fingerprint(network)}
+    return Imported(model, report)
+
+
+def _recorded(path: Path) -> Record | None:
+    """What an export wrote beside the weights; None where there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    found = content.get(KEY) if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def export_guided_diffusion(model: Convertible, path: Path) -> dict[str, Any]:
@@ -81,15 +104,32 @@ def export_guided_diffusion(model: Convertible, path: Path) -> dict[str, Any]:
     Raises:
         UserError: the network has something that the original does not know, or the name has another ending.
     """
-    if isinstance(model, LearnedCodec) or (isinstance(model, DiffusionModel) and not model.codec.bounded):
+    if not isinstance(model, DiffusionModel | Classifier) or (
+        isinstance(model, DiffusionModel) and not model.codec.bounded
+    ):
         raise UserError("guided-diffusion knows no codecs: write this in the layout compvis or diffusers.")
     network = own_network(model)
     weights = guided_diffusion.state_dict(network)
     arguments = guided_diffusion.constructor_arguments(network.params)
     report = {"arguments": arguments, "tensors": len(weights), "fingerprint": fingerprint(network)}
+    beside = path.with_suffix(".json")
     write_weights(path, weights)
-    write_whole(path.with_suffix(".json"), (json.dumps({"note": MARK, **report}, indent=2) + "\n").encode())
-    return report
+    kept = record(model)
+    write_whole(beside, (json.dumps({"note": MARK, **report, KEY: kept}, indent=2) + "\n").encode())
+    unknown = _unknown_there(model)
+    note = f"guided-diffusion knows no {' and no '.join(unknown)}: {beside.name} keeps it for `carrara import`"
+    return {**report, "config": str(beside), **({"note": note} if unknown else {})}
+
+
+def _unknown_there(model: DiffusionModel | Classifier) -> list[str]:
+    """What the original's sampling scripts cannot be given of a model."""
+    spec, unknown = model.schedule.spec, []
+    if spec["kind"] not in ("linear", "cosine"):
+        unknown.append(f"schedule {spec['kind']}")
+    if isinstance(model, DiffusionModel):
+        unknown += [f"prediction of {model.predicts}"] if model.predicts not in ("eps", "x0") else []
+        unknown += ["null class"] if model.class_labels is not None and model.class_labels.dropout else []
+    return unknown
 
 
 def _described(checkpoint: Mapping[str, Tensor], asked: Asked) -> Published:
