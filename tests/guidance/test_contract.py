@@ -78,7 +78,7 @@ def test_guided_samples_have_the_class_conditional_weights_and_moments(solver: s
 
 
 def test_the_two_forms_differ_by_the_step_factor() -> None:
-    # MATH §6: the ε-shift moves the mean by (σ²/a_{t|s})·g, the mean form by Σ·g, Σ = σ² with "large".
+    # docs/math.md §6: the ε-shift moves the mean by (σ²/a_{t|s})·g, the mean form by Σ·g, Σ = σ² with "large".
     t, s = 600.0, 560.0
     pair = Transition.of(SCHEDULE, t, s)
     x = points(8)

@@ -72,8 +72,8 @@ def test_sampling_loop(case: GuidedDiffusion, loop: str) -> None:
 
 
 def test_ddim_reverse_loop(case: GuidedDiffusion) -> None:
-    """guided-diffusion asks ε̂ at the time walked from, we at the time walked to (MATH §10), and it starts with the
-    image at the first level. Asked as it asks, every step is the same. Its last leads beyond the table."""
+    """guided-diffusion predicts ε̂ at the time it starts from, we at the time it goes to (docs/math.md §10); it starts
+    with the image at the first level. Predicted as it does, every step is the same. Its last leads beyond the table."""
     grid = case.grid.reversed()
     asked_at = dict(zip(grid.times[2:].tolist(), grid.times[1:].tolist(), strict=False))
 

@@ -113,7 +113,7 @@ class TestHelpers:
         assert_tables_equal(make(steps).betas, self.case.output(f"betas.{name}.{steps}"))
 
     def test_latent_diffusion_s_own_words_for_the_same_schedules(self) -> None:
-        # Its "linear" is linear in the root of β, its "sqrt_linear" in β itself (MATH §1).
+        # Its "linear" is linear in the root of β, its "sqrt_linear" in β itself (docs/math.md §1).
         scaled = schedules.scaled_linear(1000, 0.00085, 0.012)
         assert_tables_equal(scaled.betas, self.case.output("ldm_betas.linear.1000.0.012"))
         straight = schedules.from_betas(torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64))

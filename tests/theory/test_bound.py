@@ -93,7 +93,7 @@ def test_the_bound_holds_on_continuous_schedules(schedule: Schedule, grid: Grid)
 
 
 class TestTwoDecompositions:
-    """MATH §4: terms by Bayes' rule, each a KL of known Gaussians, or the ratios of the chain itself."""
+    """docs/math.md §4: terms by Bayes' rule, each a KL of known Gaussians, or the ratios of the chain itself."""
 
     steps, images = 25, 4000
     schedule = schedules.linear(25)

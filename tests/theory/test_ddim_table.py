@@ -1,4 +1,4 @@
-"""Table 1 of Song et al. 2021 on exact oracles: no network, no data, only the solvers (MATH §5, §13).
+"""Table 1 of Song et al. 2021 on exact oracles: no network, no data, only the solvers (docs/math.md §5, §13).
 
 Cells and spacing are those of `carrara evaluate --table ddim`. On a Gaussian whose variances fall like those of images
 every solver is affine in its normal numbers, so the Fréchet distance of every cell is known without any sampling. The

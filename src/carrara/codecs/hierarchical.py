@@ -3,7 +3,7 @@
     ln p(x) ≥ E_q[ ln p(x|z_1) + Σ_{t=2}^T ln p(z_{t-1}|z_t) + ln p(z_T) - ln q(z_{1:T}|x) ],  q = Π q(z_t|z_{t-1}).
 
 A diffusion model is the case whose encoder is not learned but the forward process, every z of x's own shape: then
-the bound below is the diffusion bound (MATH §4), which a test shows.
+the bound below is the diffusion bound (docs/math.md §4), which a test shows.
 """
 
 from __future__ import annotations

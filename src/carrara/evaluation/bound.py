@@ -1,4 +1,4 @@
-"""The variational bound of images under a model, all its terms shown (Ho et al. 2020, §3; MATH §4)."""
+"""The variational bound of images under a model, all its terms shown (Ho et al. 2020, §3; docs/math.md §4)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 One objective serves the whole ladder (autoencoder, VAE, VQ-VAE, VQGAN, latent diffusion's first stages, discrete and
 hierarchical VAE): its terms are switched by weights, see `LOSSES`. All terms are means over an image's dimensions, so
 that "a KL weight of 1e-6" means what it does in latent diffusion, where reconstruction and KL are both sums
-(Rombach et al. 2022, §G; Esser et al. 2021, eq. 5-7; MATH §8).
+(Rombach et al. 2022, §G; Esser et al. 2021, eq. 5-7; docs/math.md §8).
 """
 
 from __future__ import annotations

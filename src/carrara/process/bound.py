@@ -1,4 +1,4 @@
-"""The variational bound of a reverse chain, term by term (Ho et al. 2020, eq. 5; MATH §4).
+"""The variational bound of a reverse chain, term by term (Ho et al. 2020, eq. 5; docs/math.md §4).
 
 -ln p(x_0) ≤ L_T + Σ L_{t-1} + L_0: prior matching, denoising matching, reconstruction. A chain is a schedule and the
 grid it is walked on: each pair's variance, and that of the last pair above all, depends on the whole grid.

@@ -88,7 +88,7 @@ class NetworkDenoiser:
 class NoisyClassifier:
     """A classifier that was trained on noisy images: `(x, t) -> logits` [B, K], t in schedule time.
 
-    It always tells its network the original time, whatever grid is walked (MATH §6).
+    It always tells its network the original time, whatever grid is walked (docs/math.md §6).
 
     Attributes:
         network: `network(x, network_time, condition) -> logits` [B, K].

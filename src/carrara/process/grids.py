@@ -62,7 +62,7 @@ class Grid:
         return list(itertools.pairwise(values))
 
     def reversed(self) -> Grid:
-        """The same times walked the other way: DDIM on it is DDIM inversion (MATH §10)."""
+        """The same times walked the other way: DDIM on it is DDIM inversion (docs/math.md §10)."""
         return Grid(self.times.flip(0), self.name, not self.ascending)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The exact oracle: a Gaussian mixture, whose denoiser and noisy classifier have no model error (MATH §13).
+"""The exact oracle: a Gaussian mixture, whose denoiser and noisy classifier have no model error (docs/math.md §13).
 
 For x_0 ~ Σ π_k N(m_k, v_k I): x_t ~ Σ π_k N(a m_k, (a² v_k + s²) I). Score, E[x_0|x_t], Var[x_0|x_t], p(y|x_t) and
 the likelihood are closed forms, so that what a solver or a guide gets wrong is its own error.

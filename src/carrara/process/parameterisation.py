@@ -1,4 +1,4 @@
-"""What networks tell: ε, x_0, v, the flow velocity, EDM's F, the mean of x_{t-1}; to and from (x_0, ε) (MATH §3).
+"""What networks predict: ε, x_0, v, flow velocity, EDM's F, mean of x_{t-1}; to and from (x_0, ε) (docs/math.md §3).
 
 With x = a x_0 + s ε at the noise level (a, s):
 
@@ -44,7 +44,7 @@ def network_input(predicts: Predicts, x: Tensor, alpha: Scale, sigma: Scale) -> 
 
 
 def posterior_coefficients(schedule: Schedule, t: Time, x: Tensor) -> tuple[Scale, Scale]:
-    """(c_t, c_0) of the training neighbours: the mean of q(x_{t-1}|x_t, x_0) is c_t x_t + c_0 x_0 (MATH §2).
+    """(c_t, c_0) of the training neighbours: the mean of q(x_{t-1}|x_t, x_0) is c_t x_t + c_0 x_0 (docs/math.md §2).
 
     Args:
         t: whole times of a table, one or [B].
