@@ -231,7 +231,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path: Path) -> None:
     refused("2 classes are named, and the checkpoint knows 4", Asked(arguments={"classes": ["a", "b"]}))
     refused("'ldm-ffhq-256' names the whole U-Net", Asked("ldm-ffhq-256", config=config))
     refused("not described by 'linear_begin': did you mean 'linear_", Asked(arguments={"linear_begin": 0.1}))
-    refused("linear_start and linear_end are 'a'", Asked(arguments={"linear_start": "a"}))
+    refused("linear_start is 'a'", Asked(arguments={"linear_start": "a"}))
     refused("scale_factor is 'a': it must be a number", Asked(arguments={"scale_factor": "a"}))
     refused("image_size is", Asked(arguments={"image_size": [8, 8, 8]}))
     refused("unet_config is 3: it must hold", Asked(arguments={"unet_config": 3}))

@@ -154,7 +154,7 @@ def test_bad_folders_are_told_in_one_sentence(tmp_path: Path) -> None:
         (scheduler, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "whose noise levels are no table"),
         (scheduler, {"prediction_type": "flow"}, "prediction_type is 'flow'"),
         (scheduler, {"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
-        (scheduler, {"beta_start": "small"}, "beta_start and beta_end are 'small'"),
+        (scheduler, {"beta_start": "small"}, "beta_start is 'small'"),
         (unet / "config.json", {"freq_shift": 1}, "freq_shift = 1"),
         (unet / "config.json", {"sample_size": None}, "lacks sample_size"),
         (unet / "config.json", {"block_out_channels": [32, 128]}, "has the shape"),

@@ -21,6 +21,7 @@ from carrara.codecs.vq import VQAutoencoder
 from carrara.errors import UserError, nearest
 from carrara.interop import layout
 from carrara.interop.compvis_unet import load_unet, unet_state_dict
+from carrara.interop.entries import check_entries, check_numbers
 from carrara.interop.layout import Place, leaf, residual_block
 from carrara.networks import UNet
 from carrara.networks.autoencoder import AutoencoderParams, Level, Middle
@@ -44,6 +45,12 @@ SHAPE_DEFAULTS: dict[str, Any] = {
     "use_linear_attn": False,
 }
 """What `ddconfig` may leave out."""
+NUMBERS = dict.fromkeys(("ch", "num_res_blocks", "in_channels", "resolution", "z_channels", "embed_dim"), 1) | {
+    "n_embed": 1,
+    "ch_mult": (1.0,),
+    "dropout": 0.0,
+}
+"""Arguments that must be numbers, with values of their types."""
 SHAPE_REQUIRED = ("ch", "num_res_blocks", "in_channels", "resolution", "z_channels")
 ASIDE = (
     "lossconfig",
@@ -146,6 +153,8 @@ def shape(arguments: Mapping[str, Any], known: set[str], *, double_z: bool) -> t
     Raises:
         UserError: an argument is unknown or missing, or asks for what is not supported.
     """
+    if not isinstance(arguments.get("ddconfig", {}), Mapping):
+        raise UserError("ddconfig is no table of the first stage's arguments.", key="ddconfig")
     nested = dict(arguments.get("ddconfig", {}))
     flat = {k: v for k, v in arguments.items() if k in SHAPE_DEFAULTS or k in SHAPE_REQUIRED}
     rest = {k: v for k, v in arguments.items() if k != "ddconfig" and k not in flat and k not in ASIDE}
@@ -158,6 +167,8 @@ def shape(arguments: Mapping[str, Any], known: set[str], *, double_z: bool) -> t
     for name in (*SHAPE_REQUIRED, *sorted(known & {"embed_dim", "n_embed"})):
         if name not in a and name not in rest:
             raise UserError(f"the argument {name} is missing: it stands in the model's own config.")
+    check_entries({**a, **rest}, NUMBERS, optional={"out_ch": int})
+    check_numbers(a["attn_resolutions"] or None, "attn_resolutions")
     _check_supported(a, double_z)
     return _params(a, rest), rest
 

@@ -19,6 +19,7 @@ from carrara.codecs.kl import KLAutoencoder
 from carrara.codecs.learned import LearnedCodec
 from carrara.errors import UserError, nearest
 from carrara.interop import compvis, compvis_unet
+from carrara.interop.entries import check_entries
 from carrara.interop.layout import to_theirs
 from carrara.interop.unet_keys import places
 from carrara.networks import UNet, UNetParams
@@ -70,8 +71,7 @@ def schedule(checkpoint: StateDict, arguments: Mapping[str, Any]) -> Discrete:
 def _named(arguments: Mapping[str, Any], length: int) -> Discrete:
     kind, steps = arguments.get("beta_schedule", "linear"), arguments.get("timesteps", length)
     start, end = arguments.get("linear_start", 1e-4), arguments.get("linear_end", 2e-2)
-    if not isinstance(start, int | float) or not isinstance(end, int | float):
-        raise UserError(f"linear_start and linear_end are {start!r} and {end!r}: they must be numbers.")
+    check_entries(arguments, {"timesteps": 1000, "linear_start": 1e-4, "linear_end": 2e-2})
     if kind not in SCHEDULES:
         raise UserError(f"beta_schedule is '{kind}': {nearest(str(kind), SCHEDULES)}")
     if SCHEDULES[kind] == "cosine":

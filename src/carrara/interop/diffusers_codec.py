@@ -19,6 +19,7 @@ from carrara.codecs.vq import VQAutoencoder
 from carrara.errors import UserError, nearest
 from carrara.interop.compvis import filled
 from carrara.interop.diffusers_folder import CONFIG, SKIP, attention, read_json, read_weights, write_model
+from carrara.interop.entries import check_entries, check_numbers
 from carrara.interop.layout import Place, leaf, residual_block, to_ours, to_theirs
 from carrara.networks.autoencoder import AutoencoderParams, Level, Middle
 
@@ -155,6 +156,13 @@ def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
     for key in given:
         if key not in defaults:
             raise UserError(f"config.json has the entry '{key}', which is not supported: {nearest(key, defaults)}")
+    check_entries(given, defaults, optional={"scaling_factor": float, "shift_factor": float, "vq_embed_dim": int})
+    check_numbers(given.get("latents_std"), "latents_std", zero=False)
+    check_numbers(given.get("latents_mean"), "latents_mean")
+    if given.get("scaling_factor") == 0:
+        raise UserError(
+            "the config's scaling_factor is 0: a finite number other than 0 is expected.", key="scaling_factor"
+        )
     c = {**defaults, **given}
     for key, fixed in (("act_fn", "silu"), ("norm_type", "group"), ("lookup_from_codebook", False)):
         if key in c and c[key] != fixed:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from carrara.errors import UserError, nearest
+from carrara.interop.entries import check_entries, check_numbers
 from carrara.process import Predicts, schedules
 from carrara.process.schedules import Discrete, Schedule
 
@@ -67,8 +68,8 @@ def read(config: Mapping[str, Any]) -> tuple[Discrete, Predicts]:
 def _table(config: Mapping[str, Any]) -> Discrete:
     steps, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    if not isinstance(start, int | float) or not isinstance(end, int | float):
-        raise UserError(f"the scheduler's beta_start and beta_end are {start!r} and {end!r}: numbers are expected.")
+    check_entries(config, {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02})
+    check_numbers(config.get("trained_betas"), "trained_betas", zero=False)
     if config.get("trained_betas") is not None:
         return schedules.from_betas(config["trained_betas"])
     if kind == "squaredcos_cap_v2":

@@ -16,6 +16,7 @@ from torch import Tensor
 from carrara.errors import UserError
 from carrara.interop import diffusers_keys
 from carrara.interop.diffusers_folder import CONFIG, read_json, read_weights, write_model
+from carrara.interop.entries import check_entries
 from carrara.interop.layout import Place, leaf, to_ours, to_theirs
 from carrara.interop.unet_keys import TRANSFORMER_BLOCK
 from carrara.networks import UNet, UNetParams
@@ -142,6 +143,10 @@ def unet_params(config: Mapping[str, Any], *, concat_channels: int = 0) -> UNetP
     Raises:
         UserError: an entry has a value that Stable Diffusion's networks do not have, or is unknown.
     """
+    optional = {"projection_class_embeddings_input_dim": int, "class_embed_type": str, "num_class_embeds": int}
+    each = ("only_cross_attention", "layers_per_block", "transformer_layers_per_block", "attention_head_dim")
+    check_entries(config, DEFAULTS, optional=optional, per_level=(*each, "cross_attention_dim"))
+    check_entries(config, {}, optional={"sample_size": int}, per_level=("sample_size",))
     _check(config)
     c = {**DEFAULTS, **{name: _plain(value) for name, value in config.items() if name in DEFAULTS}}
     widths, levels = c["block_out_channels"], len(c["block_out_channels"])

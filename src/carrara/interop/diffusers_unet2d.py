@@ -17,6 +17,7 @@ from torch import Tensor
 from carrara.errors import UserError
 from carrara.interop import diffusers_keys, heads
 from carrara.interop.diffusers_folder import CONFIG, attention, read_json, read_weights, write_model
+from carrara.interop.entries import check_entries
 from carrara.interop.layout import Place, leaf, to_ours, to_theirs
 from carrara.networks import UNet, UNetParams
 
@@ -122,6 +123,8 @@ def unet_params(config: Mapping[str, Any]) -> UNetParams:
     Raises:
         UserError: an entry has a value that our network does not have, or is unknown.
     """
+    optional = {"sample_size": int, "attention_head_dim": int, "attn_norm_num_groups": int, "num_class_embeds": int}
+    check_entries(config, DEFAULTS, optional=optional, per_level=("sample_size",))
     _check(config)
     c = {**DEFAULTS, **{name: value for name, value in config.items() if name in DEFAULTS}}
     widths, levels = c["block_out_channels"], len(c["block_out_channels"])

@@ -9,7 +9,7 @@ then name the smallest size that the network can take).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from carrara.errors import UserError, nearest
 from carrara.interop import heads
+from carrara.interop.entries import check_entries
 from carrara.interop.layout import strip_prefixes, to_ours, to_theirs
 from carrara.interop.unet_keys import Network, places
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
@@ -43,6 +44,8 @@ DEFAULTS: dict[str, Any] = {
     "resblock_updown": False,
     "use_new_attention_order": False,
 }
+NUMBERS = {"in_channels": 1, "model_channels": 1, "out_channels": 1, "dims": 2, "dropout": 0.0, "channel_mult": (1.0,)}
+"""Arguments that must be numbers, with values of their types."""
 UNET_DEFAULTS = DEFAULTS | {"num_classes": None}
 CLASSIFIER_DEFAULTS = DEFAULTS | {"pool": "adaptive"}
 
@@ -149,9 +152,16 @@ def _complete(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
         raise UserError(
             f"the argument {missing[0]} is missing: name it, or let `infer_arguments` read it from the shapes."
         )
-    if isinstance(arguments["attention_resolutions"], str):
-        raise UserError("attention_resolutions are the constructor's downsampling factors, as (2, 4), not a text.")
-    return {**defaults, **arguments}
+    if isinstance(factors := arguments["attention_resolutions"], str) or not isinstance(factors, Collection):
+        raise UserError(
+            "attention_resolutions are the constructor's downsampling factors, as (2, 4), not a text.",
+            key="attention_resolutions",
+        )
+    a = {**defaults, **arguments}
+    check_entries(a, NUMBERS, optional={"image_size": int})
+    if a["num_heads"] != -1:
+        check_entries(a, {"num_heads": 1})
+    return a
 
 
 def _encoder_params(a: Mapping[str, Any]) -> dict[str, Any]:
