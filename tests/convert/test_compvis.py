@@ -17,8 +17,9 @@ from carrara import codecs
 from carrara.codecs import LearnedCodec
 from carrara.convert import Asked, check_outputs, export_model, import_model
 from carrara.errors import UserError
-from carrara.interop import compvis_model, compvis_published, compvis_unet, published_codecs
+from carrara.interop import compvis_model, compvis_unet
 from carrara.model import DiffusionModel
+from carrara.presets import compvis_published, published_codecs
 from carrara.process import schedules
 from tests.convert.models import CODECS, TOLD, codec, model, nothing_left, pictures, same_weights
 from tests.shared import shared

@@ -15,9 +15,9 @@ from carrara.classifier import Classifier
 from carrara.convert import Asked, check_outputs, export_model, import_model
 from carrara.errors import UserError
 from carrara.interop import guided_diffusion
-from carrara.interop.published import PUBLISHED
 from carrara.model import DiffusionModel
 from carrara.networks import UNet, UNetParams
+from carrara.presets.published import PUBLISHED
 from tests.shared import shared
 
 CASES = {

@@ -11,9 +11,9 @@ from torch import Tensor
 from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.interop import compvis_unet
-from carrara.interop.compvis_published import PUBLISHED, meta, recognise
 from carrara.interop.guided_diffusion import shapes
 from carrara.networks import UNet, UNetParams
+from carrara.presets.compvis_published import PUBLISHED, meta, recognise
 from tests.interop import ldm_reference
 from tests.interop.test_guided_diffusion import close, noise, redraw
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.interop import diffusers_unet
-from carrara.interop.compvis_published import PUBLISHED
 from carrara.interop.compvis_unet import unet_params
 from carrara.networks import UNet, UNetParams
+from carrara.presets.compvis_published import PUBLISHED
 from tests.interop.test_guided_diffusion import close, noise, redraw
 
 BASE: dict[str, Any] = {

@@ -14,7 +14,7 @@ from carrara.codecs import DiscreteAutoencoder, HierarchicalVAE, KLAutoencoder, 
 from carrara.errors import UserError
 from carrara.interop import compvis, diffusers_codec, diffusers_layout, taming
 from carrara.interop.diffusers_folder import OLD_ATTENTION, WEIGHTS
-from carrara.interop.published_codecs import PUBLISHED, recognise, shapes
+from carrara.presets.published_codecs import PUBLISHED, recognise, shapes
 from tests.codecs.small import make, params, pictures
 from tests.interop.first_stage_keys import first_stage
 
@@ -226,7 +226,7 @@ def test_diffusers_vq_model(tmp_path: Path) -> None:
 def test_published_shapes_are_covered_in_diffusers_own_modules(name: str) -> None:
     """The config that we write makes diffusers build a model of just the keys that we write."""
     from carrara.interop.layout import to_theirs
-    from carrara.interop.published_codecs import on_meta
+    from carrara.presets.published_codecs import on_meta
 
     codec = on_meta(PUBLISHED[name])
     codec.latent_scale, codec.latent_shift = torch.ones(1), torch.zeros(1)  # numbers, which the config asks for

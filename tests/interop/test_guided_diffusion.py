@@ -15,8 +15,8 @@ from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.interop import guided_diffusion
 from carrara.interop.files import read_checkpoint
-from carrara.interop.published import PUBLISHED, recognise
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
+from carrara.presets.published import PUBLISHED, recognise
 from tests.interop import adm_reference
 
 BASE: dict[str, Any] = {

@@ -13,8 +13,8 @@ import torch
 from carrara import codecs
 from carrara.codecs import DiscreteAutoencoder, QuantiserParams, VQAutoencoder
 from carrara.errors import UserError
-from carrara.interop.published_codecs import PRESETS, PUBLISHED, on_meta
 from carrara.objectives.codec import LOSSES
+from carrara.presets.published_codecs import PRESETS, PUBLISHED, on_meta
 from carrara.recipe import Recipe, validate
 from carrara.training import Trainer
 from carrara.training.codec import make_codec, make_loss

@@ -35,11 +35,12 @@ from carrara.convert.parity import fingerprint, own_network
 from carrara.convert.record import KEY, record, restore
 from carrara.errors import UserError, nearest
 from carrara.files import write_whole
-from carrara.interop import compvis, compvis_model, compvis_published, published_codecs, taming
+from carrara.interop import compvis, compvis_model, taming
 from carrara.interop.compvis_unet import CLASSES, MEAN, PART, unet_weights
 from carrara.interop.layout import check_tensor, strip_prefixes
 from carrara.model import DiffusionModel
 from carrara.networks import UNet
+from carrara.presets import compvis_published, published_codecs
 from carrara.process.schedules import Discrete
 
 NULLED = "ldm-imagenet-256-v2"

@@ -19,9 +19,9 @@ from carrara.errors import UserError, nearest
 from carrara.files import write_whole
 from carrara.interop import guided_diffusion
 from carrara.interop.layout import strip_prefixes
-from carrara.interop.published import PUBLISHED, Published, recognise
 from carrara.model import DiffusionModel
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
+from carrara.presets.published import PUBLISHED, Published, recognise
 from carrara.process import schedules
 from carrara.process.schedules import Discrete
 

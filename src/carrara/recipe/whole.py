@@ -44,7 +44,7 @@ class Recipe(Section):
             `carrara data encode` has put the latents. Of a codec, its `kind`
             (autoencoder, vae, kl, vq, vqgan, dvae, gumbel, hierarchical) and the fields of `AutoencoderParams`,
             `QuantiserParams` or `DiscreteParams`, or as its `preset` a published shape, a name of
-            `carrara.interop.published_codecs.PRESETS`, of which further keys change single fields; and its `scale`:
+            `carrara.presets.published_codecs.PRESETS`, of which further keys change single fields; and its `scale`:
             "one" number for all latents, or one for each "channel"; with `start`, what of it shall `learn`: "all", or
             the "decoder" alone, so that every latent stays what it is.
         upsampling: of a diffusion model that is to enlarge small images.

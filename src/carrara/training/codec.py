@@ -17,11 +17,11 @@ from carrara.codecs.perceptual import LPIPS, ClassifierFeatures, Perceptual
 from carrara.data import Batch, Batches, LatentBatch, Preprocess, Source
 from carrara.distributed import Processes
 from carrara.errors import UserError, nearest
-from carrara.interop import published_codecs
 from carrara.networks.autoencoder import AutoencoderParams
 from carrara.networks.discriminator import Discriminator, DiscriminatorParams
 from carrara.objectives import Examples
 from carrara.objectives.codec import CODEC, DISCRIMINATOR, LOSSES, CodecLoss, CodecObjective
+from carrara.presets import published_codecs
 from carrara.process import Noise
 from carrara.recipe import Recipe, params_from
 from carrara.training.assembly import shown_batch
