@@ -10,19 +10,22 @@ from carrara.errors import UserError
 
 PEAK = 2.0
 """Images span [-1, 1]."""
+HIGHEST_PSNR = 100.0
+"""In dB; what equal images have. A mean over a set stays finite, and 8-bit images that differ by one level in one pixel
+of 1024² reach 108 dB."""
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """Peak signal-to-noise ratio 10·log₁₀(2² / mean squared error) in dB, one for each image, float64 [N].
 
-    Average these for a set (never the errors). Equal images have +∞.
+    Average these for a set (never the errors). At most `HIGHEST_PSNR`, which equal images have.
 
     Args:
         images, targets: [N, C, H, W] in [-1, 1].
     """
     _check(images, targets)
     error = (images.double() - targets.double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(PEAK**2 / error)
+    return (10 * torch.log10(PEAK**2 / error)).clamp(max=HIGHEST_PSNR)
 
 
 def ssim(images: Tensor, targets: Tensor, window: int = 11, deviation: float = 1.5) -> Tensor:

@@ -90,7 +90,7 @@ def test_files_that_hold_no_figures_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no file"):
         load(tmp_path / "none.json")
     for text in ("not json", "[1, 2]", '{"fid": 3.2}', '{"fid": {"value": 1}}'):
-        with pytest.raises(UserError, match="does not hold figures"):
+        with pytest.raises(UserError, match="does not contain metrics"):
             from_json(text)
 
 

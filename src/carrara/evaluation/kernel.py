@@ -87,6 +87,10 @@ class KernelEstimate:
         n, m = len(sets.samples), len(sets.reference)
         if min(n, m) < 2:
             raise UserError(f"a kernel distance needs at least 2 images a side, here {n} and {m}: add images.")
+        if subset_size < 2:
+            raise UserError(
+                f"subset_size is {subset_size}: an unbiased kernel distance needs at least 2 images.", key="subset_size"
+            )
         self.size, self._sets = min(subset_size, n, m), sets
         self._counts = (1, subsets, replicates)
         chosen_x, chosen_y = _subsets(n, m, subsets, self.size, seed)

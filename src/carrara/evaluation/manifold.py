@@ -72,6 +72,8 @@ class Balls:
 
     def __init__(self, sets: Sets, precision_k: int = 3, density_k: int = 5) -> None:
         k, x, y = max(precision_k, density_k), sets.samples, sets.reference
+        if min(precision_k, density_k) < 1:
+            raise UserError(f"k is {min(precision_k, density_k)}: at least 1 nearest neighbour is needed.", key="k")
         if min(len(x), len(y)) <= k:
             raise UserError(f"{k} nearest neighbours need more than {k} images a side, here {len(x)} and {len(y)}.")
         self._ks = precision_k, density_k

@@ -22,6 +22,7 @@ from carrara.evaluation.memorisation import class_spread, class_spread_interval,
 from carrara.evaluation.moments import Rows, Statistics
 from carrara.evaluation.products import Sets
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp
+from carrara.similarity import HIGHEST_PSNR
 
 FID_FEATURES = "inception-2015"
 """The only features whose Fréchet distance is called FID, and whose kernel distance KID."""
@@ -188,11 +189,11 @@ def measure_captions(images: Tensor, texts: Tensor, stamp: Stamp, seed: int = 0)
 
 
 def measure_reconstruction(values: Mapping[str, Tensor], stamp: Stamp, seed: int = 0) -> Measurements:
-    """The means of what `likeness` tells of each picture, PSNR (dB) and SSIM among them."""
+    """The means of what `likeness` measures of each picture, PSNR (dB) and SSIM among them."""
     figures: Measurements = {}
     for name, each in values.items():
-        equal = int(each.isinf().sum())
-        note = f"{equal:,} of {len(each):,} pictures are equal to their originals" if equal else ""
-        interval = None if equal else mean_interval(each, seed=seed)
-        figures[name] = Measurement(float(each.mean()), interval, stamp, note)
+        equal = int((each >= HIGHEST_PSNR).sum()) if name == "psnr" else 0
+        note = f"{equal:,} of {len(each):,} pictures count as equal to their originals, with {HIGHEST_PSNR:g} dB"
+        interval = mean_interval(each, seed=seed)
+        figures[name] = Measurement(float(each.mean()), interval, stamp, note if equal else "")
     return figures

@@ -214,9 +214,32 @@ def data_pictures(
 
 
 def _images_of(path: str) -> str:
-    """The archive in a folder that `carrara sample` wrote, where a grid lies beside the single pictures."""
-    archive = Path(path) / "samples.npz"
-    return str(archive) if archive.is_file() else path
+    """The archive in a folder that `carrara sample` wrote, which also has a contact sheet and the single pictures.
+
+    Raises:
+        UserError: the archive has another number of samples than the folder has pictures, or is missing.
+    """
+    folder, archive = Path(path), Path(path) / "samples.npz"
+    pictures = len(list(folder.glob("seed*-[0-9]*.png"))) if folder.is_dir() else 0
+    if not archive.is_file():
+        if pictures and (folder / "grid.png").is_file():
+            raise UserError(
+                f"{folder} has sampled pictures and a contact sheet, grid.png, but no samples.npz: sample again, or "
+                "move grid.png away to measure the pictures.",
+                key=str(archive),
+                code="missing",
+            )
+        return path
+    with np.load(archive, allow_pickle=False) as arrays:
+        stored = len(arrays["arr_0"]) if "arr_0" in arrays.files else pictures
+    if pictures and stored != pictures:
+        raise UserError(
+            f"{archive} has {stored} samples and its folder {pictures} pictures: they are not of one run, so name the "
+            "archive itself, or sample into an empty folder.",
+            key=str(archive),
+            code="conflict",
+        )
+    return str(archive)
 
 
 def refuse_fewer_than_one(count: int) -> None:

@@ -61,11 +61,17 @@ def read_statistics(path: str | Path, expected: Mapping[str, Any] | None = None)
     arrays = _open(path)
     if "mu" not in arrays or "sigma" not in arrays:
         raise UserError(f"'{path}' holds {sorted(arrays)}, not 'mu' and 'sigma': it is no statistics file.")
+    for name in ("mu", "sigma"):
+        if arrays[name].dtype.kind not in "fiu":
+            raise UserError(
+                f"'{path}' has {name} of type {arrays[name].dtype}, where real numbers are needed.",
+                key=str(path),
+                code="damaged",
+            )
     mean, covariance = torch.from_numpy(arrays["mu"]).double(), torch.from_numpy(arrays["sigma"]).double()
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"'{path}' has mu of shape {list(mean.shape)} and sigma of {list(covariance.shape)}.")
-    if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-        raise UserError(f"'{path}' holds NaN or infinite numbers: compute the statistics again.")
+    _check_covariance(path, mean, covariance)
     about = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
     for name, value in (expected or {}).items():
         if name in about and about[name] != value:
@@ -74,6 +80,24 @@ def read_statistics(path: str | Path, expected: Mapping[str, Any] | None = None)
                 "compute the reference again with the features in use."
             )
     return Statistics(mean, covariance, about.get("count"))
+
+
+def _check_covariance(path: Path, mean: Tensor, covariance: Tensor) -> None:
+    """Raises UserError unless a mean and a covariance can be those of numbers: finite, symmetric, and no entry beyond
+    what the two variances allow, up to the rounding of float32."""
+    largest = float(covariance.abs().max())
+    deviations = covariance.diagonal().clamp(min=0).sqrt()
+    checks = {
+        "NaN or infinite numbers": not bool(mean.isfinite().all() and covariance.isfinite().all()),
+        "a negative variance": bool((covariance.diagonal() < -1e-6 * largest).any()),
+        "a sigma that is not symmetric": bool(((covariance - covariance.T).abs() > 1e-5 * largest).any()),
+        "covariances beyond what their variances allow": bool(
+            (covariance.abs() > deviations[:, None] * deviations * 1.001 + 1e-5 * largest).any()
+        ),
+    }
+    wrong = next((words for words, found in checks.items() if found), None)
+    if wrong is not None:
+        raise UserError(f"'{path}' has {wrong}: compute the statistics again.", key=str(path), code="damaged")
 
 
 def read_images(path: str | Path) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -160,8 +161,18 @@ def compare(first: Measurements, second: Measurements, varied: Collection[str] =
 
 
 def to_json(measurements: Measurements) -> str:
-    """The figures with their intervals and stamps, as JSON text with sorted keys."""
-    return json.dumps({name: asdict(m) for name, m in measurements.items()}, indent=2, sort_keys=True, default=str)
+    """The metrics with their intervals and stamps, as JSON text with sorted keys; what is not finite is null."""
+    plain = {name: _finite(asdict(m)) for name, m in measurements.items()}
+    return json.dumps(plain, indent=2, sort_keys=True, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_json(text: str, name: str = "the figures") -> Measurements:
@@ -172,16 +183,31 @@ def from_json(text: str, name: str = "the figures") -> Measurements:
     """
     try:
         return dict(_measurements(json.loads(text)))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{name} does not hold figures with their stamps ({error}): write it with carrara.") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{name} does not contain metrics with their stamps ({error}): write it with carrara.",
+            key=name,
+            code="damaged",
+        ) from None
 
 
 def load(path: str | Path) -> Measurements:
     """The figures of a JSON file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no file '{path}' of figures.")
-    return from_json(path.read_text(encoding="utf-8"), f"'{path}'")
+        raise UserError(f"there is no file '{path}' of metrics.", key=str(path), code="missing")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}.", key=str(path), code="damaged") from None
+    return from_json(text, f"'{path}'")
+
+
+def _interval(entry: Mapping[str, Any] | None) -> Interval | None:
+    """An interval whose ends are numbers; None otherwise."""
+    if entry is None or any(entry[end] is None for end in ("low", "high")):
+        return None
+    return Interval(**entry)
 
 
 def _measurements(raw: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
@@ -191,8 +217,8 @@ def _measurements(raw: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
         yield (
             name,
             Measurement(
-                entry["value"],
-                None if interval is None else Interval(**interval),
+                math.nan if entry["value"] is None else float(entry["value"]),
+                _interval(interval),
                 Stamp(**stamp),
                 entry["note"],
                 entry.get("details", {}),

@@ -1,0 +1,110 @@
+"""Numbers that are none, files that are not what they seem: refused by name, and JSON that stays JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from carrara.evaluation import kernel_distance
+from carrara.evaluation.manifold import density_coverage, precision_recall
+from carrara.evaluation.pictures import data_pictures
+from carrara.evaluation.reference import read_statistics
+from carrara.evaluation.stamp import Measurement, Stamp, from_json, load, to_json
+from carrara.images import save_npz, save_png
+from carrara.similarity import psnr
+from tests.errors import refused
+
+ROOM = np.random.default_rng(0)
+REAL = np.cov(ROOM.normal(size=(50, 4)), rowvar=False)
+
+
+@pytest.mark.parametrize(
+    "sigma",
+    [
+        -REAL,
+        REAL + np.triu(np.ones((4, 4)), 1),
+        REAL + 1j * np.eye(4),
+        REAL + 10 * (1 - np.eye(4)),
+        np.where(np.eye(4) > 0, np.nan, REAL),
+        REAL.astype(str),
+    ],
+    ids=["negative", "asymmetric", "complex", "correlations above 1", "nan", "text"],
+)
+def test_statistics_that_are_none_are_refused(tmp_path: Path, sigma: Any) -> None:
+    path = tmp_path / "s.npz"
+    np.savez(path, mu=np.zeros(4), sigma=sigma)
+    with refused("damaged", str(path)):
+        read_statistics(path)
+
+
+def test_statistics_in_float32_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4, dtype=np.float32), sigma=REAL.astype(np.float32))
+    assert read_statistics(tmp_path / "s.npz").covariance.shape == (4, 4)
+
+
+def test_an_equal_pair_leaves_a_mean_finite() -> None:
+    x = torch.rand(3, 1, 8, 8)
+    values = psnr(x, torch.stack([x[0], -x[1], x[2]]))
+    assert values.isfinite().all()
+    assert values[0] == values[2] > values[1]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_null_in_json(value: float) -> None:
+    text = to_json({"x": Measurement(value, None, Stamp(n=1), details={"terms": [value, 1.0]})})
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    assert json.loads(text)["x"]["value"] is None
+    assert math.isnan(from_json(text)["x"].value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe{}", b"[1, 2]", b'{"x": {"value": null}}', b'{"x": null}', b"[" * 100_000]
+)
+def test_files_of_no_metrics_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with refused("damaged"):
+        load(tmp_path / "a.json")
+    with refused("missing", str(tmp_path / "b.json")):
+        load(tmp_path / "b.json")
+
+
+def test_too_small_numbers_are_refused() -> None:
+    x, y = torch.rand(6, 3), torch.rand(6, 3)
+    with refused("invalid", "subset_size"):
+        kernel_distance(x, y, subset_size=1)
+    for metric in (precision_recall, density_coverage):
+        for k in (0, -1):
+            with refused("invalid", "k"):
+                metric(x, y, k=k)
+
+
+def samples(folder: Path, count: int) -> Path:
+    images = torch.rand(count, 1, 8, 8)
+    for row, image in enumerate(images):
+        save_png(image, folder / f"seed0-{row:05d}.png")
+    save_png(images[0], folder / "grid.png")
+    save_npz(folder / "samples.npz", images)
+    return folder
+
+
+def test_a_folder_of_samples_has_one_truth(tmp_path: Path) -> None:
+    folder = samples(tmp_path / "s", 3)
+    assert data_pictures(str(folder)).count == 3
+    (folder / "seed0-00002.png").unlink()
+    with refused("conflict", str(folder / "samples.npz")):
+        data_pictures(str(folder))
+    (folder / "samples.npz").unlink()
+    with refused("missing", str(folder / "samples.npz")):
+        data_pictures(str(folder))
+    (folder / "grid.png").unlink()
+    assert data_pictures(str(folder)).count == 2
+    with Image.open(folder / "seed0-00000.png") as picture:
+        assert picture.size == (8, 8)
