@@ -73,7 +73,7 @@ def test_codes_latents_and_indices_decode_alike(kind: str) -> None:
 def step(own: Quantiser, z: Tensor, ids: Sequence[int] = range(4)) -> None:
     """What a training step does."""
     own.note(z, own.indices(z), Noise(0).rows(ids))
-    own.settle()
+    own.end_step()
 
 
 def test_an_ema_codebook_follows_the_moving_mean_of_what_chose_it() -> None:
@@ -115,7 +115,7 @@ def test_the_first_step_fills_the_codebook_and_dead_codes_start_anew() -> None:
     chosen = torch.arange(0, 64).reshape(4, 4, 4) % 8
     chosen[(chosen == 1) | (chosen == 4)] = 0
     own.note(latents(seed=1), chosen, Noise(0).rows(range(4, 8)))
-    own.settle()
+    own.end_step()
     heard = latents(seed=1).permute(0, 2, 3, 1).reshape(-1, 3)
     anew = torch.stack([(heard == entry).all(1).any() for entry in own.codebook])
     assert torch.equal(anew, alive == 0)
@@ -150,7 +150,7 @@ def test_a_batch_teaches_the_same_in_parts(decay: float | None) -> None:
             whole, ids = latents(seed=number), range(4 * number, 4 * number + 4)
             for rows in torch.arange(4).chunk(parts):
                 own.note(whole[rows], own.indices(whole[rows]), Noise(0).rows([ids[i] for i in rows]))
-            own.settle()
+            own.end_step()
         books.append(own)
     assert int(books[0].usage.batches) == int(books[1].usage.batches) == 3
     # the parts' sums are added up in another order

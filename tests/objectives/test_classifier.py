@@ -100,7 +100,7 @@ def test_it_can_be_trained_and_remembers_its_losses() -> None:
     terms = objective.terms(batch, Noise(3), "network")
     terms.per_sample.mean().backward()
     assert all(p.grad is not None for p in objective.players["network"].parameters())
-    objective.settle()
+    objective.end_step()
     assert int(times.counts.sum()) > 0
     assert torch.equal(objective.state_dict()["counts"], times.counts)
 

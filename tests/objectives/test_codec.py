@@ -138,7 +138,7 @@ def test_before_its_start_the_discriminator_neither_counts_nor_learns() -> None:
 def test_the_ramp_counts_images() -> None:
     objective = CodecObjective(make("kl"), CodecLoss(adversarial=0.5, start=100, ramp=50), None, critic())
     seen = torch.tensor([0.0, 100.0, 125.0, 150.0, 10_000.0])
-    torch.testing.assert_close(objective.share(seen), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+    torch.testing.assert_close(objective.fraction(seen), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
 
 
 def test_a_start_beyond_the_end_is_told() -> None:
@@ -223,7 +223,7 @@ def test_a_collapsed_codebook_stops_the_run_after_its_beginning(restart: float) 
         parameter.data.zero_()
     for number in range(20):
         objective.terms(examples(), at(4 * number), CODEC)
-        objective.settle()
+        objective.end_step()
     codec.quantiser.usage.batches.fill_(_PATIENCE)
     with pytest.raises(UserError, match=r"codebook has collapsed: all positions of a batch choose 1\.\d codes"):
         objective.terms(examples(), at(80), CODEC)
@@ -273,7 +273,7 @@ def test_a_few_steps_of_both_players_learn(kind: str) -> None:
                     other.zero_grad(set_to_none=True)
                 if name == CODEC:
                     errors.append(float(terms.scalars["reconstruction"].mean()))
-            objective.settle()
+            objective.end_step()
         assert errors[-1] < 0.7 * errors[0]
         ends.append(torch.cat([p.detach().flatten() for p in codec.parameters()]))
     assert torch.equal(*ends)

@@ -122,12 +122,12 @@ def test_importance_weights_and_history() -> None:
     objective = DiffusionObjective(Told(), schedule, times=times)
     for level in times.levels.tolist():
         times.observe(torch.tensor([level]), torch.tensor([level]), [0])
-        times.settle()
+        times.end_step()
     before = times.history.clone()
     probabilities = times.probabilities()
     terms = objective.terms(examples(), Noise(2), "network")
     assert torch.equal(times.history, before), "micro-batches of one step draw alike"
-    objective.settle()
+    objective.end_step()
     assert not torch.equal(times.history, before)
     # The mean squared error beside it carries no weights.
     drawn, importance = LossAwareTimes.draw(
@@ -142,7 +142,7 @@ def test_importance_weights_and_history() -> None:
     assert torch.equal(other.times.history, times.history)
     with torch.no_grad():  # a validation pass teaches nothing
         objective.terms(examples(), Noise(9), "network")
-        objective.settle()
+        objective.end_step()
     assert torch.equal(other.times.history, times.history)
 
 

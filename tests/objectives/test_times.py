@@ -77,14 +77,14 @@ class TestLossAware:
         for turn in range(sampler.history.shape[1]):
             losses = scale * (sampler.levels + turn)
             sampler.observe(sampler.levels, losses, range(len(losses)))
-            sampler.settle()
+            sampler.end_step()
 
     def test_is_uniform_until_every_level_is_known(self) -> None:
         sampler = LossAwareTimes(self.schedule, history=2)
         every = sampler.levels
         sampler.observe(every, torch.ones(30), range(30))
         sampler.observe(every[:-1], torch.ones(29), range(29))
-        sampler.settle()
+        sampler.end_step()
         assert not sampler.warm
         times, weights = sampler.draw(self.schedule, UNIFORM)
         plain, _ = UniformTimes().draw(self.schedule, UNIFORM)
@@ -116,11 +116,11 @@ class TestLossAware:
         losses, positions = torch.arange(8.0), list(range(40, 48))
         one = LossAwareTimes(self.schedule, history=4)
         one.observe(times, losses, positions)
-        one.settle()
+        one.end_step()
         parts = LossAwareTimes(self.schedule, history=4)
         for part in (slice(0, 3), slice(3, 8)):  # as micro-batches note them
             parts.observe(times[part], losses[part], positions[part])
-        parts.settle()
+        parts.end_step()
         assert torch.equal(parts.history, one.history)
         sent: list[Tensor] = []
         for rank in range(2):
@@ -131,12 +131,12 @@ class TestLossAware:
 
             spy = LossAwareTimes(self.schedule, history=4, gather=send)
             spy.observe(times[rank::2], losses[rank::2], positions[rank::2])
-            spy.settle()
+            spy.end_step()
         whole = torch.cat(sent)
         for rank in range(2):
             both = LossAwareTimes(self.schedule, history=4, gather=lambda rows: whole)
             both.observe(times[rank::2], losses[rank::2], positions[rank::2])
-            both.settle()
+            both.end_step()
             assert torch.equal(both.history, one.history)
             assert torch.equal(both.counts, one.counts)
         # Equal t in the order of the global positions: the newest four of 0, 1, 3, 5, 6, 7.
@@ -152,14 +152,14 @@ class TestLossAware:
         second.load_state_dict(torch.load(buffer, weights_only=True))
         assert torch.equal(first.probabilities(), second.probabilities())
         first.observe(torch.tensor([4.0]), torch.tensor([9.0]), [0])
-        first.settle()
+        first.end_step()
         assert not torch.equal(first.history, second.history)
 
     def test_losses_that_are_not_finite_are_forgotten(self) -> None:
         sampler = LossAwareTimes(self.schedule, history=1)
         self.warm(sampler)
         sampler.observe(torch.tensor([4.0, 5.0]), torch.tensor([math.nan, math.inf]), [0, 1])
-        sampler.settle()
+        sampler.end_step()
         assert bool(torch.isfinite(sampler.probabilities()).all())
 
     def test_losses_of_zero_leave_it_uniform(self) -> None:

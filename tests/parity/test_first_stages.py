@@ -130,7 +130,7 @@ def test_the_adversarial_start() -> None:
     loss = CodecLoss(adversarial=case.config["disc_weight"], start=case.config["threshold"])
     objective = CodecObjective(torch.nn.Identity(), loss, discriminator=torch.nn.Identity())
     seen = torch.tensor(case.config["steps"], dtype=torch.float64)
-    case.near("adopt_weight", objective.share(seen) * loss.adversarial)
+    case.near("adopt_weight", objective.fraction(seen) * loss.adversarial)
 
 
 @pytest.mark.parametrize(("name", "module"), [("d2_autoencoder_kl", compvis), ("e1_vqmodel", taming)])

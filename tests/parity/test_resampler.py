@@ -20,7 +20,7 @@ def test_history_weights_and_importance() -> None:
     for update, (index, loss) in enumerate(zip(indices, losses, strict=True)):
         # Their t counts from 0.
         sampler.observe(index + 1, loss, range(len(index)))
-        sampler.settle()
+        sampler.end_step()
         assert sampler.warm == bool(case.output("warmed_up_after_each_update")[update])
         weights = case.output("weights_after_each_update")[update]
         torch.testing.assert_close(sampler.probabilities(), weights / weights.sum(), rtol=1e-12, atol=0)

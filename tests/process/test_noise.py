@@ -197,7 +197,7 @@ class TestRefusals:
             Noise().at(-1)
 
     def test_another_batch_than_its_rows(self) -> None:
-        with pytest.raises(UserError, match="bound to 2 samples, a batch of 3"):
+        with pytest.raises(UserError, match="bound to 2 samples, not to a batch of 3"):
             Noise().rows([0, 1]).normal((3, 4))
 
     def test_seventeen_draws_in_a_step(self) -> None:

@@ -171,7 +171,7 @@ class TestZeroTerminalSnr:
         assert float(schedule.time_at(float(schedule.log_snr(500)))) == pytest.approx(500, abs=1e-9)
 
     def test_no_level_lies_beside_the_end(self) -> None:
-        with pytest.raises(UserError, match=r"t = 999.5 lies beside the zero-SNR end .* use whole times"):
+        with pytest.raises(UserError, match=r"t = 999.5 lies next to the zero-SNR end .* use whole times"):
             schedules.zero_terminal_snr(schedules.linear(1000)).alpha(999.5)
 
 

@@ -130,7 +130,7 @@ class DiscreteAutoencoder(LearnedCodec):
         scalars = {"kl": kl.detach(), "temperature": kl.new_tensor(temperature), **self._used()}
         return self._made(latent, kl / x[0].numel(), scalars, log_scale=self.log_scale)
 
-    def settle(self) -> None:
+    def end_step(self) -> None:
         if self._chosen:
             self.usage.observe(summed(torch.stack(self._chosen).sum(0).float()))
             self._chosen = []

@@ -89,7 +89,7 @@ class LearnedCodec(nn.Module):
         """The same as numbers to log; of held-out images, and of latents that stay what they are, they tell nothing."""
         return self.code_usage.scalars() if self.code_usage is not None and self.latents_learn else {}
 
-    def settle(self) -> None:
+    def end_step(self) -> None:
         """Learn, after a training step, what no gradient teaches: a codebook."""
 
     def config(self) -> dict[str, Any]:

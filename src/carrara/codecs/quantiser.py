@@ -215,7 +215,7 @@ class Quantiser(nn.Module):
     # ---- learning ------------------------------------------------------------------------------------------
 
     def note(self, latent: Tensor, indices: Tensor, noise: Noise) -> None:
-        """Keep what a training batch, or a part of one, was quantised to, for `settle`.
+        """Keep what a training batch, or a part of one, was quantised to, for `end_step`.
 
         Args:
             latent: z, [B, C', h, w].
@@ -225,7 +225,7 @@ class Quantiser(nn.Module):
         self._noted.append(_Noted(latent.detach().float(), indices, noise))
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def end_step(self) -> None:
         """Learn from what was noted, once a step: how often each code was chosen, and for an EMA codebook by what. A
         batch teaches the same in one piece and in parts, on one process and on several.
 

@@ -67,5 +67,5 @@ class VQAutoencoder(LearnedCodec):
         scalars = {"commitment": commitment.detach(), "codebook": codebook.detach(), **self._used()}
         return self._made(through, loss, scalars, shown=latent)
 
-    def settle(self) -> None:
-        self.quantiser.settle()
+    def end_step(self) -> None:
+        self.quantiser.end_step()

@@ -14,11 +14,11 @@ from carrara.process.noise import Noise
 
 @dataclass(frozen=True)
 class Examples:
-    """What an objective learns from.
+    """What an objective is computed on.
 
     Attributes:
         x0: clean images in [-1, 1], or scaled latents, [B, C, H, W].
-        condition: what the model is told of each sample, before any dropout.
+        condition: of each sample, before any dropout.
     """
 
     x0: Tensor
@@ -31,7 +31,7 @@ class Terms:
 
     Attributes:
         per_sample: [B], differentiable; the loss is its mean.
-        scalars: what to log beside it, detached, each [B] or a single number.
+        scalars: what to log in addition, detached, each [B] or a single number.
         quarter: int64 [B], which quarter of the noise levels every sample fell into (0 the cleanest); None where
             there are no levels.
         times: float64 [B], the level of every sample in schedule time, or None.
@@ -63,7 +63,7 @@ class Objective(Protocol):
         """
         ...
 
-    def settle(self) -> None:
+    def end_step(self) -> None:
         """Take in what the losses of a whole step taught, all its micro-batches done. Every process must call it."""
         ...
 

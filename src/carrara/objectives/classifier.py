@@ -58,8 +58,8 @@ class ClassifierObjective:
             loss * importance.to(loss), _accuracy(logits.detach(), label), quarters(self.schedule, times), times
         )
 
-    def settle(self) -> None:
-        self.times.settle()
+    def end_step(self) -> None:
+        self.times.end_step()
 
     def state_dict(self) -> dict[str, Any]:
         return self.times.state_dict()

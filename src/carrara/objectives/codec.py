@@ -34,7 +34,7 @@ _MOST = 1e4
 _SMALL = 1e-4
 """Ceiling of the adaptive weight, and what keeps its denominator from 0 (Esser et al. 2021, eq. 7)."""
 _COLLAPSED = 2.0
-"""A codebook whose perplexity is below this says hardly anything."""
+"""A codebook whose perplexity is below this carries hardly any information."""
 _PATIENCE = 500
 """Steps after which a collapsed codebook is no longer a beginning."""
 _CHANNELS = 16
@@ -50,10 +50,10 @@ class CodecLoss:
             log-likelihoods of a Laplace and of a Gaussian distribution, up to constants.
         latent: weight of what the latent costs: the KL per image dimension (1 makes a VAE, 1e-6 a first stage of
             latent diffusion), or the quantiser's loss.
-        perceptual: weight of the perceptual distance, beside the reconstruction; 0 leaves it out.
-        adversarial: weight of the discriminator's verdict; 0 leaves the discriminator out.
+        perceptual: weight of the perceptual distance, in addition to the reconstruction; 0 leaves it out.
+        adversarial: weight of the discriminator's loss; 0 leaves the discriminator out.
         gan: what the discriminator minimises: "hinge", or "logarithmic": it maximises ln D(x) + ln(1 - D(x̂)).
-        adaptive: scale the verdict's gradient to the reconstruction's, at the decoder's last layer.
+        adaptive: scale the discriminator's gradient to the reconstruction's, at the decoder's last layer.
         start: images seen before the discriminator begins to learn and to count. It starts untrained: expect a dip.
         ramp: over how many images its weight then rises to its full value; 0 at once.
     """
@@ -94,7 +94,7 @@ which there is one to 192 dimensions (RGB, a reduction of 8)."""
 class CodecObjective:
     """What codec and discriminator minimise, stepping in this order on the same batch.
 
-    The discriminator judges the reconstructions that the codec's own turn made. Progress is counted in images: a
+    The discriminator gets the reconstructions that the codec's own turn made. Progress is counted in images: a
     sample's global position, which its randomness is addressed by, is the number of images seen before it.
 
     Args:
@@ -147,10 +147,10 @@ class CodecObjective:
         seen = torch.tensor(draw.ids or (0,) * len(batch.x0), dtype=torch.float64, device=batch.x0.device)
         return self._codec(batch.x0, draw, seen) if player == CODEC else self._discriminator(batch.x0, draw, seen)
 
-    def settle(self) -> None:
+    def end_step(self) -> None:
         codec = _bare(self.codec)
         if isinstance(codec, LearnedCodec):
-            codec.settle()
+            codec.end_step()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -163,16 +163,15 @@ class CodecObjective:
     def _codec(self, x: Tensor, draw: Noise, seen: Tensor) -> Terms:
         made: Reconstruction = self.codec(x, draw)
         # The image's own terms are differentiated with respect to the image alone, once: the adaptive weight needs
-        # these gradients, and what leads from the weights to the image is then walked back once, too.
+        # these gradients, and the way from the image back to the weights is taken once, too.
         image = made.image.detach().float().requires_grad_(torch.is_grad_enabled())
         error, scalars = self._error(x, image)
-        told, gradient = self._likelihood(error, image, made.log_scale)
+        value, gradient = self._likelihood(error, image, made.log_scale)
         if made.log_scale is not None:
             scalars["learned scale"] = made.log_scale.detach().exp()
-        value = told
         if self.discriminator is not None:
-            verdict, pull = self._verdict(image, seen, gradient, made, scalars)
-            value, gradient = value + verdict, gradient + pull
+            g_loss, g_grad = self._g_loss(image, seen, gradient, made, scalars)
+            value, gradient = value + g_loss, gradient + g_grad
             if torch.is_grad_enabled() and bool((seen >= self.loss.start).any()):
                 self._made[draw.ids] = made.image.detach()
         per_sample = value + self.loss.latent * made.penalty + _attached(made.image, gradient)
@@ -214,36 +213,32 @@ class CodecObjective:
         factor = 0.5 * torch.exp(-2 * log_scale) if squared else torch.exp(-log_scale)
         return error * factor + log_scale, gradient * factor.detach()
 
-    def _verdict(
+    def _g_loss(
         self, image: Tensor, seen: Tensor, gradient: Tensor, made: Reconstruction, scalars: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The discriminator's term, [B] detached, and its gradient with respect to the image, both weighted."""
-        share = self.share(seen)
-        if not any_of(bool((share > 0).any()), image.device):
-            scalars |= {"adversarial": torch.zeros_like(share), "adaptive weight": share.new_zeros(())}
-            return torch.zeros_like(share), torch.zeros_like(image)
+        fraction = self.fraction(seen)
+        if not any_of(bool((fraction > 0).any()), image.device):
+            scalars |= {"adversarial": torch.zeros_like(fraction), "adaptive weight": fraction.new_zeros(())}
+            return torch.zeros_like(fraction), torch.zeros_like(image)
         assert self.discriminator is not None
-        verdict = -_bare(self.discriminator)(image).float().flatten(1).mean(1)
-        pull = _gradient(verdict, image)
+        g_loss = -_bare(self.discriminator)(image).float().flatten(1).mean(1)
+        g_grad = _gradient(g_loss, image)
         weight = image.new_tensor(self.loss.adversarial)
         if self.loss.adaptive and torch.is_grad_enabled():
-            weight = weight * adaptive_weight(made, gradient, pull, int(seen.max()))
-        scalars |= {"adversarial": verdict.detach(), "adaptive weight": weight}
-        weights = weight * share
-        return weights * verdict.detach(), weights.reshape(-1, 1, 1, 1) * pull
+            weight = weight * adaptive_weight(made, gradient, g_grad, int(seen.max()))
+        scalars |= {"adversarial": g_loss.detach(), "adaptive weight": weight}
+        weights = weight * fraction
+        return weights * g_loss.detach(), weights.reshape(-1, 1, 1, 1) * g_grad
 
-    def share(self, seen: Tensor) -> Tensor:
-        """The share of its weight that the discriminator has after so many images, [B] in 0..1, float32."""
+    def fraction(self, seen: Tensor) -> Tensor:
+        """The fraction of its weight that the discriminator has after so many images, [B] in 0..1, float32."""
         since = seen - self.loss.start
-        share = (since >= 0).double() if self.loss.ramp == 0 else (since / self.loss.ramp).clamp(0, 1)
-        return share.float()
+        fraction = (since >= 0).double() if self.loss.ramp == 0 else (since / self.loss.ramp).clamp(0, 1)
+        return fraction.float()
 
     def _check_codebook(self) -> None:
-        """Whether the codebook still says something, after its beginning.
-
-        Raises:
-            UserError: it has collapsed.
-        """
+        """Raises UserError unless the codebook is in use, once it has had time to spread."""
         codec = _bare(self.codec)
         usage = codec.code_usage if isinstance(codec, LearnedCodec) and codec.latents_learn else None
         if usage is None or int(usage.batches) < _PATIENCE or float(usage.step_perplexity) >= _COLLAPSED:
@@ -256,11 +251,11 @@ class CodecObjective:
     # ---- the discriminator's turn ---------------------------------------------------------------------------
 
     def _discriminator(self, x: Tensor, draw: Noise, seen: Tensor) -> Terms:
-        begun = seen >= self.loss.start
-        if not any_of(bool(begun.any()), x.device):
+        started = seen >= self.loss.start
+        if not any_of(bool(started.any()), x.device):
             nothing = torch.zeros(len(x), device=x.device)
-            told = dict.fromkeys(("discriminator", "logits real", "logits fake"), nothing)
-            return Terms(nothing.clone().requires_grad_(torch.is_grad_enabled()), told)
+            logged = dict.fromkeys(("discriminator", "logits real", "logits fake"), nothing)
+            return Terms(nothing.clone().requires_grad_(torch.is_grad_enabled()), logged)
         assert self.discriminator is not None
         fake = self._made.pop(draw.ids, None)
         if fake is None:  # nobody took the codec's turn on these samples
@@ -268,9 +263,9 @@ class CodecObjective:
                 fake = self.codec(x, draw).image
         # One pass for each kind, as in the original: a batch norm's statistics are those of its kind alone.
         real, false = (self.discriminator(pictures).float().flatten(1) for pictures in (x, fake.to(x)))
-        loss = discriminator_loss(real, false, self.loss.gan) * begun
-        told = {"logits real": real.detach().mean(1), "logits fake": false.detach().mean(1)}
-        return Terms(loss, told | {"discriminator": loss.detach()})
+        loss = discriminator_loss(real, false, self.loss.gan) * started
+        logged = {"logits real": real.detach().mean(1), "logits fake": false.detach().mean(1)}
+        return Terms(loss, logged | {"discriminator": loss.detach()})
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, gan: GAN) -> Tensor:
@@ -283,7 +278,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, gan: GAN) -> Tensor:
     return 0.5 * (F.softplus(-real) + F.softplus(fake)).mean(1)
 
 
-def adaptive_weight(made: Reconstruction, of_error: Tensor, of_verdict: Tensor, seen: int = 0) -> Tensor:
+def adaptive_weight(made: Reconstruction, of_error: Tensor, of_g_loss: Tensor, seen: int = 0) -> Tensor:
     """λ = ‖∇L_rec‖ / (‖∇L_GAN‖ + 1e-4), at most 1e4; ∇ with respect to the decoder's last layer, of the mean over all
     processes' samples (Esser et al. 2021, eq. 7).
 
@@ -292,17 +287,17 @@ def adaptive_weight(made: Reconstruction, of_error: Tensor, of_verdict: Tensor, 
 
     Args:
         made: what the codec made.
-        of_error, of_verdict: gradients of the summed terms with respect to the image, [B, C, H, W].
+        of_error, of_g_loss: gradients of the summed terms with respect to the image, [B, C, H, W].
         seen: how many images the run has seen, for the sentence.
 
     Raises:
         UserError: a gradient is not finite.
     """
-    norms = [float(_last_layer_gradient(made, gradient).norm()) for gradient in (of_error, of_verdict)]
+    norms = [float(_last_layer_gradient(made, gradient).norm()) for gradient in (of_error, of_g_loss)]
     if not all(math.isfinite(norm) for norm in norms):
         raise UserError(
             f"the adaptive weight is not a number after {seen:,} images: the last layer's gradient is {norms[0]:g} of "
-            f"the reconstruction and {norms[1]:g} of the discriminator's verdict. Go back to an earlier checkpoint "
+            f"the reconstruction and {norms[1]:g} of the discriminator's loss. Go back to an earlier checkpoint "
             "with a lower learning rate, or start the discriminator later."
         )
     return of_error.new_tensor(min(norms[0] / (norms[1] + _SMALL), _MOST))
@@ -319,7 +314,7 @@ def _last_layer_gradient(made: Reconstruction, gradient: Tensor) -> Tensor:
 
 
 def _gradient(value: Tensor, image: Tensor) -> Tensor:
-    """The gradient of the summed values with respect to the image; zeros where none is asked for."""
+    """The gradient of the summed values with respect to the image; zeros where gradients are off."""
     if not torch.is_grad_enabled():
         return torch.zeros_like(image)
     return torch.autograd.grad(value.sum(), image)[0]

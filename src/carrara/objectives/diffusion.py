@@ -137,8 +137,8 @@ class DiffusionObjective:
     def _weigh(self, error: Tensor, times: Tensor) -> Tensor:
         return error * self.weight(self.predicts, self.schedule, times).to(error)
 
-    def settle(self) -> None:
-        self.times.settle()
+    def end_step(self) -> None:
+        self.times.end_step()
 
     def state_dict(self) -> dict[str, Any]:
         return self.times.state_dict()

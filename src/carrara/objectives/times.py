@@ -32,7 +32,7 @@ class TimeSampler(ABC):
         """
 
     def observe(self, times: Tensor, losses: Tensor, positions: Sequence[int]) -> None:  # noqa: B027 (most do nothing)
-        """Note the losses of a batch, or of a part of one; `settle` learns from them.
+        """Note the losses of a batch, or of a part of one; `end_step` learns from them.
 
         Args:
             times: what `draw` gave, [B].
@@ -40,7 +40,7 @@ class TimeSampler(ABC):
             positions: the samples' global positions in the run.
         """
 
-    def settle(self) -> None:  # noqa: B027
+    def end_step(self) -> None:  # noqa: B027
         """Learn from what was noted since the last call: once a step, so that micro-batches change nothing. Every
         process must call it."""
 
@@ -76,7 +76,7 @@ class UniformTimes(TimeSampler):
 
 @dataclass(frozen=True)
 class CleanTimes(TimeSampler):
-    """t = 0 alone: for a classifier that is to judge clean images."""
+    """t = 0 alone: for a classifier that evaluates clean images."""
 
     def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(uniform), torch.ones_like(uniform)
@@ -179,7 +179,7 @@ class LossAwareTimes(TimeSampler):
         local = torch.tensor(list(positions), dtype=torch.float64), index.double(), losses.detach().cpu().double()
         self._noted.append(torch.stack(local, dim=1).to(losses.device))
 
-    def settle(self) -> None:
+    def end_step(self) -> None:
         """Remember the noted losses, of all processes, in the order of their global positions.
 
         A loss that is not finite is not remembered: it would be drawn for ever.

@@ -31,7 +31,7 @@ WeightKind = Literal["uniform", "min_snr", "p2", "edm"]
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight of a level on the squared error of what the network tells.
+    """The weight of a level on the squared error of what the network predicts.
 
     Attributes:
         kind: "uniform" (L_simple), "min_snr" (Hang et al. 2023), "p2" (Choi et al. 2022 with k = γ = 1) or "edm"

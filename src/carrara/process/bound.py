@@ -1,7 +1,7 @@
 """The variational bound of a reverse chain, term by term (Ho et al. 2020, eq. 5; docs/math.md §4).
 
 -ln p(x_0) ≤ L_T + Σ L_{t-1} + L_0: prior matching, denoising matching, reconstruction. A chain is a schedule and the
-grid it is walked on: each pair's variance, and that of the last pair above all, depends on the whole grid.
+grid: each pair's variance, and that of the last pair above all, depends on the whole grid.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Chain:
         starts = self.grid.times[:-1].flip(0)
         place = torch.searchsorted(starts, times.cpu().double()).clamp(max=len(starts) - 1)
         if not torch.equal(starts[place], times.cpu().double()):
-            raise UserError("the bound was asked at a time that its grid does not visit.")
+            raise UserError("a time is none of the grid's, of whose pairs the bound consists: it does not visit it.")
         return len(starts) - 1 - place
 
     @cached_property

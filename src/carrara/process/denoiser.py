@@ -20,7 +20,7 @@ Network = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 def network_times(schedule: Schedule, t: Time, x: Tensor) -> Tensor:
-    """What the network is told at time t: [B] on x's device, float64 where x is, else float32."""
+    """The network's own time at t: [B] on x's device, float64 where x is, else float32."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return schedule.network_time(t).to(device=x.device, dtype=dtype).expand(x.shape[0])
 
@@ -31,9 +31,9 @@ class NetworkDenoiser:
 
     Attributes:
         network: `network(x, network_time, condition) -> raw`.
-        schedule: tells the noise level at t and what the network is told.
+        schedule: the noise levels, and the network's own time.
         predicts: "eps", "x0", "v" (v = a ε - s x_0), "flow" (u = ε - x_0), "edm" (the network sees c_in·x/a and
-            tells EDM's F), or "previous" (the mean of x_{t-1}, discrete schedules at whole times only); see
+            predicts EDM's F), or "previous" (the mean of x_{t-1}, discrete schedules at whole times only); see
             `parameterisation`.
         learned_variance: the network gives 2C channels, the second half being the raw variance fraction.
 
@@ -88,7 +88,7 @@ class NetworkDenoiser:
 class NoisyClassifier:
     """A classifier that was trained on noisy images: `(x, t) -> logits` [B, K], t in schedule time.
 
-    It always tells its network the original time, whatever grid is walked (docs/math.md §6).
+    Its network always gets the original time, whatever the grid (docs/math.md §6).
 
     Attributes:
         network: `network(x, network_time, condition) -> logits` [B, K].

@@ -1,6 +1,6 @@
-"""Grids: the explicit times that a solver walks, the last one included.
+"""Grids: the explicit times of a sampling run, the last one included.
 
-No solver infers a neighbour: it is told the pair (t, s). A grid that ends at 0 ends at the clean image; one
+No solver infers a neighbour: it gets the pair (t, s). A grid that ends at 0 ends at the clean image; one
 that ends at 1 ends at the first level of a table, as Stable Diffusion's `set_alpha_to_one = false` does.
 """
 
@@ -62,7 +62,7 @@ class Grid:
         return list(itertools.pairwise(values))
 
     def reversed(self) -> Grid:
-        """The same times walked the other way: DDIM on it is DDIM inversion (docs/math.md §10)."""
+        """The same times in the other order: DDIM on it is DDIM inversion (docs/math.md §10)."""
         return Grid(self.times.flip(0), self.name, not self.ascending)
 
     def __repr__(self) -> str:
@@ -93,7 +93,7 @@ def _table(schedule: Schedule, spacing: str) -> int:
 
 
 def _finish(times: Iterable[float], name: str, terminal: Terminal = "clean") -> Grid:
-    """Descending times closed by the clean point or by t = 1 (which is not walked twice)."""
+    """Descending times closed by the clean point or by t = 1 (which does not occur twice)."""
     values = list(times)
     if terminal == "clean":
         values.append(0.0)
@@ -144,7 +144,7 @@ def trailing(schedule: Schedule, steps: int, terminal: Terminal = "clean") -> Gr
 
 
 def linspace(schedule: Schedule, steps: int, terminal: Terminal = "clean") -> Grid:
-    """Evenly from `final_time` down to `first_time`, both walked, rounded for a table; then the terminal."""
+    """Evenly from `final_time` down to `first_time`, both included, rounded for a table; then the terminal."""
     n = _steps(schedule, steps)
     times = torch.linspace(schedule.final_time, schedule.first_time, n, dtype=torch.float64)
     return _finish((times.round() if schedule.discrete else times).tolist(), "linspace", terminal)
@@ -201,7 +201,7 @@ def log_snr(schedule: Schedule, steps: int, bends: Sequence[float] = ()) -> Grid
     A schedule that ends without any signal starts there and spaces the rest from its next level.
 
     Args:
-        bends: the logarithm of the step length, up to a constant, at even places along the walk and linear between
+        bends: the logarithm of the step length, up to a constant, at even places along the grid and linear between
             them; none, or equal ones, for even steps. `carrara.solvers.optimised_grid` finds them.
     """
     n = _steps(schedule, steps)
@@ -233,7 +233,7 @@ def _times(schedule: Schedule, log_snrs: Tensor, pinned: bool) -> list[float]:
 
 
 def sections(schedule: Schedule, counts: str | Sequence[int]) -> Grid:
-    """guided-diffusion's respacing: the table in as many equal sections as there are counts, each walked in
+    """guided-diffusion's respacing: the table in as many equal sections as there are counts, each covered in
     its own number of steps ("25", "10,15,20"); "ddimN" is `ddim(schedule, N)`.
 
     As in the original program, the float stride is accumulated and rounded half to even.
@@ -257,7 +257,7 @@ def sections(schedule: Schedule, counts: str | Sequence[int]) -> Grid:
         length = size + (1 if i < extra else 0)
         if not 1 <= count <= length:
             raise UserError(
-                f"section {i + 1} holds {length} of the {final} levels: it cannot be walked in {count} steps."
+                f"section {i + 1} holds {length} of the {final} levels: it cannot be covered in {count} steps."
             )
         stride = 1.0 if count == 1 else (length - 1) / (count - 1)
         position = 0.0
@@ -282,6 +282,6 @@ def ddim(schedule: Schedule, steps: int) -> Grid:
     if n not in lengths:
         close = sorted(lengths, key=lambda length: abs(length - n))[:2]
         raise UserError(
-            f"no whole stride walks {final} levels in {n} steps: the nearest are {min(close)} and {max(close)}."
+            f"no whole stride covers {final} levels in {n} steps: the nearest are {min(close)} and {max(close)}."
         )
     return _finish([float(i + 1) for i in reversed(range(0, final, lengths[n]))], f"ddim{n}")

@@ -1,4 +1,4 @@
-"""Randomness addressed by (seed, sample, draw), so that a picture does not depend on its company.
+"""Randomness addressed by (seed, sample, draw), so that a picture does not depend on its batch.
 
 Underneath lies numpy's Philox, a counter-based generator (Salmon et al. 2011): the key is (seed, draw), the
 counter is the sample's place and size. Nothing is consumed and nothing remembered: the same address gives the same
@@ -141,9 +141,9 @@ class Noise:
     def _runs(self, rows: int, count: int, sub: int) -> list[tuple[int, int, np.random.Philox]]:
         """Stretches of consecutive samples: (place in the batch, length, generator)."""
         if self.ids is not None and len(self.ids) != rows:
-            raise UserError(f"the noise is bound to {len(self.ids)} samples, a batch of {rows} was asked for.")
+            raise UserError(f"the noise is bound to {len(self.ids)} samples, not to a batch of {rows}.")
         if not 0 <= sub < _SUBDRAWS:
-            raise UserError(f"a step may draw {_SUBDRAWS} times, draw number {sub} was asked for.")
+            raise UserError(f"a step may draw {_SUBDRAWS} times: there is no draw number {sub}.")
         if rows == 0 or count == 0:
             return []
         key = self.draw * _SUBDRAWS + sub
@@ -163,7 +163,7 @@ class Noise:
         """Numbers in the open interval (0, 1) on a lattice of 2³², of `shape` [B, …].
 
         Args:
-            sub: several draws within one step are told apart by this number, 0..15.
+            sub: several draws within one step have different numbers, 0..15.
         """
         count = math.prod(shape[1:])
         values = np.empty((shape[0], count))
@@ -226,7 +226,7 @@ class GivenNoise(Noise):
         if self.ids is not None:
             value = value[list(self.ids)]
         if tuple(value.shape) != tuple(shape):
-            raise UserError(f"the given noise has the shape {tuple(value.shape)}, {tuple(shape)} was asked for.")
+            raise UserError(f"the given noise has the shape {tuple(value.shape)}, not {tuple(shape)}.")
         return value.to(device=device, dtype=dtype)
 
 

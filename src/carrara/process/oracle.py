@@ -101,7 +101,7 @@ class GaussianMixture:
         return logs + self._allowed(condition, x)
 
     def _allowed(self, condition: Condition | None, x: Tensor) -> Tensor:
-        """0 where a component belongs to the label asked for, -inf elsewhere, minus ln p(y); [B or 1, K]."""
+        """0 where a component belongs to the requested label, -inf elsewhere, minus ln p(y); [B or 1, K]."""
         if condition is None or condition.label is None:
             return torch.zeros(1, len(self.labels)).to(x)
         label = condition.label.reshape(-1, 1)

@@ -2,7 +2,7 @@
 
 With x = a x_0 + s ε at the noise level (a, s):
 
-| kind       | what is told, as a target           | x̂_0                     | error of x̂_0 / error told |
+| kind       | target of the network               | x̂_0                     | error of x̂_0 / its error  |
 |------------|-------------------------------------|-------------------------|---------------------------|
 | `eps`      | ε                                   | (x - s ε)/a             | s/a                       |
 | `x0`       | x_0                                 | x_0                     | 1                         |
@@ -65,7 +65,7 @@ def posterior_coefficients(schedule: Schedule, t: Time, x: Tensor) -> tuple[Scal
 def to_prediction(
     predicts: Predicts, schedule: Schedule, x: Tensor, t: Time, raw: Tensor, fraction: Tensor | None = None
 ) -> Prediction:
-    """x̂_0 and ε̂ from what the network told.
+    """x̂_0 and ε̂ from what the network predicted.
 
     Args:
         x: the noisy image, [B, …].
@@ -99,7 +99,7 @@ def to_prediction(
 
 
 def target(predicts: Predicts, schedule: Schedule, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
-    """What a perfect network tells of x = a x_0 + s ε, [B, …]: `to_prediction`'s inverse.
+    """What a perfect network predicts for x = a x_0 + s ε, [B, …]: `to_prediction`'s inverse.
 
     Args:
         x0, eps: [B, …].

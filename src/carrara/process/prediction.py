@@ -1,6 +1,6 @@
-"""What is known about the clean image at one time, and the forms in which networks tell it.
+"""What is known about the clean image at one time, and the forms in which networks predict it.
 
-For any schedule x_t = a x_0 + s ε. A network may tell ε, x_0, v = a ε - s x_0 (Salimans & Ho 2022), the flow
+For any schedule x_t = a x_0 + s ε. A network may predict ε, x_0, v = a ε - s x_0 (Salimans & Ho 2022), the flow
 velocity u = ε - x_0, EDM's F (Karras et al. 2022), or, in old checkpoints, the mean of x_{t-1}.
 """
 
@@ -44,7 +44,7 @@ def x0_of_eps(x: Tensor, eps: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
     """x_0 = (x - s ε)/a.
 
     Raises:
-        UserError: a = 0, where ε says nothing about the image.
+        UserError: a = 0, where ε does not determine the image.
     """
     if _vanishes(alpha):
         raise UserError(
@@ -63,7 +63,7 @@ def eps_of_x0(x: Tensor, x0: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
         UserError: s = 0, where there is no noise to speak of.
     """
     if _vanishes(sigma):
-        raise UserError("there is no noise to predict at the clean point (t = 0): ask at a later time.")
+        raise UserError("there is no noise to predict at the clean point (t = 0): take a later time.")
     if isinstance(alpha, Tensor):
         return (x - alpha * x0) / sigma
     return torch.sub(x, x0, alpha=alpha) / sigma
@@ -80,9 +80,9 @@ class Prediction:
         x0: the predicted clean image x̂_0, [B, …].
         eps: the predicted noise ε̂, [B, …]; x = alpha·x0 + sigma·eps always holds.
         variance_fraction: a learned variance's raw network output, [B, …], about -1..1; the fraction
-            v = (raw + 1)/2 is taken for the pair that is walked (Nichol & Dhariwal 2021, eq. 15). Not clamped.
+            v = (raw + 1)/2 is taken for the transition (Nichol & Dhariwal 2021, eq. 15). Not clamped.
         pending: a guidance gradient w·∇ log p(y|x), [B, …], that has not been folded in: the ancestral solver
-            adds Σ·pending to its mean (Dhariwal & Nichol 2021, algorithm 1), every other solver asks for
+            adds Σ·pending to its mean (Dhariwal & Nichol 2021, algorithm 1), every other solver takes
             `folded()`.
         x0_variance: Var[x_0|x_t] per dimension, [B, …], where it is known (the exact oracle); a changed x̂_0 or
             ε̂ belongs to another distribution, whose variance is not known.
@@ -136,7 +136,7 @@ class Denoiser(Protocol):
         Args:
             x: the noisy image, [B, …].
             t: schedule time, a float or 0-d tensor for the whole batch, or [B].
-            condition: what the model is told.
+            condition: what the model is conditioned on.
         """
         ...
 

@@ -29,7 +29,7 @@ class Schedule(ABC):
 
     Attributes:
         final_time: the noisiest time, T or 1 or the largest σ.
-        first_time: the least noisy time at which a network is asked: 1 for a table, a small positive
+        first_time: the least noisy time at which a network is evaluated: 1 for a table, a small positive
             number for a continuous schedule. Grids that space the levels themselves end here before the clean
             point.
         discrete: whether whole numbers are the times that a network was trained at.
@@ -59,7 +59,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def network_time(self, t: Time) -> Tensor:
-        """What the network is told at time t."""
+        """The network's own time at t."""
 
     def log_snr(self, t: Time) -> Tensor:
         """ln(a²/s²): +inf at the clean point, -inf where no signal is left."""
@@ -89,14 +89,14 @@ class Schedule(ABC):
 
 @lru_cache(maxsize=8192)
 def level(schedule: Schedule, t: float) -> tuple[float, float]:
-    """(a(t), s(t)) as Python floats, remembered: what a solver asks of a schedule at every step."""
+    """(a(t), s(t)) as Python floats, cached: what a solver needs of a schedule at every step."""
     return float(schedule.alpha(t)), float(schedule.sigma(t))
 
 
 class Discrete(Schedule):
     """A variance-preserving table of ᾱ_t for t = 1..T, interpolated linearly in log-SNR between its entries.
 
-    The network is told (t - 1)·`network_scale`: what ADM and Stable Diffusion were trained with (scale 1;
+    The network's time is (t - 1)·`network_scale`: what ADM and Stable Diffusion were trained with (scale 1;
     1000/T for guided-diffusion's `rescale_timesteps`).
     """
 
@@ -153,7 +153,7 @@ class Discrete(Schedule):
             )
         if float(self.alphas_cumprod[-1]) == 0 and float(times.max()) > self.final_time - 1:
             raise UserError(
-                f"t = {float(times.max()):g} lies beside the zero-SNR end of the schedule, where there is no log-SNR "
+                f"t = {float(times.max()):g} lies next to the zero-SNR end of the schedule, where there is no log-SNR "
                 "to interpolate to: use whole times."
             )
 
@@ -203,7 +203,7 @@ def linear(steps: int = 1000, network_scale: float = 1.0) -> Discrete:
         UserError: fewer than 21 steps, where the last β would reach 1.
     """
     if _count(steps) < 21:
-        raise UserError(f"the linear schedule needs at least 21 steps (its last β is 20/T), {steps} were asked for.")
+        raise UserError(f"the linear schedule needs at least 21 steps (its last β is 20/T), not {steps}.")
     betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
     return Discrete(torch.cumprod(1 - betas, 0), {"kind": "linear", "steps": steps}, network_scale)
 
@@ -251,7 +251,7 @@ def sigmoid(
 
 def zero_terminal_snr(schedule: Discrete) -> Discrete:
     """The schedule shifted and scaled so that nothing of the image is left at T (Lin et al. 2023, algorithm 1):
-    √ᾱ' = (√ᾱ - √ᾱ_T)·√ᾱ_1/(√ᾱ_1 - √ᾱ_T). The network is told what it was told before."""
+    √ᾱ' = (√ᾱ - √ᾱ_T)·√ᾱ_1/(√ᾱ_1 - √ᾱ_T). The network's times stay."""
     if not isinstance(schedule, Discrete):
         raise UserError("only a discrete schedule can be rescaled to zero terminal SNR.")
     root = schedule.alphas_cumprod.sqrt()
@@ -263,7 +263,7 @@ def zero_terminal_snr(schedule: Discrete) -> Discrete:
 
 
 class VarianceExploding(Schedule):
-    """a = 1 and s = t = σ (Song et al. 2021; Karras et al. 2022). The network is told ln(σ)/4."""
+    """a = 1 and s = t = σ (Song et al. 2021; Karras et al. 2022). The network's time is ln(σ)/4."""
 
     def __init__(self, sigma_min: float, sigma_max: float) -> None:
         if not 0 < sigma_min < sigma_max < math.inf:
@@ -291,7 +291,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> VarianceExploding:
 
 class RectifiedFlow(Schedule):
     """a = 1 - τ, s = τ with τ = k·t/(1 + (k - 1)·t), t in [0, 1] (Liu et al. 2022; the shift of Esser et al.
-    2024, §5.3.2). The network is told 1000·τ, as Stable Diffusion 3 is."""
+    2024, §5.3.2). The network's time is 1000·τ, as Stable Diffusion 3's."""
 
     final_time = 1.0
 
@@ -325,7 +325,7 @@ def rectified_flow(shift: float = 1.0, first_time: float = 1e-3) -> RectifiedFlo
 
 class ContinuousVP(Schedule):
     """ln a(t) = -t²(β_max - β_min)/4 - t·β_min/2, s² = 1 - a², t in [0, 1] (Song et al. 2021, eq. 33).
-    The network is told 999·t, as score_sde's continuous models are."""
+    The network's time is 999·t, as of score_sde's continuous models."""
 
     final_time = 1.0
 
@@ -362,7 +362,7 @@ def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, first_time: float = 1e
 
 class Trigonometric(Schedule):
     """a = cos(πt/2), s = sin(πt/2), t in [0, 1]: the uncapped cosine schedule in continuous time (Salimans & Ho
-    2022, §2). The network is told t itself, as the v-diffusion models are."""
+    2022, §2). The network's time is t itself, as of the v-diffusion models."""
 
     final_time = 1.0
 
@@ -392,7 +392,7 @@ def trigonometric(first_time: float = 1e-3) -> Trigonometric:
 
 
 def build(spec: dict[str, object]) -> Schedule:
-    """A schedule from its `spec`: the constructor's name under `kind`, its arguments beside it.
+    """A schedule from its `spec`: the constructor's name under `kind`, and its arguments.
 
     Raises:
         UserError: an unknown kind, or arguments that it does not take.

@@ -1,4 +1,4 @@
-"""Solvers: one pure step each, walked by the one `integrate`. One family a file."""
+"""Solvers: one pure step each, for the one loop `integrate`. One family a file."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -27,7 +27,7 @@ _FIRST_SHARE = 0.05  # of the remaining way: the first sub-step of all
 class Adaptive:
     """Bogacki-Shampine 3(2) with sub-steps inside each pair, three evaluations each and one more a transition.
 
-    Every sample has its own step size, so that a picture does not depend on its company; the batch is evaluated
+    Every sample has its own step size, so that a picture does not depend on its batch; the batch is evaluated
     together until its last sample is done. A pair that ends clean is integrated to the schedule's `first_time`
     and closed by x = a_s x̂_0. From a table's zero-SNR end the first sub-step is Euler's, to the next level.
 
@@ -99,10 +99,10 @@ class _SubSteps:
             scale = self.tolerance.atol + self.tolerance.rtol * torch.maximum(z.detach().abs(), x_s.detach().abs())
             norm = (error / scale).flatten(1).pow(2).mean(1).sqrt().to("cpu", torch.float64)
             if not bool(norm.isfinite().all()):
-                return torch.full_like(z, torch.nan), last.x0, sizes  # `integrate` stops and tells the step
+                return torch.full_like(z, torch.nan), last.x0, sizes  # `integrate` stops and names the step
             accept, moving = norm <= 1, remaining > 0
             factor = (0.9 * norm.clamp(min=1e-12) ** (-1 / 3)).clamp(0.2, 5)
-            # A sub-step cut short by the end of the pair says little about the next one: it never shrinks it.
+            # A sub-step cut short by the end of the pair is no measure of the next one: it never shrinks it.
             cut = accept & (sizes > remaining)
             sizes = torch.where(moving, torch.where(cut, sizes, size * factor), sizes)
             tau = torch.where(accept & moving, torch.where(size < remaining, tau - size, target), tau)
@@ -111,7 +111,7 @@ class _SubSteps:
             x0 = torch.where(rows, last.x0, x0)
         raise UserError(
             f"the adaptive solver needs more than {_MOST_SUBSTEPS} sub-steps down to t = {self.end:g}: "
-            "loosen rtol and atol, or walk in float64."
+            "loosen rtol and atol, or integrate in float64."
         )
 
     def _substep(self, z: Tensor, tau: Tensor, size: Tensor, k1: Tensor) -> tuple[Tensor, Prediction, Tensor]:

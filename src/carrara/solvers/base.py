@@ -1,4 +1,4 @@
-"""The one loop that walks a grid, and what a solver is: one pure step with explicit state."""
+"""The one loop along a grid, and what a solver is: one pure step with explicit state."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from carrara.solvers.base import Denoise, State, Step
 class DDIM:
     """σ = η (s_s/s_t) σ_{t|s};  x_s = a_s x̂_0 + √(s_s² - σ²) ε̂ + σ z.
 
-    η = 0 is deterministic and runs on a reversed grid too (DDIM inversion: ε̂ is asked for the earlier image
+    η = 0 is deterministic and runs on a reversed grid too (DDIM inversion: ε̂ is predicted for the earlier image
     at the later time, docs/math.md §10); η = 1 is the DDPM posterior for every transition.
 
     Attributes:

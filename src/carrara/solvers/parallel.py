@@ -1,5 +1,5 @@
-"""Parallel-in-time sampling by Picard iteration (Shih et al. 2023, "ParaDiGMS"): the second loop, which asks the
-denoiser about many times at once.
+"""Parallel-in-time sampling by Picard iteration (Shih et al. 2023, "ParaDiGMS"): the second loop, which evaluates
+the denoiser at many times at once.
 
 DDIM's step is x_{i+1} = A_i x_i + B_i x̂_0(x_i) + σ_i z_i. Given a guess of all x_i of a window, one evaluation of the
 batch of all of them gives every x̂_0, and the recurrence gives a better guess. The first point of a window is exact,
@@ -28,7 +28,7 @@ from carrara.solvers.base import NonFinite, Step, combine, finite, needs_descent
 
 @dataclass(frozen=True)
 class Picard:
-    """How `integrate_parallel` walks.
+    """How `integrate_parallel` works.
 
     Attributes:
         eta: DDIM's η, 0..1.
@@ -61,10 +61,10 @@ def integrate_parallel(
     condition: Condition | None = None,
     noise: Noise | None = None,
 ) -> Iterator[Step]:
-    """Walk `grid` from x, many steps at once; a `Step` is yielded after each sweep that settles some.
+    """Integrate from x along `grid`, many steps at once; a `Step` is yielded after each sweep that settles some.
 
     Args:
-        denoiser: asked with x of [window·B, …] and t of [window·B].
+        denoiser: called with x of [window·B, …] and t of [window·B].
         x: [B, …] at the grid's first time.
         condition: one for the batch of B; it is repeated along the window.
         noise: the same addresses as `integrate`'s: step i uses draw i + 1.
@@ -84,9 +84,9 @@ def integrate_parallel(
         count = len(points) - 1
         times = torch.tensor([t for t, _ in pairs[done : done + count]], dtype=torch.float64, device=x.device)
         repeated = condition.map(lambda v, n=count: v.repeat(n, *[1] * (v.ndim - 1)))  # type: ignore[misc]
-        asked = denoiser(torch.cat(points[:-1]), times.repeat_interleave(batch), repeated).folded()
+        prediction = denoiser(torch.cat(points[:-1]), times.repeat_interleave(batch), repeated).folded()
         fresh = [points[0]]
-        for i, x0 in enumerate(asked.x0.split(batch)):
+        for i, x0 in enumerate(prediction.x0.split(batch)):
             keep, data, sigma = steps[done + i]
             arrived = combine(fresh[-1] * keep, [x0], [data])
             if sigma > 0:
@@ -97,7 +97,7 @@ def integrate_parallel(
         levels = [level(schedule, t)[1] for t, _ in pairs[done : done + count]]
         settled = _settled(points, fresh, [method.tolerance * s for s in levels])
         done += settled
-        rows = _rows(asked, slice((settled - 1) * batch, settled * batch))
+        rows = _rows(prediction, slice((settled - 1) * batch, settled * batch))
         yield Step(fresh[settled], rows, None, pairs[done - 1][1], done - 1, len(pairs))
         tail = fresh[settled:]
         points = tail + [tail[-1]] * (min(width, len(pairs) - done) + 1 - len(tail))
@@ -112,7 +112,7 @@ def solve_parallel(
     condition: Condition | None = None,
     noise: Noise | None = None,
 ) -> Tensor:
-    """Drain `integrate_parallel` and return the last x, [B, …] at the grid's last time."""
+    """The last x of `integrate_parallel`, [B, …] at the grid's last time."""
     for step in integrate_parallel(denoiser, schedule, method, grid, x, condition, noise):
         x = step.x
     return x

@@ -69,7 +69,7 @@ def optimised(schedule: Schedule, solver: Solver, steps: int) -> Grid:
             key="grid",
             code="conflict",
         )
-    grids.trailing(schedule, steps)  # whoever asks for too many steps is refused at once
+    grids.trailing(schedule, steps)  # too many steps are refused at once
     key = json.dumps([_VERSION, schedule.spec, repr(solver), steps], sort_keys=True)
     path = cache_folder() / "grids" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     times = _read(path, key)

@@ -1,7 +1,7 @@
 """Grids found for a schedule and a solver by minimising the solver's own error where the answer is known.
 
 In the spirit of Align Your Steps (Sabour et al. 2024), with the exact oracle in the place of a trained model: its
-flow can be solved to many digits, so the error of a coarse walk is measured instead of bounded, in seconds.
+flow can be solved to many digits, so the error on a coarse grid is measured instead of bounded, in seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LONGEST, _SHORTEST = 3.0, -3.0  # bounds of the bends
 
 
 def prior() -> GaussianMixture:
-    """Six data sets in one mixture, told apart by their labels: 8 components in 64 dimensions each, means of standard
+    """Six data sets in one mixture, one a label: 8 components in 64 dimensions each, means of standard
     deviation 0.4 to 1 (images in [-1, 1] have about 0.5), variances within a component from 0.005 to 0.15."""
     classes, noise = len(_SCALES), Noise(seed=20)
     count = classes * _COMPONENTS
@@ -51,14 +51,14 @@ def optimised_grid(
     """The grid `grids.log_snr(schedule, steps, bends)` on which `solver` errs least on a mixture.
 
     The error is the geometric mean over samples of the root mean square distance, at the clean end, to the same
-    sample walked finely to `first_time`. Takes some seconds; keep the grid, or the bends in
+    sample integrated finely to `first_time`. Takes some seconds; keep the grid, or the bends in
     its name.
 
     Args:
         schedule, solver, steps: what the grid is for; the solver must be deterministic.
         mixture: the data in mind, `prior()` by default; each of its classes counts as a data set of its own.
         bends: how many numbers describe the grid (at most `steps - 1`).
-        samples: how many walks are judged, spread evenly over the classes.
+        samples: how many samples are integrated, evenly over the classes.
         evaluations: how many grids are tried, each by walking all samples once.
     """
     from scipy.optimize import minimize
@@ -72,7 +72,7 @@ def optimised_grid(
     def error(values: np.ndarray) -> float:
         found = solve(denoiser, schedule, solver, grids.log_snr(schedule, steps, values.tolist()), start, condition)
         distances = (found - fine).flatten(1).pow(2).mean(1).sqrt().clamp(min=1e-14)
-        return min(float(distances.log().mean()), 0.0)  # a walk that errs by 1 or more is as bad as any
+        return min(float(distances.log().mean()), 0.0)  # a path that errs by 1 or more is as bad as any
 
     count = max(min(bends, steps - 1), 2)
     with torch.no_grad():

@@ -31,7 +31,7 @@ class UniPC:
 
     Attributes:
         order: p, 1 to 3.
-        variant: "B1" (B(h) = h) or "B2" (B(h) = e^h - 1). It tells in the two-point rules alone (UniP-2 and UniC-1):
+        variant: "B1" (B(h) = h) or "B2" (B(h) = e^h - 1). It matters in the two-point rules alone (UniP-2 and UniC-1):
             in the others B cancels, and UniP-3 is the corrected DPM-Solver++(3M).
         corrector: False leaves UniP.
     """
@@ -74,7 +74,7 @@ class UniPC:
         return Step(x_s, prediction, known if math.isfinite(here) else (), transition.s)
 
     def _correct(self, x: Tensor, alpha: float, new: tuple[float, Tensor], past: History) -> Tensor:
-        """x with the last step's integral taken anew, the value at its end now being known."""
+        """x with the last step's integral taken again, the value at its end now being known."""
         origin = past[0][0]
         h = new[0] - origin
         places = [place - origin for place, _ in past]

@@ -128,7 +128,7 @@ class Stepper:
                 rows = self._accumulate(name, player, examples, positions)
             with self.phases("optimiser"):
                 outcomes.append(self._take(name, player, rows, step))
-        self.objective.settle()
+        self.objective.end_step()
         return outcomes
 
     def _accumulate(self, name: str, player: nn.Module, examples: Examples, positions: Tensor) -> dict[str, Tensor]:
