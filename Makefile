@@ -4,13 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test fast slow gpu check format bench docs clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/carrara demo
 
 test: $(VENV)/.development
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+fast: $(VENV)/.development
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/conditioning tests/extension tests/guidance \
+		tests/networks tests/process tests/solvers tests/test_*.py
+
+slow: $(VENV)/.development
+	$(BIN)/python -m pytest -m slow
+
+gpu: $(VENV)/.development
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+format: $(VENV)/.development
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 check: $(VENV)/.development
 	$(BIN)/ruff check .
