@@ -31,6 +31,20 @@ LEFT = {
 """How many are left in each room; lower a number when you have cleaned it, never raise one."""
 
 
+LEFT_IN_PAGES = {
+    "docs/codecs.md": 22,
+    "docs/design.md": 15,
+    "docs/evaluation.md": 9,
+    "docs/results.md": 29,
+    "src/carrara/classifier.py": 5,
+    "src/carrara/distributed.py": 9,
+    "src/carrara/errors.py": 1,
+    "src/carrara/model.py": 3,
+    "src/carrara/sampling.py": 3,
+}
+"""The same for pages and for modules outside of the rooms; what is not named has none."""
+
+
 def count(room: str) -> int:
     paths = (ROOT / "src" / "carrara" / room).rglob("*.py")
     return sum(len(WORDS.findall(path.read_text(encoding="utf-8"))) for path in paths)
@@ -45,3 +59,12 @@ def test_new_rooms_have_none() -> None:
     rooms = {path.parent.name for path in (ROOT / "src" / "carrara").glob("*/__init__.py")}
     for room in rooms - LEFT.keys():
         assert count(room) == 0, room
+
+
+def test_pages_and_modules_outside_of_the_rooms() -> None:
+    changelog = ROOT / "CHANGELOG.md"  # history keeps its words
+    paths = {*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "src" / "carrara").glob("*.py")} - {changelog}
+    for path in sorted(paths):
+        name = path.relative_to(ROOT).as_posix()
+        found = len(WORDS.findall(path.read_text(encoding="utf-8")))
+        assert found <= LEFT_IN_PAGES.get(name, 0), f"{name}: {found} words of the dialect"

@@ -1,7 +1,8 @@
-"""What a CUDA device must do: train, resume, sample, and agree with the CPU."""
+"""What a CUDA device must do: train, sample, and agree with the CPU."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,17 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_trains_and_samples(tmp_path: Path, precision: str) -> None:
+def test_it_trains_and_samples(tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.backends.cudnn, "allow_tf32", False
+    )  # on by default for convolutions: 10 bits of mantissa
     recipe = tiny_recipe(f"training.precision={precision}", "training.tracker=none")
     losses = [progress.loss for progress in Trainer(recipe, tmp_path / "run", device="cuda").steps() if progress.loss]
-    assert losses[-1] == losses[-1]
+    assert losses
+    assert all(math.isfinite(loss) for loss in losses)
     model = DiffusionModel.load(tmp_path / "run", "cuda")
     made = model.sample([1, 2, 3], steps=4, guidance=2.0, seed=1)
     assert made.images.device.type == "cpu"
     again = DiffusionModel.load(tmp_path / "run", "cpu").sample([1, 2, 3], steps=4, guidance=2.0, seed=1)
-    # the noise is the same; float32 sums of another device are rounded otherwise (TF32 is off by default)
+    # the noise is the same; float32 sums of another device are rounded otherwise
     torch.testing.assert_close(made.images, again.images, atol=2e-3, rtol=0)
