@@ -57,7 +57,7 @@ def measured(codec: LearnedCodec, name: str, real: Pictures, features: str) -> M
 
 def training_step(recipe: Recipe, images: Tensor) -> Callable[[], object]:
     """One step of everything that learns, the discriminator having begun."""
-    task = CodecTask(recipe, open_source(recipe.data.path, split=recipe.data.split), distributed.start())
+    task = CodecTask(recipe, open_source(recipe.data_path(), split=recipe.data.split), distributed.start())
     stepper = Stepper(
         task.objective(task.modules), recipe.training, recipe.seed, distributed.start(), len(images), Phases()
     )

@@ -29,7 +29,7 @@ def training_step(run: Path, batch: int) -> tuple[int, Callable[[], object]]:
     """The number of parameters, and one step from images (or cached latents) to new weights."""
     recipe = load(run / "recipe.yaml")
     data = recipe.data
-    source = open_source(data.path, split=data.split)
+    source = open_source(recipe.data_path(), split=data.split)
     processes = distributed.start()
     task = DiffusionTask(recipe, source, processes)
     prepare = Preprocess(*data.resolution, data.channels, resize=data.resize, crop=data.crop, flip=data.flip)

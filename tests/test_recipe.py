@@ -9,6 +9,7 @@ import yaml
 
 from carrara.errors import UserError
 from carrara.recipe import load, override, shipped, validate
+from tests.errors import refused
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "emoji", "clothing"])
@@ -17,6 +18,18 @@ def test_shipped_recipes_are_valid_and_flip_nothing(name: str) -> None:
     assert name in shipped()
     assert recipe.data.flip is False
     assert recipe.network_params({"label": 10}).image_size == recipe.data.resolution
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_names_data_that_everybody_has_or_asks_for_them(name: str, tmp_path: Path) -> None:
+    recipe = load(name)
+    if recipe.data.path is None:
+        assert recipe.data.about
+        with refused("missing", "data.path"):
+            recipe.data_path()
+    else:
+        assert recipe.data_path() == "digits"  # scikit-learn's, a dependency
+    assert load(name, [f"data.path={tmp_path}"]).data_path() == str(tmp_path)
 
 
 def test_yaml_round_trip() -> None:

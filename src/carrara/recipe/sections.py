@@ -22,7 +22,9 @@ class Data(Section):
     """Which images, and how they are brought to size.
 
     Attributes:
-        path: a folder, file, archive or data set; or "digits", scikit-learn's scanned digits.
+        path: a folder, file, archive or data set; or "digits", scikit-learn's scanned digits. Shipped recipes whose
+            images are your own leave it out: `carrara train RECIPE --data PATH`.
+        about: which images the recipe is for, where it names none.
         split: which split, where the data has several.
         resolution: one side of a square, or [height, width]. The shorter side is resized, the rest cropped.
         buckets: sizes for pictures of several shapes: each batch holds pictures of like shape, cut to the nearest of
@@ -39,7 +41,8 @@ class Data(Section):
         workers: processes that decode images; 0 decodes in this one.
     """
 
-    path: str
+    path: str | None = None
+    about: str = ""
     split: str = "train"
     resolution: Size
     buckets: Literal["auto"] | Annotated[tuple[Size, ...], Field(min_length=1)] | None = None

@@ -209,6 +209,21 @@ class Recipe(Section):
         own = {key: value for key, value in decided.items() if key in known}
         return params_from(params, given, own)
 
+    def data_path(self) -> str:
+        """Where the images are.
+
+        Raises:
+            UserError: the recipe does not name them.
+        """
+        if self.data.path is None:
+            about = f" ({self.data.about})" if self.data.about else ""
+            raise UserError(
+                f"the recipe {self.name} trains on images of yours{about}: give them with --data PATH.",
+                key="data.path",
+                code="missing",
+            )
+        return self.data.path
+
     def to_yaml(self) -> str:
         """The recipe as YAML that `load` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

@@ -25,7 +25,7 @@ from carrara.recipe import Recipe
 def open_batches(recipe: Recipe, processes: Processes) -> tuple[Source, Batches]:
     """The recipe's data, ready to be walked."""
     data = recipe.data
-    source = open_source(data.path, data.split, data.unreadable_limit, data.caption_column)
+    source = open_source(recipe.data_path(), data.split, data.unreadable_limit, data.caption_column)
     prepare = Preprocess(*data.resolution, data.channels, resize=data.resize, crop=data.crop, flip=data.flip)
     if source.captions is not None:
         source.notices.append(f"the captions of {source.name} are not trained on: there is no text encoder yet.")
@@ -70,7 +70,7 @@ def open_held_out(recipe: Recipe, processes: Processes) -> Batches | None:
         return None
     if training.validation_split == data.split:
         raise UserError(f"training.validation_split is '{data.split}', which is trained on: name another split.")
-    source = open_source(data.path, training.validation_split, data.unreadable_limit, data.caption_column)
+    source = open_source(recipe.data_path(), training.validation_split, data.unreadable_limit, data.caption_column)
     prepare = Preprocess(*data.resolution, data.channels, resize=data.resize)
     size = min(training.batch_size, training.validation_images, len(source)) // processes.world * processes.world
     if size == 0:

@@ -19,6 +19,7 @@ from carrara.recipe import Recipe, validate
 
 _HARMLESS = {
     "name",
+    "data.about",
     "data.workers",
     "training.micro_batch",
     "training.parallel",
