@@ -50,9 +50,11 @@ def open_npz(path: Path) -> Source:
     array, labels = content.get("arr_0"), content.get("arr_1")
     if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3, 4):
         raise UserError(f"{path} holds no images: 'arr_0' must be uint8 [N, H, W, C] with C 1, 3 or 4.")
+    if not len(array):
+        raise UserError(f"{path} holds 0 images: 'arr_0' is empty.", key=str(path), code="missing")
     if labels is not None and (labels.shape != (len(array),) or labels.dtype.kind not in "iuU"):
         raise UserError(f"the labels 'arr_1' of {path} must be one class for each of the {len(array)} images.")
-    numbers, names = (None, None) if labels is None else class_numbers(labels.tolist())
+    numbers, names = (None, None) if labels is None else class_numbers(labels.tolist(), where=str(path))
     classes = "" if names is None else f", {len(names)} classes in 'arr_1'"
     return Source(
         str(path),

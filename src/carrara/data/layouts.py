@@ -178,7 +178,7 @@ def _open_tree(tree: Tree, name: str, kind: str, split: str, limit: float, capti
         described = Described(pictures, None, None, "no captions or classes", [])
     labels, class_names = None, None
     if described.classes is not None:
-        labels, class_names = class_numbers(described.classes, described.known_classes)
+        labels, class_names = class_numbers(described.classes, described.known_classes, name)
     below = f" in {part.folder}" if part.folder and not isinstance(tree, ShardTree) else ""
     classes = f", {len(class_names)} classes" if class_names else ""
     return Source(

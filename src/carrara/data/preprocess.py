@@ -24,6 +24,7 @@ FILTERS = {
     "nearest": Image.Resampling.NEAREST,
 }
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_LONGEST = 32  # times the target: what a resized picture has beyond is never computed (a strip of 1×60000 fills memory)
 
 
 @dataclass(frozen=True)
@@ -112,4 +113,12 @@ class Preprocess:
                 image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = max(self.width / image.width, self.height / image.height)
         size = (max(round(image.width * scale), self.width), max(round(image.height * scale), self.height))
-        return image.resize(size, FILTERS.get(self.resize, Image.Resampling.BICUBIC))
+        how = FILTERS.get(self.resize, Image.Resampling.BICUBIC)
+        if size[0] <= _LONGEST * self.width and size[1] <= _LONGEST * self.height:
+            return image.resize(size, how)
+        times = 1 if self.crop == "center" else _LONGEST  # a random crop is drawn from the middle of such a strip
+        part = (min(size[0], times * self.width), min(size[1], times * self.height))
+        left, top = (size[0] - part[0]) // 2, (size[1] - part[1]) // 2
+        across, down = image.width / size[0], image.height / size[1]
+        box = (left * across, top * down, (left + part[0]) * across, (top + part[1]) * down)
+        return image.resize(part, how, box=box)

@@ -240,29 +240,54 @@ def _labels(
     if any(value is None for value in values):
         raise UserError(f"{what} has {counted(values.count(None), 'empty cell')}: every image needs its class.")
     if names is None:
-        return class_numbers(values, known - {None})
+        return class_numbers(values, known - {None}, what)
     labels = np.asarray(values, dtype=np.int64)
     if labels.min() < 0 or labels.max() >= len(names):
         raise UserError(f"{what} holds the label {labels.max()} but names only {len(names)} classes.")
     return labels, names
 
 
-def class_numbers(values: Sequence[object], known: Iterable[object] = ()) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def class_numbers(
+    values: Sequence[object], known: Iterable[object] = (), where: str = "the data"
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """The number of each sample's class, and the names of the classes.
 
     Integers from 0 up are the numbers themselves, so that a split that lacks a class does not shift the others;
-    whatever else is numbered in sorted order.
+    other integers are numbered by size, texts in alphabetical order.
 
     Args:
         values: the class of each sample.
         known: classes of other splits, to be numbered with them.
+        where: the data set, for messages.
+
+    Raises:
+        UserError: a class is neither an integer nor a text that is not empty, or both kinds are mixed; the first such
+            row is named.
     """
+    kind = type(values[0]) if len(values) else int
+    for row, value in enumerate((*values, *known)):
+        place = f"row {row}" if row < len(values) else "another split"
+        if type(value) not in (int, str) or value == "":
+            raise UserError(f"{where}, {place}: {value!r} is no class: a class is a whole number or a name.", key=where)
+        if type(value) is not kind:
+            raise UserError(
+                f"{where}, {place}: the class {value!r} is a {'number' if kind is str else 'text'}, the first one is "
+                "not: write all classes in one way.",
+                key=where,
+                code="mismatch",
+            )
     every = {*values, *known}
     if all(isinstance(value, int) and 0 <= value <= _LARGEST_NUMBER for value in every):
         numbers = np.asarray(values, dtype=np.int64)
         return numbers, tuple(map(str, range(max(int(str(value)) for value in every) + 1)))
-    place = {name: i for i, name in enumerate(sorted(every, key=str))}
-    return np.array([place[value] for value in values], dtype=np.int64), tuple(map(str, place))
+    ordered = sorted(every, key=_class_order)
+    number_of = {name: i for i, name in enumerate(ordered)}
+    return np.array([number_of[value] for value in values], dtype=np.int64), tuple(map(str, number_of))
+
+
+def _class_order(value: object) -> tuple[int, str]:
+    """Numbers by size, texts in alphabetical order."""
+    return (value, "") if isinstance(value, int) else (0, str(value))
 
 
 def _caption_column(table: pa.Table, wanted: str | None, name: str) -> str | None:

@@ -55,8 +55,11 @@ class FolderTree:
         self.sizes = dict(sorted(_walk(root, "", frozenset())))
 
     def read(self, name: str) -> bytes:
+        path = self.root / name
+        if not self.sizes.get(name) and path.exists() and not path.is_file():
+            raise UnreadablePicture("it is a pipe, a socket or a device")  # reading a pipe would wait for ever
         try:
-            return (self.root / name).read_bytes()
+            return path.read_bytes()
         except OSError as error:
             raise UnreadablePicture(error.strerror or str(error)) from error
 
@@ -78,9 +81,9 @@ def _walk(root: Path, below: str, above: frozenset[tuple[int, int]]) -> list[tup
         name = f"{below}{entry.name}"
         if entry.name.startswith(".") or entry.name in _NOISE:
             continue
-        if entry.is_dir():
+        if Path(entry.path).is_dir():  # unlike the entry's own test it answers for a link to itself, too
             found += _walk(root, name + "/", above | {(here.st_dev, here.st_ino)})
-        elif entry.is_file():
+        elif Path(entry.path).is_file():
             found.append((name, entry.stat().st_size))
         else:
             found.append((name, 0))  # a link to nothing: named when it is read, like every unreadable file
