@@ -14,6 +14,7 @@ from PIL import Image
 
 from carrara.evaluation import kernel_distance
 from carrara.evaluation.manifold import density_coverage, precision_recall
+from carrara.evaluation.moments import LARGEST, Moments
 from carrara.evaluation.pictures import data_pictures
 from carrara.evaluation.reference import read_statistics
 from carrara.evaluation.stamp import Measurement, Stamp, from_json, load, to_json
@@ -108,3 +109,9 @@ def test_a_folder_of_samples_has_one_truth(tmp_path: Path) -> None:
     assert data_pictures(str(folder)).count == 2
     with Image.open(folder / "seed0-00000.png") as picture:
         assert picture.size == (8, 8)
+
+
+@pytest.mark.parametrize("shape", [(3, 256, 256), (1, 256, 256), (LARGEST + 1,)], ids=["rgb", "gray", "one more"])
+def test_a_covariance_that_no_memory_holds_is_refused_before_it_is_made(shape: tuple[int, ...]) -> None:
+    with refused("resources", "features"):
+        Moments.of(torch.zeros(8, *shape))

@@ -22,6 +22,8 @@ Rows = Tensor | np.ndarray
 
 BLOCK = 1024
 PANEL = 256
+LARGEST = 16_384
+"""Dimensions of which a covariance is kept: 2 GiB in float64. 64×64 RGB pixels have 12,288."""
 
 
 def as_rows(values: Rows, what: str = "features") -> Tensor:
@@ -80,9 +82,19 @@ class Moments:
         moments.update(features(batch))
     moments.mean, moments.covariance, moments.count
     ```
+
+    Raises:
+        UserError: more than `LARGEST` dimensions.
     """
 
     def __init__(self, dimension: int) -> None:
+        if dimension > LARGEST:
+            raise UserError(
+                f"the features have {dimension:,} dimensions, more than the {LARGEST:,} of which a covariance is kept: "
+                "choose a network with --features, or smaller images with --resolution.",
+                key="features",
+                code="resources",
+            )
         self.dimension = dimension
         self._count = 0
         self._mean = torch.zeros(dimension, dtype=torch.float64)
