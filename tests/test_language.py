@@ -34,7 +34,6 @@ LEFT = {
 LEFT_IN_PAGES = {
     "docs/codecs.md": 22,
     "docs/design.md": 15,
-    "docs/evaluation.md": 9,
     "docs/results.md": 29,
     "src/carrara/classifier.py": 5,
     "src/carrara/distributed.py": 9,
