@@ -16,6 +16,7 @@ from carrara.evaluation import kernel_distance
 from carrara.evaluation.manifold import density_coverage, precision_recall
 from carrara.evaluation.moments import LARGEST, Moments
 from carrara.evaluation.pictures import data_pictures
+from carrara.evaluation.protocol import reconstruction
 from carrara.evaluation.reference import read_statistics
 from carrara.evaluation.stamp import Measurement, Stamp, from_json, load, to_json
 from carrara.images import save_npz, save_png
@@ -115,3 +116,16 @@ def test_a_folder_of_samples_has_one_truth(tmp_path: Path) -> None:
 def test_a_covariance_that_no_memory_holds_is_refused_before_it_is_made(shape: tuple[int, ...]) -> None:
     with refused("resources", "features"):
         Moments.of(torch.zeros(8, *shape))
+
+
+@pytest.mark.parametrize("name", ["{:04}.png", "x-{:02}.png", "{:03}_out.png"])
+def test_pictures_numbered_in_another_order_are_refused(tmp_path: Path, name: str) -> None:
+    images = torch.rand(12, 3, 16, 16) * 2 - 1
+    for index, image in enumerate(images):
+        for folder, pattern in (("a", "{}.png"), ("b", name), ("c", name)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            save_png(image, tmp_path / folder / pattern.format(index))
+    sets = {folder: data_pictures(str(tmp_path / folder)) for folder in "abc"}
+    with refused("mismatch"):
+        reconstruction(sets["a"], sets["b"])
+    assert reconstruction(sets["b"], sets["c"])["ssim"].value == pytest.approx(1)

@@ -44,6 +44,7 @@ class Pictures:
         resize: how they came to their size.
         levels: how many values a pixel has.
         sampling: how a model made them; filled once the first part is made.
+        files: the name of each one in its data set, or None.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Pictures:
     resize: str = ""
     levels: int = 256
     sampling: dict[str, Any] = field(default_factory=dict)
+    files: list[str] | None = None
 
     @property
     def parts(self) -> list[range]:
@@ -210,6 +212,7 @@ def data_pictures(
         split,
         OWN_SIZE if size.resolution is None else prepare.describe(),
         256 if rounded else source.levels,
+        files=[source.pictures.name(i) for i in order],
     )
 
 

@@ -6,6 +6,7 @@ Features are taken by all processes together; the figures are then computed by t
 from __future__ import annotations
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -388,13 +389,15 @@ def reconstruction(
         checksum: the SHA-256 of these weights.
 
     Raises:
-        UserError: other numbers or sizes of pictures.
+        UserError: other numbers or sizes of pictures, or the same numbers in the file names in another order.
     """
     if pictures.count != originals.count:
         raise UserError(
             f"{pictures.name} holds {pictures.count:,} pictures and {originals.name} {originals.count:,}: "
             "give one original for each picture, in the same order."
         )
+
+    _check_pairs(pictures, originals)
 
     def work(rows: range) -> tuple[dict[str, Tensor], tuple[int, ...], bytes]:
         images, targets = pictures.make(rows).cpu(), originals.make(rows)
@@ -428,3 +431,27 @@ def reconstruction(
         about = figures["lpips"].stamp.with_settings(weights=checksum)
         figures["lpips"] = replace(figures["lpips"], stamp=about)
     return figures
+
+
+def _check_pairs(pictures: Pictures, originals: Pictures) -> None:
+    """Raises UserError where file names number the same pictures in another order: 10.png comes before 2.png, but
+    0010.png after 0002.png."""
+    if pictures.files is None or originals.files is None:
+        return
+    ours, theirs = (_file_numbers(files) for files in (pictures.files, originals.files))
+    if len(set(ours)) < len(ours) or None in ours or sorted(map(str, ours)) != sorted(map(str, theirs)):
+        return
+    for own, other, left, right in zip(ours, theirs, pictures.files, originals.files, strict=True):
+        if own != other:
+            raise UserError(
+                f"{left} would be compared with {right}: number the files of {pictures.name} and {originals.name} "
+                "alike, with leading zeros.",
+                key=pictures.name,
+                code="mismatch",
+            )
+
+
+def _file_numbers(files: list[str]) -> list[int | None]:
+    """The last number in the stem of each file."""
+    digits = [re.findall(r"[0-9]+", Path(name).stem) for name in files]
+    return [int(found[-1]) if found else None for found in digits]
