@@ -91,8 +91,9 @@ def test_reconstructions_and_captions_are_measured_too(digits: tuple[Tensor, ...
     assert figures["psnr"].value >= 20  # an error of 0.2, or less where it was clamped
     assert figures["psnr"].interval is not None
     equal = measure_reconstruction(likeness(held_out, held_out), STAMP)
-    assert equal["psnr"].interval is None
-    assert "360 of 360 pictures are equal" in equal["psnr"].note
+    assert equal["psnr"].interval is not None
+    assert equal["psnr"].value == 100
+    assert "360 of 360 pictures count as equal" in equal["psnr"].note
     assert equal["ssim"].value == pytest.approx(1)
     embeddings = train.flatten(1)
     captions = measure_captions(embeddings, embeddings, STAMP)
@@ -183,3 +184,11 @@ class TestBadModelsAreToldApart:
         shuffled = labels[torch.randperm(360, generator=torch.Generator().manual_seed(0))]
         figures = measure_classes(held_out, shuffled, labels, STAMP)
         assert figures["class_accuracy"].value < 0.2
+
+
+def test_few_images_leave_out_what_needs_more_neighbours(digits: tuple[Tensor, ...]) -> None:
+    train, _, held_out, _ = digits
+    few, enough = (measure_pairs(seen(held_out[:n]), seen(train), STAMP) for n in (3, 6))
+    assert few.keys() == {"kernel_distance"}
+    assert "precision" in few["kernel_distance"].note
+    assert {"kernel_distance", "precision", "recall", "density", "coverage"} == enough.keys()

@@ -52,7 +52,7 @@ def _refusal(error: ValidationError, model: type[BaseModel]) -> UserError:
     if isinstance(cause, UserError):
         return cause
     if first["type"] == "missing":
-        return UserError(f"{key} is missing: give it.", key=key, code="missing")
+        return UserError(f"{key} is missing: it has to be given.", key=key, code="missing")
     if first["type"] == "extra_forbidden":
         return UserError(f"there is no {key}: {nearest(key, model.model_fields)}", key=key, code="unknown")
     if first["type"] == "greater_than_equal":

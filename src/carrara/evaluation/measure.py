@@ -73,6 +73,10 @@ def measure_frechet(samples: Collected, reference: Collected | Statistics, stamp
     return figures
 
 
+NEIGHBOURS = 5
+"""The largest k of the metrics of nearest neighbours."""
+
+
 def _few(count: int, dimension: int) -> str:
     """What must be said of a Fréchet distance of no more samples than dimensions."""
     if count > dimension:
@@ -81,20 +85,26 @@ def _few(count: int, dimension: int) -> str:
 
 
 def measure_pairs(samples: Collected, reference: Collected, stamp: Stamp, seed: int = 0) -> Measurements:
-    """Kernel distance, precision, recall, density and coverage of the rows that were kept."""
+    """Kernel distance, precision, recall, density and coverage of the rows that were kept; of too few rows for their
+    nearest neighbours the kernel distance alone, as its note states."""
     same_pictures(samples, reference)
     x, y = samples.rows, reference.rows
     stamp = stamp.with_settings(rows=len(x), reference_rows=len(y))
     sets = Sets.of(*as_pair(x, y))
-    estimate, balls = KernelEstimate(sets, seed=seed), Balls(sets)
-    sets.walk(estimate, balls)  # one walk for both: the products are nearly all of the work
-    kernel, (manifold, cover) = estimate.result(), balls.result(seed)
+    estimate = KernelEstimate(sets, seed=seed)
+    balls = Balls(sets) if min(len(x), len(y)) > NEIGHBOURS else None
+    sets.walk(estimate, *(() if balls is None else (balls,)))  # once for both: the products are nearly all of the work
+    kernel = estimate.result()
+    note = f"mean of subsets {kernel.mean:.3g} ± {kernel.spread:.2g}"
+    if balls is None:
+        note += f"; precision, recall, density and coverage need more than {NEIGHBOURS} images a side"
     subsets = stamp.with_settings(subset_size=kernel.subset_size)
-    three, five = stamp.with_settings(k=3), stamp.with_settings(k=5)
-    return {
-        kernel_name(stamp.features): Measurement(
-            kernel.full, kernel.interval, subsets, f"mean of subsets {kernel.mean:.3g} ± {kernel.spread:.2g}"
-        ),
+    measured = {kernel_name(stamp.features): Measurement(kernel.full, kernel.interval, subsets, note)}
+    if balls is None:
+        return measured
+    manifold, cover = balls.result(seed)
+    three, five = stamp.with_settings(k=3), stamp.with_settings(k=NEIGHBOURS)
+    return measured | {
         "precision": Measurement(manifold.precision, manifold.precision_interval, three),
         "recall": Measurement(manifold.recall, manifold.recall_interval, three),
         "density": Measurement(cover.density, cover.density_interval, five),
