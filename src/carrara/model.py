@@ -160,6 +160,7 @@ class DiffusionModel:
         inputs = {name: value for name, value in {"labels": labels, **inputs}.items() if value is not None}
         given = {} if condition is None else condition.tensors()
         total = conditioning.count_samples(self.conditioners, {**inputs, **given, "start": start}, count)
+        first = whole_number(first, "first", least=0)
         noise = Noise(seed).rows(range(first, first + total))
         metadata = describe(method, times, choices["grid"], scale, rescale, noise, {**inputs, **given, "start": start})
         metadata["weights"] = self.origin

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from carrara import images as pictures
 from carrara.condition import Condition
-from carrara.errors import UserError
+from carrara.errors import UserError, whole_number
 from carrara.modes import eval_mode
 from carrara.process import Denoiser, Grid, Guide, Noise, Prediction, Schedule
 from carrara.process.schedules import Time
@@ -97,8 +97,7 @@ class Plan:
         Raises:
             UserError: a batch size below 1.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: it must be at least 1.", key="batch_size")
+        batch_size = whole_number(batch_size, "batch_size", least=1)
         ids = self.noise.ids or ()
         for low in range(0, len(ids), batch_size):
             rows = slice(low, low + batch_size)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,3 +93,18 @@ def test_what_cannot_be_is_refused() -> None:
     for steps in (0, 101, 2.7, "5"):
         with refused("invalid", "steps"):
             grid_of("trailing", SCHEDULE, steps, DDIM())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("times", [[100, 0], [500, 400, 300, 200, 100, 0], [0, 1, 2, 3, 4, 5], [float("nan")] * 6, []])
+def test_times_in_the_cache_that_do_not_fit_are_searched_again(
+    searches: list[int], cache: Path, times: list[float]
+) -> None:
+    first = grid_of("optimised", SCHEDULE, 5, UniPC())
+    (path,) = (cache / "grids").iterdir()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "times": times}))
+    assert grid_of("optimised", SCHEDULE, 5, UniPC()) == first
+    assert searches == [5, 5]
+
+
+def test_any_whole_number_of_steps_will_do(searches: list[int]) -> None:
+    assert len(grid_of("optimised", SCHEDULE, np.int64(5), UniPC())) == 5  # type: ignore[arg-type]

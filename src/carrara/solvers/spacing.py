@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from carrara.errors import UserError, nearest
+from carrara.errors import UserError, nearest, whole_number
 from carrara.files import write_whole
 from carrara.process import grids
 from carrara.process.grids import Grid
@@ -70,14 +70,16 @@ def optimised(schedule: Schedule, solver: Solver, steps: int) -> Grid:
             code="conflict",
         )
     grids.trailing(schedule, steps)  # too many steps are refused at once
+    steps = whole_number(steps, "steps", least=1)
     key = json.dumps([_VERSION, schedule.spec, repr(solver), steps], sort_keys=True)
     path = cache_folder() / "grids" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    times = _read(path, key)
-    if times is None:
+    grid = _read(path, key, schedule, steps)
+    if grid is None:
         times = optimised_grid(schedule, solver, steps).times.tolist()
+        grid = _grid(times)
         with suppress(UserError):  # a cache that cannot be written only costs the time again
             write_whole(path, json.dumps({"for": key, "times": times}).encode())
-    return Grid(torch.tensor(times, dtype=torch.float64), OPTIMISED)
+    return grid
 
 
 def cache_folder() -> Path:
@@ -86,12 +88,18 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carrara"
 
 
-def _read(path: Path, key: str) -> list[float] | None:
-    """The times in a file of the cache; None where there is none, or a damaged one."""
+def _grid(times: list[float]) -> Grid:
+    return Grid(torch.tensor(times, dtype=torch.float64), OPTIMISED)
+
+
+def _read(path: Path, key: str, schedule: Schedule, steps: int) -> Grid | None:
+    """The grid in a file of the cache; None where there is none, or one that is damaged or does not fit."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["for"] == key:
-            return [float(time) for time in found["times"]]
-    except (OSError, ValueError, KeyError, TypeError):
+            grid = _grid([float(time) for time in found["times"]])
+            schedule.alpha(schedule.check(grid.times))
+            return grid if len(grid) == steps else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a `UserError` is a ValueError
         pass
     return None
