@@ -101,3 +101,24 @@ def test_nothing_in_a_recipe_names_code(tmp_path: Path) -> None:
     path.write_text("name: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(UserError, match="not valid YAML"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "training.batch_size=yes",
+        "training.steps=true",
+        "training.learning_rate=yes",
+        "seed=no",
+        "data.resolution=yes",
+        "seed=18446744073709551616",
+        "seed=-1",
+    ],
+)
+def test_what_is_no_number_in_range_is_refused(assignment: str) -> None:
+    with refused("invalid", assignment.partition("=")[0]):
+        load("digits", [assignment])
+
+
+def test_switches_are_switches() -> None:
+    assert load("digits", ["data.flip=yes"]).data.flip is True

@@ -109,6 +109,14 @@ def classes(folder: Path, *names: str) -> Path:
     return folder
 
 
+def test_classes_may_move_where_nothing_is_trained_on_them(tmp_path: Path) -> None:
+    data = classes(tmp_path / "data", "apple", "cat")
+    words = (f"data.path={data}", "training.batch_size=8", "conditioning.kind=none", "sampling.guidance=1")
+    train(tiny_recipe(*QUIET, *words), tmp_path / "run")
+    (data / "apple").rename(data / "zebra")
+    Trainer(tiny_recipe(*QUIET, *words), tmp_path / "run").run.close()
+
+
 @pytest.mark.parametrize("moved", ["zebra", "ape"])
 def test_classes_that_moved_are_refused_and_mapped_by_name(tmp_path: Path, moved: str) -> None:
     data = classes(tmp_path / "data", "apple", "cat")

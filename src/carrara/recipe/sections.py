@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from carrara.errors import UserError, nearest
 
@@ -16,6 +17,22 @@ class Section(BaseModel):
     """Typed data: an unknown key is refused, and nothing changes once it is read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes and no as True and False, which would be 1 and 0."""
+        field = cls.model_fields.get(info.field_name or "")
+        leaves = _leaves(field.annotation) if field is not None else set()
+        if isinstance(value, bool) and leaves & {int, float} and bool not in leaves:
+            raise PydanticCustomError("number", "a number is needed, not yes or no")
+        return value
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    parts = get_args(annotation)
+    return {annotation} if not parts else set().union(*(_leaves(part) for part in parts))
 
 
 class Data(Section):
@@ -58,7 +75,7 @@ class Data(Section):
     @field_validator("resolution", mode="before")
     @classmethod
     def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) else value
+        return (value, value) if type(value) is int else value
 
     @model_validator(mode="after")
     def _one_order(self) -> Data:

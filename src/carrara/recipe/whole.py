@@ -55,7 +55,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     kind: Literal["diffusion", "classifier", "codec"] = "diffusion"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     start: str | None = None
     data: Data
     conditioning: Conditioning = Conditioning()

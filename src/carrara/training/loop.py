@@ -271,12 +271,14 @@ class Trainer:
 
     def _rescue(self) -> None:
         """Save a healthy run that ends by a failure; sharded weights cannot be gathered by one process alone."""
-        if self.step <= self._saved or self.bad_steps or not self.processes.first:
+        saved = self.step <= self._saved and not self.writer.failed
+        if saved or self.bad_steps or not self.processes.first:
             return
         if distributed.is_sharded(self.network):
             return
-        with suppress(Exception):  # what ended the run is raised again, whatever becomes of this
+        with suppress(Exception):  # a write that failed before is tried again
             self.writer.wait()
+        with suppress(Exception):  # what ended the run is raised again, whatever becomes of this
             self._write_checkpoint()
             self.writer.wait()
 
@@ -553,7 +555,9 @@ class Trainer:
     def _check_classes(self, state: Mapping[str, Any]) -> None:
         """Raises UserError unless the classes of the data are those that the checkpoint was trained on."""
         before, now = state.get("classes"), list(self.source.class_names or ())
-        if before is None or before == now:  # the first edition's checkpoints do not hold them
+        kind = self.recipe.kind
+        trained = kind == "classifier" or (kind == "diffusion" and self.recipe.conditioning.kind != "none")
+        if not trained or before is None or before == now:  # the first edition's checkpoints do not hold them
             return
         place = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)
         if place is None:
