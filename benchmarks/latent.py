@@ -33,7 +33,7 @@ def training_step(run: Path, batch: int) -> tuple[int, Callable[[], object]]:
     processes = distributed.start()
     task = DiffusionTask(recipe, source, processes)
     prepare = Preprocess(*data.resolution, data.channels, resize=data.resize, crop=data.crop, flip=data.flip)
-    batches = task.walked(Batches(source, prepare, recipe.seed, batch))
+    batches = task.batches(Batches(source, prepare, recipe.seed, batch))
     stepper = Stepper(task.objective(task.modules), recipe.training, recipe.seed, processes, batch, Phases())
     size = sum(parameter.numel() for parameter in task.modules["network"].parameters())
     draw = Stepper.draws(recipe.seed, torch.arange(batch))

@@ -45,6 +45,15 @@ def test_save_and_load_are_inverse(tmp_path: Path) -> None:
     assert (again.schedule.spec, again.names, again.noisy) == (classifier.schedule.spec, NAMES, True)
 
 
+def test_reading_has_no_dropout_and_leaves_the_mode_as_it_was() -> None:
+    classifier = untrained(dropout=0.5)
+    x = torch.randn(16, 1, 8, 8)
+    expected = classifier.read(x)
+    classifier.network.train()
+    assert all(torch.equal(classifier.read(x), expected) for _ in range(3))
+    assert classifier.network.training
+
+
 def test_a_scale_of_nought_changes_no_bit_and_the_guide_leads(model: DiffusionModel) -> None:
     classifier = untrained()
     labels = list(range(10)) * 2

@@ -14,7 +14,7 @@ LEFT = {
     "app": 3,
     "cli": 11,
     "codecs": 30,
-    "conditioning": 1,
+    "conditioning": 0,
     "convert": 107,
     "data": 63,
     "evaluation": 153,
@@ -26,7 +26,7 @@ LEFT = {
     "process": 0,
     "recipe": 6,
     "solvers": 0,
-    "training": 68,
+    "training": 45,
 }
 """How many are left in each room; lower a number when you have cleaned it, never raise one."""
 
@@ -35,11 +35,9 @@ LEFT_IN_PAGES = {
     "docs/codecs.md": 22,
     "docs/design.md": 15,
     "docs/results.md": 29,
-    "src/carrara/classifier.py": 5,
     "src/carrara/distributed.py": 9,
     "src/carrara/errors.py": 1,
-    "src/carrara/model.py": 3,
-    "src/carrara/sampling.py": 3,
+    "src/carrara/model.py": 1,
 }
 """The same for pages and for modules outside of the rooms; what is not named has none."""
 

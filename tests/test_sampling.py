@@ -6,9 +6,11 @@ import inspect
 import json
 import sys
 import threading
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +20,7 @@ from carrara.model import DiffusionModel
 from carrara.modes import eval_mode
 from carrara.process import Denoiser, Prediction, grids
 from carrara.process.schedules import Time
-from carrara.sampling import METADATA, replay
+from carrara.sampling import METADATA, fingerprint, replay
 from carrara.solvers import DDIM, DPMSolver
 from tests.errors import refused
 from tests.test_model import unconditional
@@ -111,6 +113,30 @@ def test_what_metadata_do_not_hold_is_named(model: DiffusionModel) -> None:
         replay({**plain, "row": 0, "format": METADATA + 1})
     with refused("missing", "arguments"):
         replay({"seed": 1})
+
+
+def test_two_ways_of_giving_one_thing_are_refused(model: DiffusionModel) -> None:
+    condition = Condition(label=torch.tensor([5]))
+    with refused("conflict", "condition"):
+        model.sample([5], steps=2, condition=condition)
+    with refused("conflict", "spacing"):
+        model.sample([5], steps=2, grid="trailing", spacing="karras")
+
+
+def test_every_input_is_recorded(model: DiffusionModel) -> None:
+    made = [model.sample(steps=2, condition=Condition(label=torch.tensor([label]))) for label in (5, 6)]
+    assert len({samples.metadata["condition.label"] for samples in made}) == 2
+    with refused("missing", "condition"):
+        replay({**made[0].metadata, "row": 0})
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [([0.5], [0.6]), (["a dog"], ["a cat"]), (torch.zeros(2), torch.ones(2)), (np.zeros(5000), np.arange(5000) > 2500)],
+)
+def test_fingerprints_differ_where_inputs_do(pair: tuple[Any, Any]) -> None:
+    assert fingerprint(pair[0]) != fingerprint(pair[1])
+    assert fingerprint(pair[0]) == fingerprint(deepcopy(pair[0]))
 
 
 def test_few_frames_lead_to_the_network(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A trained classifier with its schedule: what guides a diffusion model, or judges its samples."""
+"""A trained classifier with its schedule: what guides a diffusion model, or evaluates its samples."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from carrara import networks, weights
 from carrara.errors import UserError
+from carrara.modes import eval_mode
 from carrara.networks import EncoderClassifier
 from carrara.process import NoisyClassifier, Schedule, schedules
 
@@ -20,10 +21,10 @@ class Classifier:
     """A classifier of images, saved with the schedule that it was trained for (Dhariwal & Nichol 2021, §4.1).
 
     Attributes:
-        network: tells the logits of a noisy image at a time.
+        network: gives the logits of a noisy image at a time.
         schedule: the noise levels that it was trained on.
         names: the classes, in label order.
-        noisy: False for one that saw clean images only: it can judge samples, not guide.
+        noisy: False for one that saw clean images only: it can evaluate samples, not guide.
         origin: where the weights come from, for protocols.
     """
 
@@ -45,7 +46,7 @@ class Classifier:
 
     @property
     def clean_network_time(self) -> float:
-        """`clean_time` as the network is told it."""
+        """`clean_time` in the network's units."""
         return float(self.schedule.network_time(self.clean_time))
 
     def to(self, device: torch.device | str) -> Classifier:
@@ -59,13 +60,13 @@ class Classifier:
         Args:
             schedule: the diffusion model's.
             shape: an image of it, [C, H, W].
-            names: its classes; None for a model that is told nothing.
+            names: its classes; None for a model without classes.
 
         Raises:
             UserError: another schedule, size or set of classes than this classifier was trained for.
         """
         if not self.noisy:
-            raise UserError("this classifier saw clean images only: it can judge samples, but cannot guide.")
+            raise UserError("this classifier saw clean images only: it can evaluate samples, but cannot guide.")
         if self.schedule.spec != schedule.spec:
             raise UserError(
                 f"the classifier was trained for the schedule {_words(self.schedule)}, the diffusion model for "
@@ -92,8 +93,9 @@ class Classifier:
     @torch.no_grad()
     def read(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """The likeliest class of clean images, float32 [N, C, H, W] in [-1, 1]; int64 [N]."""
-        ask, device = NoisyClassifier(self.network, self.schedule), next(self.network.parameters()).device
-        parts = [ask(part.to(device), self.clean_time).argmax(1).cpu() for part in images.split(batch_size)]
+        logits, device = NoisyClassifier(self.network, self.schedule), next(self.network.parameters()).device
+        with eval_mode(self.network):
+            parts = [logits(part.to(device), self.clean_time).argmax(1).cpu() for part in images.split(batch_size)]
         return torch.cat(parts)
 
     def save(self, folder: str | Path) -> None:

@@ -152,29 +152,29 @@ class DiffusionModel:
         Raises:
             UserError: an argument that does not fit; `key` is its name.
         """
-        asked = {"solver": solver, "steps": steps, "grid": grid if spacing is None else spacing, "guidance": guidance}
-        choices = self.choices() | {name: value for name, value in asked.items() if value is not None}
+        choices = self.choices(solver=solver, steps=steps, grid=grid, spacing=spacing, guidance=guidance)
         method, scale, seed = resolve(choices["solver"], eta), float(choices["guidance"]), whole_number(seed, "seed")
         times = grid_of(choices["grid"], self.schedule, choices["steps"], method)
         self._check_start(start)
-        inputs = {name: value for name, value in {"labels": labels, **inputs}.items() if value is not None}
-        given = {} if condition is None else condition.tensors()
-        total = conditioning.count_samples(self.conditioners, {**inputs, **given, "start": start}, count)
+        inputs = _present({"labels": labels, **inputs})
+        given = _present({**(inputs if condition is None else _slots(condition, inputs)), "start": start})
+        total = conditioning.count_samples(self.conditioners, given, count)
         first = whole_number(first, "first", least=0)
         noise = Noise(seed).rows(range(first, first + total))
-        metadata = describe(method, times, choices["grid"], scale, rescale, noise, {**inputs, **given, "start": start})
-        metadata["weights"] = self.origin
+        metadata = describe(method, times, choices["grid"], scale, rescale, noise, given) | {"weights": self.origin}
         if guides:
             metadata["needs"].append("guides")
         if classifier is not None:
             metadata |= {"classifier": classifier.origin, "classifier_scale": classifier_scale}
             metadata["needs"].append("classifier")
+        if condition is None:
+            condition = self._condition(inputs, noise, classifier)
         return Plan(
             denoiser=self._guided(scale, rescale, guides, classifier, classifier_scale),
             schedule=self.schedule,
             solver=method,
             grid=times,
-            condition=(condition or self._condition(inputs, noise, classifier)).batch(total),
+            condition=condition.batch(total),
             noise=noise,
             shape=self.codec.latent_shape(self.shape),
             start=start,
@@ -183,10 +183,17 @@ class DiffusionModel:
             metadata=metadata,
         )
 
-    def choices(self) -> dict[str, Any]:
-        """The default `solver`, `steps`, `grid` and `guidance`."""
-        own = {("grid" if name == "spacing" else name): value for name, value in self.sampling.items()}
-        return _DEFAULTS | own
+    def choices(self, **given: Any) -> dict[str, Any]:
+        """The `solver`, `steps`, `grid` and `guidance` of a sampling run: those given, else the model's own, else the
+        defaults. `spacing` and a given None are as in `plan`.
+
+        Raises:
+            UserError: both `grid` and `spacing`.
+        """
+        given = _present(given)
+        if "grid" in given and "spacing" in given:
+            raise UserError("grid and spacing mean the same: give one of them.", key="spacing", code="conflict")
+        return _DEFAULTS | _with_grid(self.sampling) | _with_grid(given)
 
     def sample(
         self,
@@ -368,6 +375,31 @@ def conditioner_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         noise = noise and {"schedule": noise["schedule"], "highest": noise["highest"], "slot": noise["told"]}
         found.append({"kind": "low_res", "shape": config["shape"], "factor": upsampling["factor"], "noise": noise})
     return found
+
+
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _with_grid(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """The same choices with a `spacing` named `grid`."""
+    return {"grid" if name == "spacing" else name: value for name, value in choices.items()}
+
+
+def _slots(condition: Condition, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The filled slots of a condition as `condition.SLOT`.
+
+    Raises:
+        UserError: there are inputs besides.
+    """
+    if inputs:
+        raise UserError(
+            f"a condition takes the place of all inputs: leave it out, or {', '.join(inputs)}.",
+            key="condition",
+            code="conflict",
+        )
+    return {f"condition.{slot}": value for slot, value in condition.tensors().items()}
 
 
 def _check_decoded(decoded: Tensor) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -134,16 +135,17 @@ def describe(
     """The metadata of a plan: what made the picture, in words, `arguments` for `sample`, and what these need besides.
 
     Args:
-        word: what the grid was asked by.
+        word: what the grid was given as.
         noise: bound to the samples.
-        inputs: what was given for the samples; the tensors among them are told apart by their fingerprints.
+        inputs: what was given for the samples. Single numbers and texts are recorded as they are, all else but the
+            labels by its fingerprint; a `condition.SLOT` needs the `condition`.
     """
-    options: dict[str, Any] = {"guidance": scale, "rescale": rescale or None}
-    options |= {name: value for name, value in inputs.items() if isinstance(value, int | float) and name != "labels"}
-    options = {name: value for name, value in options.items() if value is not None}
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    single = {name: value for name, value in inputs.items() if isinstance(value, int | float | str)}
+    others = {name: fingerprint(value) for name, value in inputs.items() if name not in single}
+    options = {"guidance": scale, **({"rescale": rescale} if rescale else {}), **single}
     named = solver_word(solver)
     known = {"solver": named, "grid": word if isinstance(word, str) else None}
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
     arguments: dict[str, Any] = {"steps": len(grid), **(named or {}), "grid": known["grid"], **options}
     return {
         "carrara": __version__,
@@ -152,11 +154,14 @@ def describe(
         "steps": len(grid),
         "grid": grid.name,
         **options,
-        **{name: fingerprint(value) for name, value in tensors.items()},
+        **others,
         "seed": noise.seed,
         "first": (noise.ids or (0,))[0],
         "arguments": {name: value for name, value in arguments.items() if value is not None},
-        "needs": [*(name for name, value in known.items() if value is None), *tensors],
+        "needs": [
+            *(name for name, value in known.items() if value is None),
+            *dict.fromkeys(name.split(".")[0] for name in others),
+        ],
     }
 
 
@@ -203,10 +208,14 @@ def replay(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {**metadata["arguments"], "seed": metadata["seed"], "first": metadata["row"], "count": 1, **label}
 
 
-def fingerprint(values: Tensor) -> str:
-    """What tells a tensor from another in metadata: 16 hexadecimal digits of its SHA-256."""
-    data = values.detach().cpu().float().contiguous()
-    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits of an input's SHA-256: of the float32 numbers of a tensor or array, else of the `repr`."""
+    if isinstance(value, Tensor | np.ndarray):
+        numbers = torch.as_tensor(value).detach().cpu().float().contiguous()
+        data = numbers.numpy().tobytes()
+    else:
+        data = repr(value).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def checked(guide: Guide) -> Guide:

@@ -24,10 +24,11 @@ def find(path: str | Path, kind: str | None = None) -> Path:
     `codec/`.
 
     Args:
-        kind: "diffusion", "classifier", "codec", …; None is any.
+        kind: "codec" prefers a model's codec; of any other kind, or None, the folder itself comes first. What it holds
+            is checked by `read_config`.
 
     Raises:
-        UserError: there is none, or only one of another kind.
+        UserError: there is no such folder, or `path` is a file.
     """
     path = Path(path)
     if path.is_file():

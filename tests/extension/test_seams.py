@@ -56,6 +56,9 @@ def test_it_is_sampled_and_guided(run: Path) -> None:
     assert not torch.equal(one[0], two[0])
     assert torch.equal(one[1], two[1])
     assert not torch.equal(one, plain)
+    other, same = (model.plan(brightness=[b, -0.5]).metadata for b in (0.5, 0.6)), model.plan(brightness=[0.5, -0.5])
+    assert [metadata["brightness"] == same.metadata["brightness"] for metadata in other] == [True, False]
+    assert same.metadata["needs"] == ["brightness"]
     with refused("missing", "brightness"):
         model.sample(count=1)
     with refused("unsupported", "labels"):

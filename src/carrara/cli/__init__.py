@@ -44,6 +44,3 @@ def main() -> None:
     except UserError as error:
         print(f"carrara: {error}", file=sys.stderr)
         sys.exit(2)
-    except ArithmeticError as error:
-        print(f"carrara: {error}", file=sys.stderr)
-        sys.exit(1)

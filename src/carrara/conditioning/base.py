@@ -22,7 +22,7 @@ _STREAMS = 2**32
 
 @dataclass(frozen=True)
 class Input:
-    """One keyword of `sample` that a conditioner reads; the command line makes an option of it.
+    """One keyword of `sample` that a conditioner reads, described for whoever offers it to a user.
 
     Attributes:
         name: the keyword.
@@ -199,7 +199,7 @@ def count_samples(conditioners: Iterable[Conditioner], given: Mapping[str, Any],
 
     Args:
         given: values by name, with one row or entry for each sample unless an `Input` declares otherwise.
-        count: as it was asked for, or None.
+        count: the requested number, or None.
 
     Raises:
         UserError: their lengths differ; none at all.
@@ -250,7 +250,7 @@ def drop(conditioners: Iterable[Conditioner], condition: Condition, noise: Noise
     algorithm 1)."""
     for conditioner in conditioners:
         if conditioner.dropout > 0:
-            keep = _dropout_draw(noise, conditioner.kind).uniform((size, 1), sub=DROPOUT)[:, 0] >= conditioner.dropout
+            keep = _dropout_draw(noise, conditioner.kind).uniform((size,), sub=DROPOUT) >= conditioner.dropout
             condition = condition.mix(keep, conditioner.null(condition))
     return condition
 

@@ -193,7 +193,7 @@ class LowRes:
                 key="upsampling",
                 code="conflict",
             )
-        level = self.augmentation.levels(noise.uniform((len(batch.images), 1), sub=LEVEL)[:, 0])
+        level = self.augmentation.levels(noise.uniform((len(batch.images),), sub=LEVEL))
         return self.augmentation.condition(shrink(batch.images, self.factor), level, noise)
 
     def null(self, condition: Condition) -> Condition:

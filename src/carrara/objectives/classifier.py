@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from carrara.errors import UserError
 from carrara.objectives.base import Examples, Terms
 from carrara.objectives.diffusion import NOISE, TIME, quarters
-from carrara.objectives.times import TimeSampler, UniformTimes, draw_uniform
+from carrara.objectives.times import TimeSampler, UniformTimes
 from carrara.process.denoiser import NoisyClassifier
 from carrara.process.noise import Noise
 from carrara.process.schedules import Schedule
@@ -44,7 +44,7 @@ class ClassifierObjective:
         x0, label = batch.x0, batch.condition.label
         if label is None:
             raise UserError("a classifier learns from labels: this data has none.")
-        times, importance = self.times.draw(self.schedule, draw_uniform(draw, len(x0), TIME))
+        times, importance = self.times.draw(self.schedule, draw.uniform((len(x0),), sub=TIME))
         x = diffuse(self.schedule, x0, times, draw.like(x0, sub=NOISE))
         logits = NoisyClassifier(self.network, self.schedule)(x, times).float()
         classes = logits.shape[1]

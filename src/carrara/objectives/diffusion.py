@@ -14,7 +14,7 @@ from carrara.condition import Condition
 from carrara.conditioning import Conditioner
 from carrara.errors import UserError, nearest
 from carrara.objectives.base import Examples, Terms
-from carrara.objectives.times import TimeSampler, UniformTimes, draw_uniform
+from carrara.objectives.times import TimeSampler, UniformTimes
 from carrara.objectives.weights import Weight
 from carrara.process import grids
 from carrara.process.bound import Chain
@@ -99,7 +99,7 @@ class DiffusionObjective:
     def terms(self, batch: Examples, draw: Noise, player: str) -> Terms:
         self.players[player]
         x0, size = batch.x0, batch.x0.shape[0]
-        times, importance = self.times.draw(self.schedule, draw_uniform(draw, size, TIME))
+        times, importance = self.times.draw(self.schedule, draw.uniform((size,), sub=TIME))
         condition = conditioning.drop(self.conditioners, batch.condition, draw, size)
         loss, scalars = self.losses(x0, times, draw.like(x0, sub=NOISE), condition)
         if loss.requires_grad:

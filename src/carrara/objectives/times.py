@@ -13,7 +13,6 @@ from torch import Tensor
 from carrara.errors import UserError
 from carrara.process import grids
 from carrara.process.grids import Grid
-from carrara.process.noise import Noise
 from carrara.process.schedules import Schedule
 
 
@@ -208,8 +207,3 @@ class LossAwareTimes(TimeSampler):
         if state.keys() != {"history", "counts"} or state["history"].shape != self.history.shape:
             raise UserError("the checkpoint's loss history does not fit: it was kept for other levels.")
         self.history, self.counts = state["history"].clone(), state["counts"].clone()
-
-
-def draw_uniform(noise: Noise, batch: int, sub: int) -> Tensor:
-    """One uniform number per sample, float64 [B]."""
-    return noise.uniform((batch, 1), sub=sub).squeeze(1)

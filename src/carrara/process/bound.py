@@ -32,7 +32,7 @@ from carrara.process.transitions import (
 class Chain:
     """p(x_T) Π p_θ(x_s|x_t) over the pairs of a grid, p_θ(x_s|x_t) = N(μ(x_t, x̂_0), Σ).
 
-    Pairs are counted in walking order: index 0 starts at the grid's noisiest time, the last one ends at the
+    Pairs are counted in sampling order: index 0 starts at the grid's noisiest time, the last one ends at the
     clean point and is the reconstruction.
 
     Attributes:
@@ -110,8 +110,11 @@ class Chain:
 
     def posterior(self, x: Tensor, x0: Tensor, index: int | Tensor) -> Gaussian:
         """q(x_s|x_t, x_0), for one pair or one pair a sample."""
-        mean = self._read("x", index, x) * x + self._read("x0", index, x) * x0
-        return Gaussian(mean, self._read("posterior", index, x, log=True))
+        return Gaussian(self._mean(x, x0, index), self._read("posterior", index, x, log=True))
+
+    def _mean(self, x: Tensor, x0: Tensor, index: int | Tensor) -> Tensor:
+        """μ(x_t, x_0), the mean of q(x_s|x_t, x_0) (Ho et al. 2020, eq. 7)."""
+        return self._read("x", index, x) * x + self._read("x0", index, x) * x0
 
     def reverse(self, prediction: Prediction, index: int | Tensor) -> Gaussian:
         """p_θ(x_s|x_t), for one pair or one pair a sample.
@@ -120,7 +123,7 @@ class Chain:
             UserError: a variance that the model does not give.
         """
         x, raw = prediction.x, prediction.variance_fraction
-        mean = self._read("x", index, x) * x + self._read("x0", index, x) * prediction.x0
+        mean = self._mean(x, prediction.x0, index)
         kind = chosen_variance(self.variance, prediction)
         if kind == "optimal":
             assert prediction.x0_variance is not None

@@ -160,7 +160,7 @@ class Noise:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Numbers in the open interval (0, 1) on a lattice of 2³², of `shape` [B, …].
+        """Numbers in the open interval (0, 1) on a lattice of 2³², of `shape` [B] or [B, …].
 
         Args:
             sub: several draws within one step have different numbers, 0..15.

@@ -34,7 +34,7 @@ def prior() -> GaussianMixture:
     labels = torch.arange(count) // _COMPONENTS
     means = noise.normal((count, _DIMENSIONS), dtype=torch.float64) * torch.tensor(_SCALES)[labels].unsqueeze(1)
     low, high = math.log(0.005), math.log(0.15)
-    variances = torch.exp(low + (high - low) * noise.uniform((count, 1), sub=1).flatten())
+    variances = torch.exp(low + (high - low) * noise.uniform((count,), sub=1))
     return GaussianMixture(torch.ones(count), means, variances, labels)
 
 

@@ -135,9 +135,9 @@ class Writer:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
-        self._under_way: Future[None] | None = None
+        self._under_way: Future[object] | None = None
 
-    def start(self, write: Callable[[], None]) -> None:
+    def start(self, write: Callable[[], object]) -> None:
         """Wait for the write before, then begin this one."""
         self.wait()
         self._under_way = self._thread.submit(write)

@@ -60,7 +60,7 @@ class ClassifierTask:
         } | ({"starts from": start_sentence(recipe.start, new_weights)} if recipe.start else {})
         self.notices: list[str] = []
 
-    def walked(self, images: Batches) -> Batches:
+    def batches(self, images: Batches) -> Batches:
         """The images."""
         return images
 
@@ -70,7 +70,7 @@ class ClassifierTask:
 
     def examples(self, batch: Batch | LatentBatch, draw: Noise) -> Examples:
         """The images and their classes."""
-        assert isinstance(batch, Batch)  # `walked` gives images
+        assert isinstance(batch, Batch)  # `batches` gives images
         return Examples(batch.images.to(self.device), Condition(label=batch.label).to(self.device))
 
     def blank(self) -> Examples:
@@ -78,7 +78,7 @@ class ClassifierTask:
         image = torch.zeros(1, self.params.in_channels, *self.params.image_size, device=self.device)
         return Examples(image, Condition(label=torch.zeros(1, dtype=torch.int64, device=self.device)))
 
-    def ask(self, module: nn.Module, examples: Examples) -> Tensor:
+    def forward(self, module: nn.Module, examples: Examples) -> Tensor:
         """The logits at time 1."""
         logits: Tensor = module(examples.x0, torch.ones(len(examples.x0), device=self.device))
         return logits

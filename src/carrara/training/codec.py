@@ -84,7 +84,7 @@ class CodecTask:
         images = recipe.training.steps * recipe.training.batch_size
         self.notices = self.objective(self.modules).notices(images)
 
-    def walked(self, images: Batches) -> Batches:
+    def batches(self, images: Batches) -> Batches:
         """The images."""
         return images
 
@@ -94,14 +94,14 @@ class CodecTask:
 
     def examples(self, batch: Batch | LatentBatch, draw: Noise) -> Examples:
         """The images alone."""
-        assert isinstance(batch, Batch)  # `walked` gives images
+        assert isinstance(batch, Batch)  # `batches` gives images
         return Examples(batch.images.to(self.device))
 
     def blank(self) -> Examples:
         """A gray image."""
         return Examples(torch.zeros(1, self.recipe.data.channels, *self.recipe.data.resolution, device=self.device))
 
-    def ask(self, module: nn.Module, examples: Examples) -> Tensor:
+    def forward(self, module: nn.Module, examples: Examples) -> Tensor:
         """A reconstruction, as training makes it, of which the codebook learns nothing."""
         training = module.training
         module.eval()

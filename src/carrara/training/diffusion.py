@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from carrara import codecs, conditioning, networks
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
-from carrara.conditioning import ClassLabels, Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
+from carrara.conditioning import Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
 from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source, open_latents
 from carrara.distributed import Processes
 from carrara.errors import UserError
@@ -52,9 +52,8 @@ class DiffusionTask:
             torch.manual_seed(recipe.seed)
             network = networks.create(recipe.network_params(slots, latent))
         else:
-            network, new_weights = network_from(
-                base.network, recipe, classes, latent, (class_names(base.conditioners), class_names(conditioners))
-            )
+            names = base.class_names() or (), source.class_names or ()
+            network, new_weights = network_from(base.network, recipe, classes, latent, names)
         self.modules: dict[str, nn.Module] = {"network": network.to(self.device)}
         self.model = DiffusionModel(
             network=network,
@@ -122,7 +121,7 @@ class DiffusionTask:
             summary["starts from"] = start_sentence(recipe.start, new_weights)
         return summary
 
-    def walked(self, images: Batches) -> Batches | LatentBatches:
+    def batches(self, images: Batches) -> Batches | LatentBatches:
         """The images, or the latents of them that `codec.cache` holds.
 
         Raises:
@@ -187,7 +186,7 @@ class DiffusionTask:
     def _condition(self, inputs: TrainingInputs, noise: Noise) -> Condition:
         return conditioning.examples(self.model.conditioners, inputs, noise).to(self.device)
 
-    def ask(self, module: nn.Module, examples: Examples) -> Tensor:
+    def forward(self, module: nn.Module, examples: Examples) -> Tensor:
         """The network's output for latents at time 1."""
         time = torch.ones(len(examples.x0), device=self.device)
         output: Tensor = module(examples.x0, time, examples.condition)
@@ -227,11 +226,6 @@ class DiffusionTask:
 def _codec(recipe: Recipe) -> Codec:
     """The codec that the recipe names."""
     return codecs.load(recipe.codec["path"]) if recipe.codec else Identity()
-
-
-def class_names(conditioners: Iterable[Conditioner]) -> tuple[str, ...]:
-    """The classes among some conditions; none for a model without."""
-    return next((c.names for c in conditioners if isinstance(c, ClassLabels)), ())
 
 
 def _conditioners(

@@ -1,7 +1,7 @@
 """The training loop. To resume, run the same command again.
 
 Everything random in step k is a function of (seed, global position): the order, the augmentation, t, ε, the
-condition dropout; network dropout draws from a generator that is set anew at every step. So the state after step k
+condition dropout; network dropout draws from a generator that is seeded again at every step. So the state after step k
 is the weights, their means, the optimiser and the objective's memory, and nothing else.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -34,12 +34,13 @@ from carrara.training import checkpoint
 from carrara.training.assembly import open_batches, open_held_out, spread
 from carrara.training.ema import EMA, Exponential, PowerFunction, decays_of
 from carrara.training.log import Log
-from carrara.training.micro_batch import largest_micro_batch
-from carrara.training.phases import Phases, Watchdog
+from carrara.training.micro_batch import largest_micro_batch, refuse_sharded
+from carrara.training.phases import Phases, Timing, Watchdog, passed
 from carrara.training.progress import Outcome, Progress, Window
 from carrara.training.rates import learning_rate
+from carrara.training.resume import changes, check, restore
 from carrara.training.run import Run
-from carrara.training.state import copied, put_optimiser, put_weights
+from carrara.training.state import copied, put_weights
 from carrara.training.step import LossScale, Stepper, autocast
 from carrara.training.task import make_task
 from carrara.training.validation import validate
@@ -64,7 +65,7 @@ class Trainer:
         device: as of `distributed.start`.
 
     Raises:
-        UserError: data, recipe and folder do not fit together; said before anything is trained.
+        UserError: data, recipe and folder do not fit together; before anything is trained.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, accept_changes: bool = False, device: str = "auto") -> None:
@@ -72,9 +73,10 @@ class Trainer:
         self.phases = Phases()
         self.processes: Processes = distributed.start(device)
         self.source, images = open_batches(recipe, self.processes)
+        self.class_names = list(self.source.class_names or ())
         self.held_out = open_held_out(recipe, self.processes)
         self.task = make_task(recipe, self.source, self.processes)
-        self.batches = self.task.walked(images)
+        self.batches = self.task.batches(images)
         self.network = next(iter(self.task.modules.values()))
         wrapped = recipe.training.parallel == "fsdp" or recipe.training.compile
         self._plain = copy.deepcopy(self.network).to("meta") if wrapped else None  # its shape, as it is now
@@ -125,7 +127,7 @@ class Trainer:
     def _count_flops(self) -> int:
         """Of one image's forward and backward pass, twice its multiplications."""
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.task.ask(self.means["ema"].module, self.task.blank())
+            self.task.forward(self.means["ema"].module, self.task.blank())
         return int(counter.get_total_flops() * (1 + _BACKWARD))
 
     def _micro_batch(self, before: int | None) -> int:
@@ -134,21 +136,15 @@ class Trainer:
         Args:
             before: what the checkpoint says; another number would change the last bits.
         """
-        training, device = self.recipe.training, self.processes.device
-        share = training.batch_size // self.processes.world
+        training, processes = self.recipe.training, self.processes
+        share = training.batch_size // processes.world
         if training.micro_batch != "auto":
             return min(training.micro_batch or share, share)
-        if self.processes.world > 1 and training.parallel == "fsdp":
-            raise UserError(
-                "training.micro_batch=auto tries sizes on each process alone, which sharded weights do not allow: "
-                "give a number with training.parallel=fsdp."
-            )
-        examples = self.examples(self.batches.at(0))
+        refuse_sharded(training, processes)
+        examples, largest = self.examples(self.batches.at(0)), min(before or share, share)
         self.network.train()
-        with autocast(training, device):
-            size, notices = largest_micro_batch(
-                self.network, self.task.ask, examples, min(before or share, share), self.processes
-            )
+        with autocast(training, processes.device):
+            size, notices = largest_micro_batch(self.network, self.task.forward, examples, largest, processes)
         self.notices += notices
         return size
 
@@ -162,10 +158,10 @@ class Trainer:
         spread([*modules.values(), *(mean.module for mean in self.means.values())], self.processes)
         return modules
 
-    # ---- the walk ----------------------------------------------------------------------------------------
+    # ---- the steps ---------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
-        """Every effective number, to be said once at the start."""
+        """Every effective number, printed once at the start."""
         training = self.recipe.training
         return {
             "data": f"{self.source.layout}: {len(self.source):,} images",
@@ -196,7 +192,7 @@ class Trainer:
             distributed.first_tells(self._open_log)
             stacks = self.run.folder / f"stuck-{self.processes.rank}.txt"
             with Watchdog(self.phases, self.recipe.training.stuck_after, stacks):
-                yield from self._walk()
+                yield from self._train()
         except Exception:
             self._rescue()
             raise
@@ -211,7 +207,7 @@ class Trainer:
     def _notice(self, sentence: str) -> Progress:
         return Progress(self.step, self.recipe.training.steps, float("nan"), 0.0, 0.0, sentence)
 
-    def _walk(self) -> Iterator[Progress]:
+    def _train(self) -> Iterator[Progress]:
         training, first, began = self.recipe.training, self.step, self.phases.clock()
         batches: Iterator[Batch | LatentBatch] = self.batches.iterate(self.step)
         unreadable = set(self.source.unreadable)
@@ -223,7 +219,7 @@ class Trainer:
                 name, reason = self.source.pictures.name(index), self.source.unreadable[index]
                 yield self._notice(f"{name} cannot be read any more ({reason}): another image stands in for it.")
             loss = self.one_step(batch)
-            speed = (self.step - first) * training.batch_size / _passed(began, self.phases.clock())
+            speed = (self.step - first) * training.batch_size / passed(began, self.phases.clock())
             if self.step == first + 1:
                 self._reserve()
             self._after_step()
@@ -317,21 +313,9 @@ class Trainer:
 
     def _skip(self, batch: Batch | LatentBatch, outcome: Outcome) -> None:
         """Write down what a step held that was not taken, and give up after too many in a row."""
-        names = distributed.gather_lists(batch.names)
-        broken = ~torch.isfinite(outcome.per_sample)
-        rows = (broken if bool(broken.any()) else ~broken).nonzero().flatten()
-        entry = {
-            "step": self.step,
-            "loss": repr(outcome.loss),
-            "gradient_norm": repr(outcome.gradient),
-            "images": [names[row] for row in rows.tolist()],
-            "positions": (self.step * self.recipe.training.batch_size + rows).tolist(),
-            "times": [repr(time) for time in outcome.times[rows].tolist()],
-        }
-        if self.stepper.scale is not None:
-            entry["loss_scale"] = self.stepper.scale.value
+        names, first = distributed.gather_lists(batch.names), self.step * self.recipe.training.batch_size
         if self.log is not None:
-            self.log.skipped(entry)
+            self.log.skipped({"step": self.step, **outcome.record(names, first), **self.stepper.loss_scale})
         if outcome.scale_fell:
             return
         self.bad_steps += 1
@@ -347,35 +331,19 @@ class Trainer:
             f"{good}: lower training.learning_rate or use training.precision=fp32."
         )
 
-    # ---- what is said along the way ------------------------------------------------------------------------
+    # ---- log, previews, validation --------------------------------------------------------------------------
 
     def _open_log(self) -> None:
         self.log = Log(self.run.folder, self.step, self.recipe)
-        self._logged = self.phases.clock(), self.step, self.phases.seconds.copy()
+        self._timing = Timing(self.phases, self.step)
 
     def _write_log(self) -> None:
         if self.log is not None:
             training = self.recipe.training
             entry = {"step": self.step, **self.window.means(), "learning_rate": learning_rate(training, self.step - 1)}
-            if self.stepper.scale is not None:
-                entry["loss_scale"] = self.stepper.scale.value
-            self.log.write({**entry, "timing": self._timing()})
+            timing = self._timing.since_last(self.step, training.batch_size, self.flops_per_image)
+            self.log.write({**entry, **self.stepper.loss_scale, "timing": timing})
         self.window = Window()
-
-    def _timing(self) -> dict[str, Any]:
-        """Speed since the last line: images and floating-point operations a second, and the share of the time that
-        each phase took; `data_wait` is that of reading data."""
-        then, step, before = self._logged
-        self._logged = self.phases.clock(), self.step, self.phases.seconds.copy()
-        passed = _passed(then, self._logged[0])
-        speed = (self.step - step) * self.recipe.training.batch_size / passed
-        shares = {name: round((total - before[name]) / passed, 4) for name, total in self.phases.seconds.items()}
-        return {
-            "images_per_s": round(speed, 2),
-            "flops_per_s": round(speed * self.flops_per_image),
-            "data_wait": shares.get("reading data", 0.0),
-            "shares": shares,
-        }
 
     def _whole(self, network: nn.Module) -> nn.Module:
         """The network as one process can run it without the others, uncompiled. All must call this."""
@@ -426,9 +394,8 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Any]:
         """All that a checkpoint holds of tensors, live."""
-        modules = {**self.task.modules, **{name: mean.module for name, mean in self.means.items()}}
         return {
-            "weights": {name: module.state_dict() for name, module in modules.items()},
+            "weights": {name: module.state_dict() for name, module in self._modules.items()},
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.stepper.optimisers.items()},
             "objective": self.objective.state_dict(),
         }
@@ -466,7 +433,7 @@ class Trainer:
             "optimisers": self._copy["optimisers"],
             "objective": self._copy["objective"],
             "codec": self._codec,
-            "classes": list(self.source.class_names or ()),
+            "classes": self.class_names,
             "recipe": self.recipe.to_yaml(),
         }
 
@@ -483,10 +450,7 @@ class Trainer:
         modules = {name: mean.module for name, mean in self.means.items() if isinstance(mean.decay, PowerFunction)}
         weights = {name: copied(module.state_dict()) for name, module in modules.items()}
         if self.processes.first:
-            self.writer.start(lambda: self._write_snapshot(step, weights))
-
-    def _write_snapshot(self, step: int, weights: dict[str, Any]) -> None:
-        checkpoint.save(self.run.snapshots, step, weights, {"step": step})
+            self.writer.start(lambda: checkpoint.save(self.run.snapshots, step, weights, {"step": step}))
 
     def _save_models(self) -> None:
         """The mean of the first decay as the run's model, those of the others beside it."""
@@ -517,29 +481,8 @@ class Trainer:
 
     def _take_up(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self._check_classes(state)
-        if state["step"] > self.recipe.training.steps:
-            raise UserError(
-                f"{self.run.folder} has been trained for {state['step']} steps, more than training.steps="
-                f"{self.recipe.training.steps}: set it to {state['step']} or more, or name another --out.",
-                key="training.steps",
-                code="conflict",
-            )
-        if state.get("codec") and self.task.codec is not None:
-            told = state["codec"]
-            codecs.check_same(self.task.codec, told["kind"], told["hash"], f"the run {self.run.folder}")
-        try:
-            for name, module in self.task.modules.items():
-                put_weights(module, weights[name])
-            for name, mean in self.means.items():
-                put_weights(mean.module, weights[name])
-            for name, optimiser in self.stepper.optimisers.items():
-                put_optimiser(optimiser, state["optimisers"][name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"the checkpoint of step {state['step']} in {self.run.folder} does not fit this recipe (Carrara "
-                f"{state.get('carrara')} wrote it): name another --out. {str(error).splitlines()[0]}"
-            ) from None
+        check(state, self.recipe, self.run.folder, self.class_names, self.task.codec)
+        restore(state, weights, self._modules, self.stepper.optimisers, self.run.folder)
         self.objective.load_state_dict(state["objective"])
         if self.stepper.scale is not None and state["scale"] is not None:
             self.stepper.scale = LossScale(**state["scale"])
@@ -547,31 +490,9 @@ class Trainer:
         self._saved = self.step
         self.window = Window.of(state["window"])
         self.notices.append(f"resuming from the checkpoint of step {self.step}.")
-        now = self.setting()
-        for key, then in state.get("setting", {}).items():
-            if then != now[key]:
-                self.notices.append(f"the checkpoint was made with {key} {then}, this is {now[key]}: bits may differ.")
+        self.notices += changes(state, self.setting())
 
-    def _check_classes(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError unless the classes of the data are those that the checkpoint was trained on."""
-        before, now = state.get("classes"), list(self.source.class_names or ())
-        kind = self.recipe.kind
-        trained = kind == "classifier" or (kind == "diffusion" and self.recipe.conditioning.kind != "none")
-        if not trained or before is None or before == now:  # the first edition's checkpoints do not hold them
-            return
-        place = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)
-        if place is None:
-            what = f"{len(before)} classes, and the data now have {len(now)}"
-        else:
-            what = f"class {place} as '{before[place]}', which is '{now[place]}' in the data now"
-        raise UserError(
-            f"{self.run.folder} was trained with {what}: bring the data back, or train in another --out with "
-            f"start: {self.run.folder}, which maps classes by their names.",
-            key="data.path",
-            code="mismatch",
-        )
-
-
-def _passed(then: float, now: float) -> float:
-    """Seconds between two readings of a clock; never 0 or less, whatever a broken clock says."""
-    return max(now - then, 1e-9)
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        """Those that learn, and their means."""
+        return {**self.task.modules, **{name: mean.module for name, mean in self.means.items()}}

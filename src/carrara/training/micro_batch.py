@@ -1,4 +1,4 @@
-"""How many images one process works on at once: as told, or the most that fit into memory."""
+"""How many images one process works on at once: as the recipe sets it, or the most that fit into memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from carrara import distributed
 from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.objectives import Examples
+from carrara.recipe import Training
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _MOMENTS = 2
@@ -20,7 +21,7 @@ _MOMENTS = 2
 
 def largest_micro_batch(
     network: nn.Module,
-    ask: Callable[[nn.Module, Examples], Tensor],
+    forward: Callable[[nn.Module, Examples], Tensor],
     examples: Examples,
     largest: int,
     processes: Processes,
@@ -29,7 +30,7 @@ def largest_micro_batch(
 
     Args:
         network: plain, not over several processes: each process tries on its own.
-        ask: the forward pass.
+        forward: the forward pass.
         examples: some of the data, on the device.
         largest: where the search begins, this process's share.
 
@@ -40,7 +41,7 @@ def largest_micro_batch(
         UserError: not even one image fits.
     """
     size, notices = largest, []
-    while size and not _fits(network, ask, examples, size):
+    while size and not _fits(network, forward, examples, size):
         notices.append(f"a micro-batch of {size} images does not fit into memory.")
         size //= 2
     size = int(distributed.gather(torch.tensor([size], device=processes.device)).min())
@@ -52,12 +53,21 @@ def largest_micro_batch(
     return size, notices
 
 
-def _fits(network: nn.Module, ask: Callable[[nn.Module, Examples], Tensor], examples: Examples, size: int) -> bool:
+def refuse_sharded(training: Training, processes: Processes) -> None:
+    """Raises UserError where each process cannot try sizes on its own: its weights are sharded."""
+    if processes.world > 1 and training.parallel == "fsdp":
+        raise UserError(
+            "training.micro_batch=auto tries sizes on each process alone, which sharded weights do not allow: "
+            "give a number with training.parallel=fsdp."
+        )
+
+
+def _fits(network: nn.Module, forward: Callable[[nn.Module, Examples], Tensor], examples: Examples, size: int) -> bool:
     images = examples.x0
     rows = torch.arange(size, device=images.device) % len(images)
     try:
         ballast = [torch.empty_like(p) for p in network.parameters() for _ in range(_MOMENTS)]
-        ask(network, Examples(images[rows], examples.condition.rows(rows))).square().mean().backward()
+        forward(network, Examples(images[rows], examples.condition.rows(rows))).square().mean().backward()
         del ballast
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)):

@@ -1,4 +1,4 @@
-"""What the loop is doing now, for how long, and a watchdog that says so when it takes too long."""
+"""What the loop is doing now and for how long, and a watchdog that reports a phase that takes too long."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -44,7 +45,7 @@ class Phases:
 
     @contextmanager
     def moved_by(self, module: nn.Module) -> Iterator[None]:
-        """While inside, every pass of the module tells that the phase moves, however long all of it takes."""
+        """While inside, every pass of the module shows that the phase moves, however long all of it takes."""
         hook = module.register_forward_hook(lambda *_: self.moved())
         try:
             yield
@@ -52,7 +53,7 @@ class Phases:
             hook.remove()
 
     def moved(self) -> None:
-        """The phase is not stuck: its wait begins anew."""
+        """The phase is not stuck: its wait starts again."""
         if self._now is not None:
             now = self.clock()
             self._account(now)
@@ -69,10 +70,38 @@ class Phases:
         return None if now is None else (now[0], self.clock() - now[1])
 
 
+class Timing:
+    """Speed and shares of the phases between two lines of the log."""
+
+    def __init__(self, phases: Phases, step: int) -> None:
+        self.phases = phases
+        self._last = phases.clock(), step, phases.seconds.copy()
+
+    def since_last(self, step: int, batch_size: int, flops_per_image: int) -> dict[str, Any]:
+        """Since the last call: images and floating-point operations a second, and the share of the time that each phase
+        took; `data_wait` is that of reading data."""
+        then, step_then, before = self._last
+        self._last = self.phases.clock(), step, self.phases.seconds.copy()
+        seconds = passed(then, self._last[0])
+        speed = (step - step_then) * batch_size / seconds
+        shares = {name: round((total - before[name]) / seconds, 4) for name, total in self.phases.seconds.items()}
+        return {
+            "images_per_s": round(speed, 2),
+            "flops_per_s": round(speed * flops_per_image),
+            "data_wait": shares.get("reading data", 0.0),
+            "shares": shares,
+        }
+
+
+def passed(then: float, now: float) -> float:
+    """Seconds between two readings of a clock; never 0 or less, whatever a broken clock reads."""
+    return max(now - then, 1e-9)
+
+
 class Watchdog:
     """A thread that names the phase that is stuck, again each time the wait has doubled.
 
-    Only said, never acted upon: a slow disk looks like a dead one, and the state is safe in either case.
+    Only reported, never acted upon: a slow disk looks like a dead one, and the state is safe in either case.
 
     Args:
         phases: what the loop is doing.
@@ -84,7 +113,7 @@ class Watchdog:
     def __init__(self, phases: Phases, limit: float, stacks: Path, say: Callable[[str], None] | None = None) -> None:
         self.phases, self.limit, self.stacks = phases, limit, stacks
         self.say = say or (lambda sentence: print(f"carrara: {sentence}", file=sys.stderr, flush=True))
-        self._told: tuple[str, float] = ("", limit)
+        self._reported: tuple[str, float] = ("", limit)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -106,11 +135,11 @@ class Watchdog:
         if current is None:
             return
         name, lasted = current
-        if name != self._told[0] or lasted < self.limit:
-            self._told = (name, self.limit)
-        if lasted < self._told[1]:
+        if name != self._reported[0] or lasted < self.limit:
+            self._reported = (name, self.limit)
+        if lasted < self._reported[1]:
             return
-        self._told = (name, 2 * lasted)
+        self._reported = (name, 2 * lasted)
         self.say(f"nothing has moved for {lasted:,.0f} s while {name}; {self.stacks} says in which line.")
         with open(self.stacks, "a", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,23 @@ class Outcome:
     def finite(self) -> bool:
         """Whether the optimiser could take the step."""
         return bool(torch.isfinite(self.per_sample).all()) and abs(self.gradient) < float("inf")
+
+    def record(self, names: Sequence[str], first: int) -> dict[str, Any]:
+        """Of a step that was not taken: its samples that are not finite, or all where every one is.
+
+        Args:
+            names: of the B samples' images.
+            first: the global position of the first sample.
+        """
+        broken = ~torch.isfinite(self.per_sample)
+        rows = (broken if bool(broken.any()) else ~broken).nonzero().flatten()
+        return {
+            "loss": repr(self.loss),
+            "gradient_norm": repr(self.gradient),
+            "images": [names[row] for row in rows.tolist()],
+            "positions": (first + rows).tolist(),
+            "times": [repr(time) for time in self.times[rows].tolist()],
+        }
 
 
 @dataclass

@@ -81,7 +81,7 @@ class Stepper:
         seed: of every draw.
         processes: who else works on the batch.
         micro_batch: images worked on at once.
-        phases: told what happens.
+        phases: of the loop, which the step enters.
     """
 
     def __init__(
@@ -106,6 +106,11 @@ class Stepper:
             )
             for name, player in objective.players.items()
         }
+
+    @property
+    def loss_scale(self) -> dict[str, float]:
+        """The loss scale for the log; nothing except with fp16."""
+        return {} if self.scale is None else {"loss_scale": self.scale.value}
 
     @staticmethod
     def draws(seed: int, positions: Tensor) -> Noise:

@@ -25,7 +25,7 @@ class Task(Protocol):
     Attributes:
         modules: what learns, by the names of the objective's players, with the same first weights on every
             process. Running means are kept of the first.
-        summary: what is said of it once at the start.
+        summary: what is printed of it once at the start.
         notices: what the user should know before it begins.
         pictures: how many a preview shows; 0 for what makes none.
         codec: in whose latents it works, which no run changes on its way; None on pixels.
@@ -37,8 +37,8 @@ class Task(Protocol):
     pictures: int
     codec: Codec | None
 
-    def walked(self, images: Batches) -> Batches | LatentBatches:
-        """What the run walks over: the images, or cached latents of them at the same positions."""
+    def batches(self, images: Batches) -> Batches | LatentBatches:
+        """What the run reads: the images, or cached latents of them at the same positions."""
         ...
 
     def objective(self, modules: Mapping[str, nn.Module]) -> Objective:
@@ -57,7 +57,7 @@ class Task(Protocol):
         """One black image."""
         ...
 
-    def ask(self, module: nn.Module, examples: Examples) -> Tensor:
+    def forward(self, module: nn.Module, examples: Examples) -> Tensor:
         """One forward pass of the first module, as training makes it."""
         ...
 

@@ -1,0 +1,93 @@
+"""Continuing a run from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from carrara import codecs
+from carrara.codecs import Codec
+from carrara.errors import UserError
+from carrara.recipe import Recipe
+from carrara.training.state import put_optimiser, put_weights
+
+
+def check(
+    state: Mapping[str, Any], recipe: Recipe, folder: Path, class_names: Sequence[str], codec: Codec | None
+) -> None:
+    """Refuse a checkpoint of another length, of other classes or of another codec.
+
+    Args:
+        state: of the checkpoint.
+        folder: of the run, for the messages.
+        class_names: of the data.
+        codec: whose latents the run works in, if any.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    _check_classes(state, recipe, folder, class_names)
+    if state["step"] > recipe.training.steps:
+        raise UserError(
+            f"{folder} has been trained for {state['step']} steps, more than training.steps={recipe.training.steps}: "
+            f"set it to {state['step']} or more, or name another --out.",
+            key="training.steps",
+            code="conflict",
+        )
+    if state.get("codec") and codec is not None:
+        before = state["codec"]
+        codecs.check_same(codec, before["kind"], before["hash"], f"the run {folder}")
+
+
+def restore(
+    state: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    modules: Mapping[str, nn.Module],
+    optimisers: Mapping[str, Optimizer],
+    folder: Path,
+) -> None:
+    """Fill modules and optimisers from a checkpoint.
+
+    Raises:
+        UserError: it lacks one of them, or holds other shapes.
+    """
+    try:
+        for name, module in modules.items():
+            put_weights(module, weights[name])
+        for name, optimiser in optimisers.items():
+            put_optimiser(optimiser, state["optimisers"][name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the checkpoint of step {state['step']} in {folder} does not fit this recipe (Carrara "
+            f"{state.get('carrara')} wrote it): name another --out. {str(error).splitlines()[0]}"
+        ) from None
+
+
+def changes(state: Mapping[str, Any], setting: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for everything in the setting that differs from the checkpoint's."""
+    for key, before in state.get("setting", {}).items():
+        if before != setting[key]:
+            yield f"the checkpoint was made with {key} {before}, this is {setting[key]}: bits may differ."
+
+
+def _check_classes(state: Mapping[str, Any], recipe: Recipe, folder: Path, class_names: Sequence[str]) -> None:
+    """Only where the run trains on classes; the first edition's checkpoints do not hold them."""
+    before, now = state.get("classes"), list(class_names)
+    trained = recipe.kind == "classifier" or (recipe.kind == "diffusion" and recipe.conditioning.kind != "none")
+    if not trained or before is None or before == now:
+        return
+    place = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)
+    if place is None:
+        what = f"{len(before)} classes, and the data now have {len(now)}"
+    else:
+        what = f"class {place} as '{before[place]}', which is '{now[place]}' in the data now"
+    raise UserError(
+        f"{folder} was trained with {what}: bring the data back, or train in another --out with start: {folder}, "
+        "which maps classes by their names.",
+        key="data.path",
+        code="mismatch",
+    )
