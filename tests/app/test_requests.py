@@ -30,6 +30,7 @@ REQUESTS = sorted(
 def test_there_is_one_for_each_use_case() -> None:
     names = {kind.__name__.removesuffix("Request") for kind in REQUESTS}
     assert names >= {"Sample", "Upscale", "Train", "Evaluate", "Compare", "Sweep", "Check", "Encode", "Ema", "Demo"}
+    assert names >= {"Import", "Export"}
 
 
 @pytest.mark.parametrize("kind", REQUESTS, ids=lambda kind: kind.__name__)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from carrara import codecs
 from carrara.codecs import LearnedCodec
-from carrara.convert import Asked, check_outputs, export_model, import_model
+from carrara.convert import Hints, check_outputs, export_model, import_model
 from carrara.errors import UserError
 from carrara.interop import compvis_model, compvis_unet
 from carrara.model import DiffusionModel
@@ -90,9 +90,9 @@ def test_without_its_config_the_checkpoint_tells_what_it_holds(tmp_path: Path) -
         import_model(tmp_path / "model.ckpt")
     told = {"unet_config": {"params": {"num_head_channels": 16}}, "first_stage_config": config["first_stage_config"]}
     with pytest.raises(UserError, match="image_size"):
-        import_model(tmp_path / "model.ckpt", Asked(arguments=told))
+        import_model(tmp_path / "model.ckpt", Hints(arguments=told))
     told |= {"image_size": 8, "null_label": True}
-    again = import_model(tmp_path / "model.ckpt", Asked(arguments=told)).model
+    again = import_model(tmp_path / "model.ckpt", Hints(arguments=told)).model
     assert torch.equal(pictures(again), pictures(ours))
     assert isinstance(again, DiffusionModel)
     assert again.class_labels is not None
@@ -131,9 +131,9 @@ def test_a_published_model_is_known_by_its_shapes_and_its_running_mean_is_taken(
 ) -> None:
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": whole(published, path), "global_step": 5, "optimizer_states": []}, path)
-    asked = {"null_label": True}
-    mean = import_model(path, Asked(arguments=asked))
-    last = import_model(path, Asked(arguments=asked, last_weights=True))
+    hints = {"null_label": True}
+    mean = import_model(path, Hints(arguments=hints))
+    last = import_model(path, Hints(arguments=hints, last_weights=True))
     assert mean.report["recognised"] == ["small-unet"]
     assert mean.report["first_stage"] == ["small-kl"]
     assert mean.report["weights"] == "running mean"
@@ -143,7 +143,7 @@ def test_a_published_model_is_known_by_its_shapes_and_its_running_mean_is_taken(
     assert torch.equal(pictures(last.model), pictures(published))
     assert torch.equal(2 * published.network.state_dict()["out.weight"], mean.model.network.state_dict()["out.weight"])
     assert mean.model.schedule.spec == published.schedule.spec  # 0.0015 and 0.0195, from a table in float32
-    by_name = import_model(path, Asked("small-unet", asked, last_weights=True)).model
+    by_name = import_model(path, Hints("small-unet", hints, last_weights=True)).model
     assert isinstance(by_name, DiffusionModel)
     assert same_weights(by_name.network, published.network)
 
@@ -187,7 +187,7 @@ def test_stable_diffusion_brings_its_own_latent_scale(published: DiffusionModel,
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_first_stages_answer_as_the_originals_did(case: str, tmp_path: Path) -> None:
     path, arguments, answers = original(case, tmp_path)
-    imported = import_model(path, Asked(arguments=arguments))
+    imported = import_model(path, Hints(arguments=arguments))
     assert imported.report["largest_difference_there_and_back"] == 0
     assert imported.report["layout"] == ("compvis" if "kl" in case else "taming")
     parity = check_outputs(imported.model, answers)
@@ -216,37 +216,37 @@ def test_bad_input_is_told_in_one_sentence(tmp_path: Path) -> None:
     weights, config = read(tmp_path / "m.ckpt"), tmp_path / "m.yaml"
     text = config.read_text()
 
-    def refused(sentence: str, asked: Asked | None = None, changes: dict[str, Tensor] | None = None) -> None:
+    def refused(sentence: str, hints: Hints | None = None, changes: dict[str, Tensor] | None = None) -> None:
         kept = {k: v for k, v in {**weights, **(changes or {})}.items() if v.numel()}
         torch.save(kept, tmp_path / "m.ckpt")
         with pytest.raises(UserError, match=sentence):
-            import_model(tmp_path / "m.ckpt", asked)
+            import_model(tmp_path / "m.ckpt", hints)
 
     refused(r"lacks 'out\.2\.bias'", changes={f"{compvis_unet.PART}out.2.bias": torch.zeros(0)})
     refused(r"lacks 'decoder\.conv_out\.bias'", changes={"first_stage_model.decoder.conv_out.bias": torch.zeros(0)})
     refused("contains 'out.3.bias'", changes={f"{compvis_unet.PART}out.3.bias": torch.zeros(1)})
-    refused("'betas' run from 0.0015 to 0.0195 in 1000 steps", Asked(arguments={"linear_end": 0.012}))
+    refused("'betas' run from 0.0015 to 0.0195 in 1000 steps", Hints(arguments={"linear_end": 0.012}))
     refused("'betas' run from 0.0015", changes={"betas": weights["betas"][:500]})
-    refused("beta_schedule is 'cosin': did you mean 'cosine'", Asked(arguments={"beta_schedule": "cosin"}))
-    refused("parameterization is 'velocity'", Asked(arguments={"parameterization": "velocity"}))
-    refused("2 classes are named, and the checkpoint knows 4", Asked(arguments={"classes": ["a", "b"]}))
-    refused("'ldm-ffhq-256' names the whole U-Net", Asked("ldm-ffhq-256", config=config))
-    refused("not described by 'linear_begin': did you mean 'linear_", Asked(arguments={"linear_begin": 0.1}))
-    refused("linear_start is 'a'", Asked(arguments={"linear_start": "a"}))
-    refused("scale_factor is 'a': it must be a number", Asked(arguments={"scale_factor": "a"}))
-    refused("image_size is", Asked(arguments={"image_size": [8, 8, 8]}))
-    refused("unet_config is 3: it must hold", Asked(arguments={"unet_config": 3}))
-    refused("--schedule means nothing to", Asked(schedule="cosine"))
+    refused("beta_schedule is 'cosin': did you mean 'cosine'", Hints(arguments={"beta_schedule": "cosin"}))
+    refused("parameterization is 'velocity'", Hints(arguments={"parameterization": "velocity"}))
+    refused("2 classes are named, and the checkpoint knows 4", Hints(arguments={"classes": ["a", "b"]}))
+    refused("'ldm-ffhq-256' names the whole U-Net", Hints("ldm-ffhq-256", config=config))
+    refused("not described by 'linear_begin': did you mean 'linear_", Hints(arguments={"linear_begin": 0.1}))
+    refused("linear_start is 'a'", Hints(arguments={"linear_start": "a"}))
+    refused("scale_factor is 'a': it must be a number", Hints(arguments={"scale_factor": "a"}))
+    refused("image_size is", Hints(arguments={"image_size": [8, 8, 8]}))
+    refused("unet_config is 3: it must hold", Hints(arguments={"unet_config": 3}))
+    refused("--schedule means nothing to", Hints(schedule="cosine"))
     config.unlink()
-    refused("there is no published latent diffusion model 'ldm-fhq-256'", Asked("ldm-fhq-256"))
-    refused("cannot be read", Asked(config=tmp_path / "none.yaml"))
+    refused("there is no published latent diffusion model 'ldm-fhq-256'", Hints("ldm-fhq-256"))
+    refused("cannot be read", Hints(config=tmp_path / "none.yaml"))
     config.write_text("name: digits\n")
     refused("describes no model of CompVis' programs")
     config.write_text("model: [")
     refused("cannot be read")
     config.write_text(text)
     four = {"unet_config": {"params": {"in_channels": 4, "out_channels": 4}}}
-    refused("do not belong together", Asked(arguments=four), other_ends())
+    refused("do not belong together", Hints(arguments=four), other_ends())
     torch.save({"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "u.ckpt")
     with pytest.raises(UserError, match="no CompVis U-Net"):
         import_model(tmp_path / "u.ckpt")
@@ -259,11 +259,11 @@ def test_words_of_a_first_stage_are_its_constructors(tmp_path: Path) -> None:
     export_model(codec(), tmp_path / "first.ckpt")
     (tmp_path / "first.yaml").unlink()
     with pytest.raises(UserError, match="has no argument 'chanels'"):
-        import_model(tmp_path / "first.ckpt", Asked(arguments={"chanels": 32}))
+        import_model(tmp_path / "first.ckpt", Hints(arguments={"chanels": 32}))
     with pytest.raises(UserError, match="which has no running mean"):
-        import_model(tmp_path / "first.ckpt", Asked(last_weights=True))
+        import_model(tmp_path / "first.ckpt", Hints(last_weights=True))
     with pytest.raises(UserError, match="'ldm-kl-f4' names the whole first stage: leave out ddconfig"):
-        import_model(tmp_path / "first.ckpt", Asked("ldm-kl-f4", {"ddconfig": {"ch": 32}}))
+        import_model(tmp_path / "first.ckpt", Hints("ldm-kl-f4", {"ddconfig": {"ch": 32}}))
 
 
 def other_ends() -> dict[str, Tensor]:

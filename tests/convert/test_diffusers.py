@@ -12,7 +12,7 @@ import torch
 from carrara import codecs
 from carrara.codecs import LearnedCodec
 from carrara.condition import Condition
-from carrara.convert import Asked, export_model, import_model
+from carrara.convert import Hints, export_model, import_model
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
 from carrara.networks import UNet
@@ -136,9 +136,9 @@ def test_bad_folders_are_told_in_one_sentence(tmp_path: Path) -> None:
     export_model(model("a class", codec()), tmp_path / "p")
     unet, scheduler = tmp_path / "p" / "unet", tmp_path / "p" / "scheduler" / "scheduler_config.json"
 
-    def refused(sentence: str, path: Path | None = None, asked: Asked | None = None) -> None:
+    def refused(sentence: str, path: Path | None = None, hints: Hints | None = None) -> None:
         with pytest.raises(UserError, match=sentence):
-            import_model(path or tmp_path / "p", asked)
+            import_model(path or tmp_path / "p", hints)
 
     def changed(path: Path, **changes: Any) -> str:
         """Change entries of a JSON file, and return what it was."""
@@ -146,7 +146,7 @@ def test_bad_folders_are_told_in_one_sentence(tmp_path: Path) -> None:
         write(path, {**json.loads(text), **changes})
         return text
 
-    refused("--set means nothing to", asked=Asked(arguments={"a": 1}))
+    refused("--set means nothing to", hints=Hints(arguments={"a": 1}))
     refused("is a U-Net alone", unet)
     refused("there is no config.json", tmp_path)
     refused("name the folder instead", unet / "diffusion_pytorch_model.safetensors")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from carrara.classifier import Classifier
-from carrara.convert import Asked, check_outputs, export_model, import_model
+from carrara.convert import Hints, check_outputs, export_model, import_model
 from carrara.errors import UserError
 from carrara.interop import guided_diffusion
 from carrara.model import DiffusionModel
@@ -51,7 +51,7 @@ def told(spec: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_an_imported_checkpoint_answers_as_the_original_did(case: str, tmp_path: Path) -> None:
     path, spec, answers = original(case, tmp_path)
-    imported = import_model(path, Asked(arguments=told(spec)))
+    imported = import_model(path, Hints(arguments=told(spec)))
     assert imported.report["largest_difference_there_and_back"] == 0
     parity = check_outputs(imported.model, answers)
     assert parity["equal"]
@@ -65,7 +65,7 @@ def test_an_imported_checkpoint_answers_as_the_original_did(case: str, tmp_path:
 def test_a_wrong_argument_shows_in_the_check(tmp_path: Path) -> None:
     path, spec, answers = original("a3_unet_newattn", tmp_path)
     wrong = {**told(spec), "use_new_attention_order": False}
-    assert not check_outputs(import_model(path, Asked(arguments=wrong)).model, answers)["equal"]
+    assert not check_outputs(import_model(path, Hints(arguments=wrong)).model, answers)["equal"]
 
 
 def test_out_and_in_again_keeps_every_bit(tiny_run: Path, tmp_path: Path) -> None:
@@ -101,4 +101,4 @@ def test_a_published_shape_is_recognised_by_itself(tmp_path: Path) -> None:
     assert imported.model.schedule.spec["steps"] == 4000
     assert float(imported.model.schedule.network_time(4000)) == pytest.approx(3999 / 4)
     with pytest.raises(UserError, match="adm-imagenet-64"):
-        import_model(tmp_path / "cifar10.pt", Asked("adm-imagnet-64"))
+        import_model(tmp_path / "cifar10.pt", Hints("adm-imagnet-64"))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from carrara.convert import Asked, check_outputs, export_model, import_model
+from carrara.convert import Hints, check_outputs, export_model, import_model
 from carrara.model import DiffusionModel
 from tests.convert.models import codec, model, pictures, same_weights
 from tests.errors import refused
@@ -38,7 +38,7 @@ def test_the_running_mean_is_taken_in_either_order(mean: str, last: str, mean_fi
     imported = import_model(tmp_path / "a.ckpt")
     assert (imported.report["weights"], imported.report["not_taken"]) == (mean, (last,))
     assert same_weights(first, imported.model)  # type: ignore[arg-type]
-    other = import_model(tmp_path / "a.ckpt", Asked(last_weights=True))
+    other = import_model(tmp_path / "a.ckpt", Hints(last_weights=True))
     assert (other.report["weights"], other.report["not_taken"]) == (last, (mean,))
     assert not same_weights(first, other.model)  # type: ignore[arg-type]
 

@@ -54,16 +54,6 @@ def show(events: Iterable[Event], quiet: bool = False) -> Iterator[Event]:
                 yield event
 
 
-@contextmanager
-def working(task: str, quiet: bool = False) -> Iterator[None]:
-    """Show that work without events goes on."""
-    from carrara.app.events import StepDone
-
-    with _progress(quiet) as progress:
-        progress.step(StepDone(task, 0, 0))
-        yield
-
-
 class _Bars:
     """A bar for each task."""
 

@@ -6,16 +6,16 @@ One row of `LAYOUTS` is one program's way to lay out a model: how it is recognis
 from carrara.convert.compvis import export_compvis, export_taming, import_compvis
 from carrara.convert.diffusers import export_diffusers, import_diffusers
 from carrara.convert.guided_diffusion import export_guided_diffusion, import_guided_diffusion
-from carrara.convert.imported import Asked, Contents, Convertible, Imported, refuse_taken
+from carrara.convert.imported import Contents, Convertible, Hints, Imported, refuse_taken
 from carrara.convert.layouts import LAYOUTS, Layout, export_model, import_model, load
 from carrara.convert.parity import PARITY, check_outputs, fingerprint
 
 __all__ = [
     "LAYOUTS",
     "PARITY",
-    "Asked",
     "Contents",
     "Convertible",
+    "Hints",
     "Imported",
     "Layout",
     "check_outputs",

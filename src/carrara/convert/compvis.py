@@ -22,9 +22,9 @@ from carrara.conditioning import ClassLabels
 from carrara.convert.imported import (
     DROPOUT,
     MARK,
-    Asked,
     Contents,
     Convertible,
+    Hints,
     Imported,
     assembled,
     latent_scale,
@@ -92,7 +92,7 @@ def quantises(contents: Contents) -> bool:
     return any(key.startswith("quantize.") for key in compvis.own_weights(contents.tensors))
 
 
-def import_compvis(contents: Contents, asked: Asked) -> Imported:
+def import_compvis(contents: Contents, hints: Hints) -> Imported:
     """A first stage as a codec, or a latent diffusion model with its first stage.
 
     A model that is told nothing or a class comes whole. What another is told (a text, an image beside) nothing here can
@@ -100,7 +100,7 @@ def import_compvis(contents: Contents, asked: Asked) -> Imported:
 
     Args:
         contents: the checkpoint.
-        asked: the `name` is a published first stage's, or for a whole model a published U-Net's; by the shapes where
+        hints: the `name` is a published first stage's, or for a whole model a published U-Net's; by the shapes where
             it is left out. `config` or `arguments` describe others, in the words of the originals' YAML files: those
             of `model.params`, beside `classes` (their names) and `null_label` (the last class means "no class").
 
@@ -108,22 +108,22 @@ def import_compvis(contents: Contents, asked: Asked) -> Imported:
         UserError: the checkpoint fits no model, or leaves something open that must be named.
     """
     whole = is_whole(contents)
-    if asked.last_weights and not whole:
+    if hints.last_weights and not whole:
         raise UserError(f"{contents.path} holds a first stage, which has no running mean: leave out --last-weights.")
-    for word in asked.arguments:
+    for word in hints.arguments:
         if whole and word not in WORDS:
             raise UserError(f"a latent diffusion model is not described by '{word}': {nearest(word, WORDS)}")
-    settings = _settings(contents.path, asked)
+    settings = _settings(contents.path, hints)
     if not whole:
-        return _codec(contents, asked.name, settings)
+        return _codec(contents, hints.name, settings)
     checkpoint = strip_prefixes(contents.tensors)
     waits = _waits_for(checkpoint)
     if waits is None:
-        return _model(contents.path, checkpoint, asked, settings)
+        return _model(contents.path, checkpoint, hints, settings)
     if not _holds_first_stage(checkpoint):
         raise UserError(f"the U-Net in {contents.path} waits for {waits}, and there is no first stage beside it.")
     unets = compvis_published.recognise(checkpoint)
-    name = None if asked.name in compvis_published.PUBLISHED else asked.name
+    name = None if hints.name in compvis_published.PUBLISHED else hints.name
     if name is None and not _first_stage_arguments(settings):
         name = next((STABLE[unet] for unet in unets if unet in STABLE), None)
     imported = _codec(contents, name, settings)
@@ -266,15 +266,15 @@ def _waits_for(checkpoint: StateDict) -> str | None:
     return None
 
 
-def _model(path: Path, checkpoint: StateDict, asked: Asked, settings: Settings) -> Imported:
+def _model(path: Path, checkpoint: StateDict, hints: Hints, settings: Settings) -> Imported:
     """A model that is told nothing, or a class."""
-    arguments, recognised = _unet_arguments(checkpoint, asked.name, settings)
+    arguments, recognised = _unet_arguments(checkpoint, hints.name, settings)
     codec, first = _first_stage(checkpoint, None, settings) if _holds_first_stage(checkpoint) else (None, [])
     schedule = compvis_model.schedule(checkpoint, settings)
     predicts = settings.get("parameterization", "eps")
     if predicts not in compvis_model.PREDICTS:
         raise UserError(f"parameterization is '{predicts}': {nearest(str(predicts), compvis_model.PREDICTS)}")
-    mean = not asked.last_weights and any(key.startswith(f"{MEAN}diffusion_model") for key in checkpoint)
+    mean = not hints.last_weights and any(key.startswith(f"{MEAN}diffusion_model") for key in checkpoint)
     tokens = CLASSES in checkpoint
     labels, null = _labels(checkpoint, tokens, settings, NULLED in recognised)
     network = compvis.load_unet(checkpoint, class_tokens=tokens, null_label=null, ema=mean, **arguments).eval()
@@ -284,7 +284,7 @@ def _model(path: Path, checkpoint: StateDict, asked: Asked, settings: Settings) 
         raise UserError(f"image_size is {size}: it must be the side of the latents, or their height and width.")
     model = assembled(network, schedule, predicts, labels, codec, size, path)
     kept = settings.get(KEY)
-    if isinstance(kept, Mapping) and not asked.arguments:
+    if isinstance(kept, Mapping) and not hints.arguments:
         restore(model, kept, path.with_suffix(".yaml"))
     whole = unet_weights(checkpoint, mean)
     theirs = {PART + key: value for key, value in whole.items()}
@@ -350,21 +350,21 @@ def _weights(network: UNet, codec: LearnedCodec | None) -> dict[str, Tensor]:
 # Files
 
 
-def _settings(path: Path, asked: Asked) -> Settings:
-    """What the config beside the checkpoint says, and over it what was asked.
+def _settings(path: Path, hints: Hints) -> Settings:
+    """What the config beside the checkpoint says, and over it what was hints.
 
     Raises:
         UserError: the config cannot be read, or describes no model.
     """
     beside = path.with_suffix(".yaml")
-    config = asked.config or (beside if beside.is_file() and asked.name is None else None)
+    config = hints.config or (beside if beside.is_file() and hints.name is None else None)
     if config is None:
-        return dict(asked.arguments)
+        return dict(hints.arguments)
     try:
         described = yaml.safe_load(config.read_text(encoding="utf-8"))
         model = described["model"]
         own = {key: described[key] for key in ("classes", "scale_factor", KEY) if key in described}
-        return _merged({**model.get("params", {}), **own}, asked.arguments)
+        return _merged({**model.get("params", {}), **own}, hints.arguments)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{config} cannot be read: {str(error).splitlines()[0]}.") from None
     except (KeyError, TypeError, AttributeError):

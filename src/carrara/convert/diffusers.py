@@ -10,9 +10,9 @@ from carrara.conditioning import ClassLabels
 from carrara.convert.imported import (
     DROPOUT,
     INDEX,
-    Asked,
     Contents,
     Convertible,
+    Hints,
     Imported,
     assembled,
     latent_scale,
@@ -38,7 +38,7 @@ def is_diffusers(contents: Contents) -> bool:
     return "_class_name" in contents.config
 
 
-def import_diffusers(contents: Contents, asked: Asked) -> Imported:
+def import_diffusers(contents: Contents, hints: Hints) -> Imported:
     """A codec's folder as a codec, a pipeline's as a diffusion model with its codec.
 
     A pipeline whose U-Net is a `UNet2DModel` comes whole, with the schedule and prediction of its scheduler; the

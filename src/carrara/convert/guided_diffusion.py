@@ -11,7 +11,7 @@ from torch import Tensor
 
 from carrara.classifier import Classifier
 from carrara.conditioning import ClassLabels
-from carrara.convert.imported import MARK, Asked, Contents, Convertible, Imported, there_and_back, write_weights
+from carrara.convert.imported import MARK, Contents, Convertible, Hints, Imported, there_and_back, write_weights
 from carrara.convert.parity import fingerprint, own_network
 from carrara.convert.record import KEY, Record, record, restore
 from carrara.convert.record import network as recorded_network
@@ -32,34 +32,34 @@ def is_guided_diffusion(contents: Contents) -> bool:
     return "input_blocks.0.0.weight" in own and not any(".transformer_blocks." in key for key in own)
 
 
-def import_guided_diffusion(contents: Contents, asked: Asked) -> Imported:
+def import_guided_diffusion(contents: Contents, hints: Hints) -> Imported:
     """A checkpoint of guided-diffusion or improved-diffusion: a model, an up-sampler or a classifier.
 
     Args:
         contents: the weights.
-        asked: the `name` is one of `PUBLISHED`; by the shapes where it is left out. `arguments` are the original
+        hints: the `name` is one of `PUBLISHED`; by the shapes where it is left out. `arguments` are the original
             constructor's own, for a checkpoint that is none of the published ones: those that its shapes do not tell
             (`num_head_channels`, `image_size`, …). The process goes with them: linear, of 1000 steps unless said.
 
     Raises:
         UserError: the checkpoint fits no model, or leaves something open that must be named.
     """
-    checkpoint, name = contents.tensors, asked.name
+    checkpoint, name = contents.tensors, hints.name
     recognised: tuple[str, ...]
-    if name is not None and asked.arguments:
-        raise UserError(f"'{name}' names the whole network: leave out {', '.join(asked.arguments)}.")
+    if name is not None and hints.arguments:
+        raise UserError(f"'{name}' names the whole network: leave out {', '.join(hints.arguments)}.")
     beside = contents.path.with_suffix(".json")
-    kept = None if asked != Asked() else _recorded(beside)
+    kept = None if hints != Hints() else _recorded(beside)
     if kept is not None:
         params = recorded_network(kept, beside).params
         if not isinstance(params, UNetParams | EncoderClassifierParams):
             raise UserError(f"{beside} describes no network of guided-diffusion.", key=str(beside), code="damaged")
         found, recognised = Published(params=params, schedule="linear", files=()), ()
-    elif asked.arguments:
-        found = _described(checkpoint, asked)
+    elif hints.arguments:
+        found = _described(checkpoint, hints)
         recognised = ()
     else:
-        if asked.schedule or asked.steps or asked.rescaled_time:
+        if hints.schedule or hints.diffusion_steps or hints.rescaled_time:
             raise UserError("a published model has its own schedule: --schedule and its like go with --set only.")
         recognised = (name,) if name is not None else recognise(checkpoint)
         if recognised[0] not in PUBLISHED:
@@ -132,9 +132,9 @@ def _unknown_there(model: DiffusionModel | Classifier) -> list[str]:
     return unknown
 
 
-def _described(checkpoint: Mapping[str, Tensor], asked: Asked) -> Published:
+def _described(checkpoint: Mapping[str, Tensor], hints: Hints) -> Published:
     """What the original's arguments, named or read from the shapes, describe."""
-    arguments = guided_diffusion.infer_arguments(checkpoint, **asked.arguments)
+    arguments = guided_diffusion.infer_arguments(checkpoint, **hints.arguments)
     params: UNetParams | EncoderClassifierParams
     if "pool" in arguments:
         params = guided_diffusion.classifier_params(**arguments)
@@ -144,9 +144,9 @@ def _described(checkpoint: Mapping[str, Tensor], asked: Asked) -> Published:
         params = guided_diffusion.unet_params(**arguments)
     return Published(
         params=params,
-        schedule=asked.schedule or "linear",
-        steps=asked.steps or 1000,
-        rescaled_time=asked.rescaled_time,
+        schedule=hints.schedule or "linear",
+        steps=hints.diffusion_steps or 1000,
+        rescaled_time=hints.rescaled_time,
         files=(),
     )
 

@@ -1,4 +1,4 @@
-"""What conversions are about: what lies at a path, what was asked, and what came of it."""
+"""What conversions are about: what lies at a path, what the user adds, and what came of it."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is told with a path, where its contents do not say it.
+class Hints:
+    """What the user adds to a path, where its contents do not specify it.
 
     Attributes:
         name: a published model's.
         arguments: of the original's constructor.
-        config: a YAML file of CompVis' programs, which holds such arguments.
-        schedule, steps, rescaled_time: the process that a model of guided-diffusion was trained for.
+        config: a YAML file of CompVis' programs, which contains such arguments.
+        schedule, diffusion_steps, rescaled_time: the process that a model of guided-diffusion was trained for.
         last_weights: the last weights in place of their running mean.
     """
 
@@ -93,7 +93,7 @@ class Asked:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     config: Path | None = None
     schedule: str | None = None
-    steps: int | None = None
+    diffusion_steps: int | None = None
     rescaled_time: bool = False
     last_weights: bool = False
 

@@ -11,7 +11,7 @@ from carrara import loading
 from carrara.classifier import Classifier
 from carrara.codecs import DiscreteAutoencoder, KLAutoencoder, LearnedCodec, VQAutoencoder
 from carrara.convert import compvis, diffusers, guided_diffusion
-from carrara.convert.imported import Asked, Contents, Convertible, Imported, refuse_foreign
+from carrara.convert.imported import Contents, Convertible, Hints, Imported, refuse_foreign
 from carrara.errors import UserError, nearest
 from carrara.model import DiffusionModel
 
@@ -24,7 +24,7 @@ class Layout:
         name: the word for it.
         folder: a model is a folder, not a file.
         config: of a file, the ending of the config that is written with it.
-        takes: the entries of `Asked` that mean something to it.
+        takes: the entries of `Hints` that mean something to it.
         fits: whether some contents are laid out so.
         read: contents as a model.
         holds: whether it is the natural layout of a model, the table's first of its kind being taken.
@@ -36,7 +36,7 @@ class Layout:
     config: str = ".yaml"
     takes: frozenset[str] = frozenset()
     fits: Callable[[Contents], bool]
-    read: Callable[[Contents, Asked], Imported]
+    read: Callable[[Contents, Hints], Imported]
     holds: Callable[[Convertible], bool]
     write: Callable[[Convertible, Path], dict[str, Any]]
 
@@ -51,7 +51,7 @@ LAYOUTS = (
     Layout(
         name="guided-diffusion",
         config=".json",
-        takes=frozenset({"name", "arguments", "schedule", "steps", "rescaled_time"}),
+        takes=frozenset({"name", "arguments", "schedule", "diffusion_steps", "rescaled_time"}),
         fits=guided_diffusion.is_guided_diffusion,
         read=guided_diffusion.import_guided_diffusion,
         holds=_of_pixels,
@@ -89,19 +89,19 @@ OPTIONS = {
     "arguments": "--set",
     "config": "--config",
     "schedule": "--schedule",
-    "steps": "--diffusion-steps",
+    "diffusion_steps": "--diffusion-steps",
     "rescaled_time": "--rescale-timesteps",
     "last_weights": "--last-weights",
 }
-"""What the entries of `Asked` are called on the command line."""
+"""What the entries of `Hints` are called on the command line."""
 
 
-def import_model(path: str | Path, asked: Asked | None = None) -> Imported:
+def import_model(path: str | Path, hints: Hints | None = None) -> Imported:
     """A model of another program, whose layout is told by its keys, or by its folder's config.
 
     Args:
         path: a weight file (read, never run), or a folder of diffusers.
-        asked: what its contents do not tell.
+        hints: what its contents do not tell.
 
     Returns:
         The model, and a report that begins with its `layout`.
@@ -109,22 +109,22 @@ def import_model(path: str | Path, asked: Asked | None = None) -> Imported:
     Raises:
         UserError: no layout fits, something was told that means nothing to it, or it cannot be read.
     """
-    asked = asked or Asked()
-    contents = Contents.of(path, last=asked.last_weights)
+    hints = hints or Hints()
+    contents = Contents.of(path, last=hints.last_weights)
     layout = next((layout for layout in LAYOUTS if layout.fits(contents)), None)
     if layout is None:
         raise UserError(_unknown(contents), key=str(path), code="unsupported")
     chosen = {"weights": contents.taken, "not_taken": contents.others} if contents.others else {}
     if contents.others:
-        asked = replace(asked, last_weights=False)  # the choice is made
-    for entry in fields(Asked):
-        if getattr(asked, entry.name) and entry.name not in layout.takes:
+        hints = replace(hints, last_weights=False)  # the choice is made
+    for entry in fields(Hints):
+        if getattr(hints, entry.name) and entry.name not in layout.takes:
             raise UserError(
                 f"{OPTIONS[entry.name]} means nothing to {path}, in the layout {layout.name}: leave it out.",
                 key=OPTIONS[entry.name],
                 code="conflict",
             )
-    imported = layout.read(contents, asked)
+    imported = layout.read(contents, hints)
     return Imported(imported.model, {"layout": layout.name, **chosen, **imported.report})
 
 

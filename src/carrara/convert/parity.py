@@ -24,7 +24,7 @@ PARITY = 1e-5
 @torch.no_grad()
 def fingerprint(part: UNet | EncoderClassifier | LearnedCodec) -> dict[str, Any]:
     """What a network answers to x_i = sin(i) over one image, at network time 10, label 0, with the small image of an
-    up-sampler x_i = sin(i) too; of a codec, what it makes of such an image: easily asked of the original program.
+    up-sampler x_i = sin(i) too; of a codec, what it makes of such an image: easily computed in the original program.
 
     Returns:
         `mean`, `std` and the `first` four values of the output.
