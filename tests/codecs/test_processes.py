@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from carrara import distributed
 from carrara.codecs import QuantiserParams, VQAutoencoder
-from carrara.networks.autoencoder import Block
 from carrara.networks.discriminator import Discriminator, DiscriminatorParams
+from carrara.networks.layers import blocks
 from carrara.objectives import CodecLoss, CodecObjective, Examples
 from carrara.process import Noise
 from tests.codecs.small import params, pictures
@@ -25,7 +25,7 @@ def spread(module: nn.Module, sharded: bool) -> nn.Module:
     """The module over all processes: whole on each, or its weights shared out."""
     if not sharded:
         return distributed.replicated(module)
-    distributed.shard(module, [m for m in module.modules() if isinstance(m, Block)], torch.device("cpu"))
+    distributed.shard(module, blocks(module), torch.device("cpu"))
     return module
 
 

@@ -184,7 +184,7 @@ def test_half_types_are_normalised_in_float32_with_and_without_gradients(dtype: 
 @settings(max_examples=10, deadline=None)
 @given(dims=st.integers(1, 3), out=st.sampled_from([4, 6]), adaptive=st.booleans())
 def test_a_residual_block_starts_as_its_skip(dims: int, out: int, adaptive: bool) -> None:
-    block = ResidualBlock(dims, 4, out, 8, adaptive=adaptive, groups=2, dropout=0.0).double()
+    block = ResidualBlock(dims, 4, out, embedding=8, adaptive=adaptive, groups=2, dropout=0.0).double()
     x = noise(2, 4, *(4,) * dims)
     assert torch.equal(block(x, noise(2, 8)), block.skip(x))
 

@@ -119,9 +119,11 @@ def test_impossible_classifiers_are_refused() -> None:
 def test_sizes_that_do_not_fit_name_the_nearest_that_do() -> None:
     params = replace(SMALL, channel_mult=(1, 1, 1), attention=(), image_size=(16, 16))
     params.check_size(4, 12)
-    for size, near in (((10, 13), "8×12 and 12×16"), ((1, 4), "4×4 and 4×4"), ((8,), "dimensions")):
-        with pytest.raises(UserError, match=near):
+    for size, near in (((10, 13), "8×12 and 12×16"), ((1, 4), "4×4 and 4×4"), ((8,), "2 dimensions")):
+        with pytest.raises(UserError) as caught:
             params.check_size(*size)
+        assert (caught.value.code, caught.value.key) == ("shape", "network.image_size")
+        assert near in str(caught.value)
     with refused("shape", "network.image_size"):
         UNet(params)(noise(1, 3, 10, 13), times(1))
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from carrara.codecs.kl import DiagonalGaussian
 from carrara.codecs.learned import LearnedCodec, Reconstruction, initial_log_scale
 from carrara.errors import UserError
-from carrara.networks.autoencoder import AutoencoderParams, Decoder, Encoder, check_divisible
+from carrara.networks.autoencoder import AutoencoderParams, Decoder, Encoder
+from carrara.networks.params import check_multiples
 from carrara.process.noise import Noise
 from carrara.process.transitions import Gaussian
 
@@ -131,12 +132,16 @@ class HierarchicalVAE(LearnedCodec):
 
     def __init__(self, levels: Sequence[AutoencoderParams]) -> None:
         if not levels:
-            raise UserError("codec.levels is empty: a hierarchical VAE has at least one level.")
+            raise UserError(
+                "codec.levels is empty: a hierarchical VAE has at least one level.", key="codec.levels", code="missing"
+            )
         for number, (below, above) in enumerate(pairwise(levels), start=2):
             if above.in_channels != below.latent_channels:
                 raise UserError(
                     f"codec.levels: level {number} takes {above.in_channels} channels, but the level below has "
-                    f"latents of {below.latent_channels}."
+                    f"latents of {below.latent_channels}.",
+                    key="codec.levels",
+                    code="mismatch",
                 )
         super().__init__(levels[0], moments=2)
         self.log_scale = initial_log_scale()
@@ -152,13 +157,9 @@ class HierarchicalVAE(LearnedCodec):
         return [_FirstLink(self.encoder, self.decoder, self.log_scale), *self.above]
 
     def check_size(self, height: int, width: int) -> None:
-        """Whether every level has whole positions for images of this size.
-
-        Raises:
-            UserError: a side is not divisible by what all levels together reduce it by; the nearest sizes are named.
-        """
+        """Raises UserError unless the sides are divisible by the product of all levels' reductions."""
         total = math.prod(params.reduction for params in self.level_params)
-        check_divisible(height, width, total, "a hierarchical codec of total reduction")
+        check_multiples((height, width), total, f"a hierarchical codec of total reduction {total}", "data.resolution")
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """z_1's [C', H', W'] for an image's [C, H, W].

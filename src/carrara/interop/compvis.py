@@ -24,7 +24,8 @@ from carrara.interop.compvis_unet import load_unet, unet_state_dict
 from carrara.interop.entries import check_entries, check_numbers
 from carrara.interop.layout import Place, leaf, residual_block
 from carrara.networks import UNet
-from carrara.networks.autoencoder import AutoencoderParams, Level, Middle
+from carrara.networks.autoencoder import AutoencoderParams, Level
+from carrara.networks.backbone import Middle
 from carrara.networks.layers import SelfAttention
 
 __all__ = ["load", "load_autoencoder", "load_unet", "own_weights", "places", "state_dict", "untrained"]

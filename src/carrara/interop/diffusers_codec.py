@@ -21,7 +21,8 @@ from carrara.interop.compvis import filled
 from carrara.interop.diffusers_folder import CONFIG, SKIP, attention, read_json, read_weights, write_model
 from carrara.interop.entries import check_entries, check_numbers
 from carrara.interop.layout import Place, leaf, residual_block, to_ours, to_theirs
-from carrara.networks.autoencoder import AutoencoderParams, Level, Middle
+from carrara.networks.autoencoder import AutoencoderParams, Level
+from carrara.networks.backbone import Middle
 
 KL, VQ = "AutoencoderKL", "VQModel"
 

@@ -60,7 +60,7 @@ def residual_block(network: nn.Module, mine: str, theirs: str, skip: str) -> Ite
         skip: their name of the convolution beside.
     """
     pairs = {"norm_in": "norm1", "conv_in": "conv1", "norm_out": "norm2", "conv_out": "conv2", "skip": skip}
-    if hasattr(network.get_submodule(mine), "embed"):
+    if getattr(network.get_submodule(mine), "embed", None) is not None:
         pairs["embed"] = "time_emb_proj"
     for own, other in pairs.items():
         yield from leaf(network, f"{mine}.{own}", f"{theirs}.{other}")

@@ -6,56 +6,51 @@ Rombach et al. 2022, appendix G). On the way down only the right and the bottom 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.errors import UserError
+from carrara.networks.backbone import Middle
 from carrara.networks.fused import norm_silu
 from carrara.networks.layers import (
-    Convolution,
+    Downsample,
     GroupNorm,
+    ResidualBlock,
     SelfAttention,
     Upsample,
     convolution,
     largest_divisor,
-    zero_module,
 )
-from carrara.networks.memory import channels_last, maybe_checkpoint
+from carrara.networks.memory import like_weights, weights_to_memory_format
+from carrara.networks.params import LevelParams, check_multiples, times
 
 EPS = 1e-6
 """Of every group norm here; the U-Nets have 1e-5."""
-WIDE = 48
-"""From so many channels on, weights and maps lie in memory with their channels side by side: convolutions on a CPU are
-then a tenth faster. They also round coarser there, which for narrow networks, of few sums, is the difference between
-keeping 1e-5 to the originals and missing it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderParams:
-    """What encoder and decoder are made of. Plain data: `dataclasses.asdict` gives what JSON can hold.
+class AutoencoderParams(LevelParams):
+    """What encoder and decoder are made of.
 
     Attributes:
         in_channels: channels of the image.
         out_channels: channels of the decoded image; None for as many.
-        channels: width of the first level, before `channel_mult`.
-        channel_mult: width of each level, in units of `channels`; all levels but the last end with a halving.
         blocks_per_level: residual blocks on each level of the encoder; the decoder has one more.
         latent_channels: channels of the latent.
         hidden_channels: channels between the convolutions and the 1×1 maps to and from the latent; None for
             `latent_channels`.
         encoder_map: whether the encoder ends with a 1×1 map (the originals' `quant_conv`).
-        decoder_map: whether the decoder begins with one (`post_quant_conv`).
-        attention: downsampling factors of the levels whose every block is followed by self-attention of one head.
+        decoder_map: whether the decoder starts with one (`post_quant_conv`).
+        attention: as of `LevelParams`, with one head.
         middle_attention: whether the middle attends (all published shapes but one do).
         learned_resampling: sizes change by 3-convolutions; False averages and repeats.
-        dropout: probability, in each residual block.
         tanh: the decoder ends with it, so that images lie within [-1, 1].
-        norm_groups: groups of every group norm, or the largest divisor of the channels below that.
-        checkpointing: compute each block again in the backward pass instead of storing it.
     """
+
+    section: ClassVar[str] = "codec"
 
     in_channels: int = 3
     out_channels: int | None = None
@@ -69,34 +64,17 @@ class AutoencoderParams:
     attention: tuple[int, ...] = ()
     middle_attention: bool = True
     learned_resampling: bool = True
-    dropout: float = 0.0
     tanh: bool = False
-    norm_groups: int = 32
-    checkpointing: bool = False
 
-    def __post_init__(self) -> None:
-        for field in fields(self):  # what JSON and YAML call lists
-            if isinstance(getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
-        for name in ("in_channels", "channels", "blocks_per_level", "latent_channels", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise UserError(f"codec.{name} is {getattr(self, name)}: it must be at least 1.")
-        if not self.channel_mult or min(self.widths) < 1:
-            raise UserError(f"codec.channel_mult {list(self.channel_mult)} must give each level at least one channel.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"codec.dropout is {self.dropout}: it must be at least 0 and below 1.")
-        unknown = sorted(set(self.attention) - set(self.factors))
-        if unknown:
-            raise UserError(
-                f"codec.attention holds {unknown}, but the levels of this codec have the downsampling factors "
-                f"{list(self.factors)}."
-            )
-        if self.hidden != self.latent_channels and not (self.encoder_map and self.decoder_map):
-            raise UserError("codec.hidden_channels other than latent_channels need both encoder_map and decoder_map.")
+    def _check(self) -> None:
+        super()._check()
+        self._at_least(1, "in_channels", "blocks_per_level", "latent_channels")
+        if self.hidden != self.latent_channels:
+            self._needs("hidden_channels", "encoder_map", "decoder_map")
 
     @property
     def hidden(self) -> int:
-        """`hidden_channels`, or what stands for it."""
+        """Channels between the convolutions and the 1×1 maps."""
         return self.hidden_channels or self.latent_channels
 
     @property
@@ -105,92 +83,33 @@ class AutoencoderParams:
         return tuple(round(mult * self.channels) for mult in self.channel_mult)
 
     @property
-    def factors(self) -> tuple[int, ...]:
-        """Downsampling factor of each level."""
-        return tuple(2**level for level in range(len(self.channel_mult)))
-
-    @property
     def reduction(self) -> int:
         """How many pixels one side of a latent position covers."""
         return self.factors[-1]
 
     def check_size(self, height: int, width: int) -> None:
-        """Whether images of this size can be encoded.
+        """Raises UserError unless images of this size can be encoded.
 
-        Raises:
-            UserError: a side is not divisible by the reduction; the nearest sizes are named. Or the latent has a single
-                place, and a group norm a single channel: there is nothing to compare it with.
+        A side may not be divisible by the reduction (the nearest sizes are named), or the latent may have a single
+        position and the group norm a single channel, which leaves nothing to normalise over.
         """
-        check_divisible(height, width, self.reduction, "a codec of reduction")
-        width_there = self.widths[-1]
-        if height == width == self.reduction and largest_divisor(width_there, self.norm_groups) == width_there:
+        check_multiples((height, width), self.reduction, f"a codec of reduction {self.reduction}", "data.resolution")
+        deepest = self.widths[-1]
+        if height == width == self.reduction and largest_divisor(deepest, self.norm_groups) == deepest:
             raise UserError(
-                f"images of {height}×{width} have a latent of one place here, which {width_there} channels in as many "
-                "groups (codec.norm_groups) cannot normalise: take larger images, fewer levels or fewer groups."
+                f"images of {times((height, width))} have a latent of one position, which {deepest} channels in as "
+                "many groups (codec.norm_groups) cannot normalise: use larger images, fewer levels or fewer groups.",
+                key="codec.norm_groups",
+                code="shape",
             )
 
 
-def check_divisible(height: int, width: int, reduction: int, codec: str) -> None:
-    """Whether images of this size can be made smaller by a factor.
-
-    Args:
-        codec: what makes them smaller, for the sentence, which goes on with the factor.
-
-    Raises:
-        UserError: a side is not divisible by it; the nearest sizes are named.
-    """
-    if height > 0 and width > 0 and height % reduction == 0 and width % reduction == 0:
-        return
-    below, above = (
-        "×".join(str(max(1, (side + extra) // reduction) * reduction) for side in (height, width))
-        for extra in (0, reduction - 1)
-    )
-    raise UserError(
-        f"images of {height}×{width} do not fit {codec} {reduction}: each side must be a multiple of it, the nearest "
-        f"sizes are {below} and {above}."
-    )
-
-
-class Block(nn.Module):
-    """Norm, SiLU, convolution, twice, beside a skip."""
-
-    def __init__(self, params: AutoencoderParams, channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.checkpointing = params.checkpointing
-        self.norm_in = GroupNorm(channels, params.norm_groups, EPS)
-        self.conv_in = convolution(2, channels, out_channels)
-        self.norm_out = GroupNorm(out_channels, params.norm_groups, EPS)
-        self.dropout = nn.Dropout(params.dropout)
-        self.conv_out = zero_module(convolution(2, out_channels, out_channels))
-        self.skip = convolution(2, channels, out_channels, 1) if channels != out_channels else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C', H, W]."""
-        return maybe_checkpoint(self._forward, x, enabled=self.checkpointing)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(norm_silu(self.norm_in, x))
-        h = self.conv_out(self.dropout(norm_silu(self.norm_out, h)))
-        return h.add_(self.skip(x))  # type: ignore[no-any-return]
-
-
-class Halve(nn.Module):
-    """Half the size: a 3-convolution of stride 2 over the map padded at the right and the bottom, or averages."""
-
-    def __init__(self, channels: int, learned: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if learned else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.conv is None:
-            return F.avg_pool2d(x, 2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
-
-
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by self-attention where the level attends, and the way on."""
+    """The blocks of one resolution, each followed by self-attention where the level attends, and the resampling."""
 
-    def __init__(self, blocks: list[Block], attentions: list[SelfAttention], resample: Halve | Upsample | None) -> None:
+    def __init__(
+        self, blocks: list[ResidualBlock], attentions: list[SelfAttention], resample: Downsample | Upsample | None
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList(attentions)
@@ -198,65 +117,45 @@ class Level(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         for index, block in enumerate(self.blocks):
-            h = block(h)
+            h = block(h)  # [B, C_i, H, W]
             if self.attentions:
-                h = self.attentions[index](h)
-        return h if self.resample is None else self.resample(h)
+                h = self.attentions[index](h)  # [B, C_i, H, W]
+        return h if self.resample is None else self.resample(h)  # [B, C_i, H/2, W/2] or [B, C_i, 2·H, 2·W]
 
 
-class Middle(nn.Module):
-    """Residual block, self-attention, residual block at the lowest resolution."""
+class _Parts:
+    """Makes the parts of encoder or decoder; `half` names the attention's sites."""
 
-    def __init__(self, params: AutoencoderParams, site: str) -> None:
-        super().__init__()
-        width = params.widths[-1]
-        self.block_in = Block(params, width, width)
-        self.attention = _attention(params, f"{site}.middle", width) if params.middle_attention else None
-        self.block_out = Block(params, width, width)
+    def __init__(self, params: AutoencoderParams, half: str) -> None:
+        self.params, self.half = params, half
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = self.block_in(h)
-        if self.attention is not None:
-            h = self.attention(h)
-        return self.block_out(h)  # type: ignore[no-any-return]
+    def block(self, channels: int, out_channels: int) -> ResidualBlock:
+        p = self.params
+        return ResidualBlock(
+            2, channels, out_channels, groups=p.norm_groups, eps=EPS, dropout=p.dropout, checkpointing=p.checkpointing
+        )
 
+    def attention(self, site: str, channels: int) -> SelfAttention:
+        p, name = self.params, f"{self.half}.{site}"
+        return SelfAttention(
+            name, 2, channels, heads=1, order="new", groups=p.norm_groups, eps=EPS, checkpointing=p.checkpointing
+        )
 
-def _lay_out(network: nn.Module, params: AutoencoderParams) -> None:
-    """Bring the weights into the memory layout of the network's width; see `WIDE`."""
-    if params.channels >= WIDE:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def level(self, index: int, channels: int, blocks: int, resample: Downsample | Upsample | None) -> Level:
+        """A level of `blocks` blocks whose input has `channels` channels."""
+        out = self.params.widths[index]
+        attends = self.params.factors[index] in self.params.attention
+        return Level(
+            [self.block(channels if block == 0 else out, out) for block in range(blocks)],
+            [self.attention(f"{index}.{block}", out) for block in range(blocks if attends else 0)],
+            resample,
+        )
 
-
-def _like(x: Tensor, stem: Convolution) -> Tensor:
-    """The input in the memory layout of the weights."""
-    wide = stem.weight.is_contiguous(memory_format=torch.channels_last) and not stem.weight.is_contiguous()
-    return channels_last(x) if wide else x.contiguous()
-
-
-def _attention(params: AutoencoderParams, site: str, width: int) -> SelfAttention:
-    return SelfAttention(
-        site,
-        2,
-        width,
-        heads=1,
-        order="new",
-        groups=params.norm_groups,
-        eps=EPS,
-        checkpointing=params.checkpointing,
-    )
-
-
-def _level(
-    params: AutoencoderParams, site: str, index: int, width: int, blocks: int, resample: Halve | Upsample | None
-) -> Level:
-    """A level of `blocks` blocks whose input has `width` channels."""
-    out = params.widths[index]
-    attends = params.factors[index] in params.attention
-    return Level(
-        [Block(params, width if block == 0 else out, out) for block in range(blocks)],
-        [_attention(params, f"{site}.{index}.{block}", out) for block in range(blocks if attends else 0)],
-        resample,
-    )
+    def middle(self) -> Middle:
+        width = self.params.widths[-1]
+        block_in = self.block(width, width)
+        attention = self.attention("middle", width) if self.params.middle_attention else None
+        return Middle(block_in, attention, self.block(width, width))
 
 
 class Encoder(nn.Module):
@@ -271,19 +170,19 @@ class Encoder(nn.Module):
         super().__init__()
         self.params = params
         self.stem = convolution(2, params.in_channels, params.channels)
-        width, last = params.channels, len(params.widths) - 1
+        parts, width, last = _Parts(params, "encoder"), params.channels, len(params.widths) - 1
         levels = []
         for index, out in enumerate(params.widths):
-            resample = None if index == last else Halve(out, params.learned_resampling)
-            levels.append(_level(params, "encoder", index, width, params.blocks_per_level, resample))
+            resample = None if index == last else Downsample(2, out, params.learned_resampling, pad_end=True)
+            levels.append(parts.level(index, width, params.blocks_per_level, resample))
             width = out
         self.levels = nn.ModuleList(levels)
-        self.middle = Middle(params, "encoder")
+        self.middle = parts.middle()
         self.norm = GroupNorm(width, params.norm_groups, EPS)
         self.out = convolution(2, width, moments * params.hidden)
         latent = moments * params.latent_channels
         self.map = convolution(2, moments * params.hidden, latent, 1) if params.encoder_map else nn.Identity()
-        _lay_out(self, params)
+        weights_to_memory_format(self, params.channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Args:
@@ -293,13 +192,16 @@ class Encoder(nn.Module):
             UserError: another number of channels, or a side that the reduction does not divide.
         """
         if x.ndim != 4 or x.shape[1] != self.params.in_channels:
-            raise UserError(f"this codec encodes [B, {self.params.in_channels}, H, W], not {list(x.shape)}.")
+            raise UserError(
+                f"this codec encodes [B, {self.params.in_channels}, H, W], not {list(x.shape)}.", key="x", code="shape"
+            )
         self.params.check_size(*x.shape[2:])
-        h = self.stem(_like(x.to(self.stem.weight.dtype), self.stem))
+        h = like_weights(x.to(self.stem.weight.dtype), self.stem)  # [B, C, H, W]
+        h = self.stem(h)  # [B, C_0, H, W]
         for level in self.levels:
-            h = level(h)
-        h = self.out(norm_silu(self.norm, self.middle(h)))
-        return self.map(h)  # type: ignore[no-any-return]
+            h = level(h)  # [B, C_i, H/2^(i+1), W/2^(i+1)], of the last [B, C_n, H/f, W/f]
+        h = norm_silu(self.norm, self.middle(h))  # [B, C_n, H/f, W/f]
+        return self.map(self.out(h))  # type: ignore[no-any-return]  # [B, moments·latent_channels, H/f, W/f]
 
 
 class Decoder(nn.Module):
@@ -312,28 +214,30 @@ class Decoder(nn.Module):
         mapped = convolution(2, params.latent_channels, params.hidden, 1)
         self.map = mapped if params.decoder_map else nn.Identity()
         self.stem = convolution(2, params.hidden, width)
-        self.middle = Middle(params, "decoder")
+        parts = _Parts(params, "decoder")
+        self.middle = parts.middle()
         levels = []
         for index in reversed(range(len(params.widths))):
             resample = None if index == 0 else Upsample(2, params.widths[index], params.learned_resampling)
-            levels.append(_level(params, "decoder", index, width, params.blocks_per_level + 1, resample))
+            levels.append(parts.level(index, width, params.blocks_per_level + 1, resample))
             width = params.widths[index]
         self.levels = nn.ModuleList(levels)
         """From the lowest resolution to the highest."""
         self.norm = GroupNorm(width, params.norm_groups, EPS)
         self.out = convolution(2, width, params.out_channels or params.in_channels)
-        _lay_out(self, params)
+        weights_to_memory_format(self, params.channels)
 
     def features(self, z: Tensor) -> Tensor:
-        """What the last convolution sees, [B, channels, H, W]."""
-        h = self.middle(self.stem(self.map(_like(z.to(self.stem.weight.dtype), self.stem))))
+        """The input of the last convolution, [B, channels, H, W]."""
+        h = like_weights(z.to(self.stem.weight.dtype), self.stem)  # [B, latent_channels, h, w]
+        h = self.middle(self.stem(self.map(h)))  # [B, C_n, h, w]
         for level in self.levels:
-            h = level(h)
-        return norm_silu(self.norm, h)
+            h = level(h)  # [B, C_i, h·f/2^i, w·f/2^i]
+        return norm_silu(self.norm, h)  # [B, C_0, H, W]
 
     def finish(self, features: Tensor) -> Tensor:
-        """The image of some features."""
-        image: Tensor = self.out(features)
+        """The image of the last convolution's input."""
+        image: Tensor = self.out(features)  # [B, C, H, W]
         return torch.tanh(image) if self.params.tanh else image
 
     def forward(self, z: Tensor) -> Tensor:

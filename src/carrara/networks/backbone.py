@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from carrara.condition import Condition
-from carrara.errors import UserError
 from carrara.networks.layers import (
     Downsample,
     ResidualBlock,
@@ -22,21 +21,18 @@ from carrara.networks.layers import (
     count_heads,
     sinusoidal_embedding,
 )
+from carrara.networks.params import LevelParams, check_multiples, times
 from carrara.networks.slots import InputParams
 from carrara.networks.transformer import SpatialTransformer, TokenAttention
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneParams(InputParams):
-    """What the encoder is made of.
+class BackboneParams(InputParams, LevelParams):
+    """What the encoder is made of, in addition to its levels.
 
     Attributes:
-        channels: width of the first level, before `channel_mult`.
-        channel_mult: width of each level, in units of `channels`; all levels but the last end with a halving.
         blocks_per_level: residual blocks on each level, one number for all or one for each (the decoder of a U-Net
             has one more).
-        attention: downsampling factors of the levels whose every block is followed by self-attention: (2, 4)
-            are the 16×16 and 8×8 maps of a 32×32 image. The middle always attends.
         heads: attention heads; None leaves it to `head_channels`.
         head_channels: channels of one head; where both are None, the largest divisor up to 64.
         qkv_order: how the joint projection counts its channels, "new" or "legacy" (see `layers.split_heads`);
@@ -44,7 +40,6 @@ class BackboneParams(InputParams):
         adaptive_norm: the embedding scales and shifts the second norm (AdaGN); False adds it before.
         resampling: what changes the size: "residual" blocks (ADM), a "convolution" (Improved DDPM), or plain
             "pooling", that is averages on the way down and copies on the way up.
-        dropout: probability, in each residual block.
         transformer_depth: what attends: 0 is plain self-attention (ADM), n a spatial transformer of n blocks
             (latent diffusion); one number for all levels or one for each, of which the last is the middle's too.
         context_only: downsampling factors of the levels whose transformers never attend to the map itself
@@ -52,92 +47,44 @@ class BackboneParams(InputParams):
         context_only_middle: the same of the middle.
         projection: how the transformers' projections are laid out, "linear" or as 1×1-"convolution"; matters only
             to checkpoints.
-        norm_groups: groups of every group norm, or the largest divisor of the channels below that.
-        checkpointing: compute each block again in the backward pass instead of storing it.
     """
 
-    channels: int = 64
-    channel_mult: tuple[float, ...] = (1, 2, 2)
     blocks_per_level: int | tuple[int, ...] = 2
-    attention: tuple[int, ...] = (2, 4)
     heads: int | None = None
     head_channels: int | None = None
     qkv_order: Literal["new", "legacy"] = "new"
     adaptive_norm: bool = True
     resampling: Literal["residual", "convolution", "pooling"] = "residual"
-    dropout: float = 0.0
     transformer_depth: int | tuple[int, ...] = 0
     context_only: tuple[int, ...] = ()
     context_only_middle: bool = False
     projection: Literal["linear", "convolution"] = "linear"
-    norm_groups: int = 32
-    checkpointing: bool = False
 
     def _check(self) -> None:
         super()._check()
-        self._at_least(1, "channels", "norm_groups", "heads", "head_channels")
-        if not self.channel_mult or min(self.widths) < 1:
-            raise UserError(
-                f"network.channel_mult {self.channel_mult} must give each level at least one channel.",
-                key="network.channel_mult",
-            )
-        if not 0 <= self.dropout < 1:
-            raise UserError(
-                f"network.dropout is {self.dropout}: it must be at least 0 and below 1.", key="network.dropout"
-            )
-        if self.heads is not None and self.head_channels is not None:
-            raise UserError(
-                "network.heads and network.head_channels exclude each other: set one of them to null.",
-                key="network.heads",
-                code="conflict",
-            )
+        self._at_least(1, "heads", "head_channels")
+        one = self.heads is None or self.head_channels is None
+        self._require(one, "heads", "and network.head_channels exclude each other: set one to null.", "conflict")
         self._check_per_level("blocks_per_level", 1)
         self._check_per_level("transformer_depth", 0)
         self._one_of("qkv_order", ("new", "legacy"))
         self._one_of("projection", ("linear", "convolution"))
         self._one_of("resampling", ("residual", "convolution", "pooling"))
-        self._check_context()
-        for name in ("attention", "context_only"):
-            unknown = sorted(set(getattr(self, name)) - set(self.factors))
-            if unknown:
-                raise UserError(
-                    f"network.{name} holds {unknown}, but the levels of this network have the downsampling "
-                    f"factors {list(self.factors)}.",
-                    key=f"network.{name}",
-                )
+        depth = any(self.depths) or not self.context_channels
+        self._require(depth, "transformer_depth", "must be 1 or more for network.context_channels.", "missing")
+        self._needs("context_only", "context_channels")
+        self._needs("context_only_middle", "context_channels")
+        self._factors_of_levels("context_only")
         self.check_size(*self.image_size)
         for width in self.attended_widths:
             count_heads(width, self.heads, self.head_channels)
 
     def _check_per_level(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if isinstance(value, tuple) and len(value) != len(self.channel_mult):
-            raise UserError(
-                f"network.{name} {value} must have one entry for each of {len(self.channel_mult)} levels.",
-                key=f"network.{name}",
-            )
-        if min(value if isinstance(value, tuple) else (value,)) < least:
-            raise UserError(f"network.{name} is {value}: it must be at least {least}.", key=f"network.{name}")
-
-    def _check_context(self) -> None:
-        if self.context_channels and not any(self.depths):
-            raise UserError(
-                "network.context_channels needs transformers: set network.transformer_depth to 1 or more.",
-                key="network.transformer_depth",
-                code="missing",
-            )
-        self._needs("context_only", "context_channels")
-        self._needs("context_only_middle", "context_channels")
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level."""
-        return tuple(int(mult * self.channels) for mult in self.channel_mult)
-
-    @property
-    def factors(self) -> tuple[int, ...]:
-        """Downsampling factor of each level."""
-        return tuple(2**level for level in range(len(self.channel_mult)))
+        levels, each = len(self.channel_mult), value if isinstance(value, tuple) else (value,)
+        fits = not isinstance(value, tuple) or len(value) == levels
+        self._require(fits, name, f"{value} must have one entry for each of {levels} levels.")
+        self._require(min(each) >= least, name, f"is {value}: it must be at least {least}.")
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -167,25 +114,10 @@ class BackboneParams(InputParams):
 
         Where a side cannot be halved often enough, the nearest allowed sizes are named.
         """
-        if len(size) != self.dims:
-            raise UserError(
-                f"the network takes inputs of {self.dims} dimensions, not of size {size}.",
-                key="network.image_size",
-                code="shape",
-            )
-        factor = self.factors[-1]
-        resampled = size[-2:]
-        if all(side > 0 and side % factor == 0 for side in resampled):
-            return
-        below = [max(side // factor, 1) * factor for side in resampled]
-        above = [-(-max(side, 1) // factor) * factor for side in resampled]
-        raise UserError(
-            f"the size {'×'.join(map(str, size))} does not fit a network of {len(self.channel_mult)} levels: "
-            f"each side must be a multiple of {factor}, the nearest are {'×'.join(map(str, below))} "
-            f"and {'×'.join(map(str, above))}.",
-            key="network.image_size",
-            code="shape",
-        )
+        fits = len(size) == self.dims
+        self._require(fits, "image_size", f"has {self.dims} dimensions, the input {times(size)}.", "shape")
+        levels = f"a network of {len(self.channel_mult)} levels"
+        check_multiples(size[-2:], self.factors[-1], levels, "network.image_size")  # frames are never resampled
 
 
 class Stage(nn.Module):
@@ -211,18 +143,21 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention (or none), residual block at the lowest resolution."""
 
     def __init__(
-        self, block_in: ResidualBlock, attention: SelfAttention | SpatialTransformer, block_out: ResidualBlock
+        self, block_in: ResidualBlock, attention: SelfAttention | SpatialTransformer | None, block_out: ResidualBlock
     ) -> None:
         super().__init__()
         self.block_in = block_in
         self.attention = attention
         self.block_out = block_out
 
-    def forward(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
-        h = self.attention(self.block_in(x, embedding), condition)
+    def forward(self, x: Tensor, embedding: Tensor | None = None, condition: Condition | None = None) -> Tensor:
+        """[B, C, *S] to [B, C, *S]."""
+        h = self.block_in(x, embedding)
+        if self.attention is not None:
+            h = self.attention(h, condition)
         return self.block_out(h, embedding)  # type: ignore[no-any-return]
 
 
@@ -253,7 +188,7 @@ class Parts:
             p.dims,
             channels,
             out_channels,
-            p.embedding,
+            embedding=p.embedding,
             adaptive=p.adaptive_norm,
             groups=p.norm_groups,
             dropout=p.dropout,
@@ -331,16 +266,16 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Condition) -> tuple[Tensor, list[Tensor]]:
         """x [B, C, *S] and the activated embedding [B, E]: the middle's output, and each map before."""
-        h = self.stem(x.to(self.stem.weight.dtype))
+        h = self.stem(x.to(self.stem.weight.dtype))  # [B, C_0, *S]
         maps = [h]
         for level in self.levels:
             for stage in level.stages:  # type: ignore[union-attr]
-                h = stage(h, embedding, condition)
+                h = stage(h, embedding, condition)  # [B, C_i, *S/2^i]
                 maps.append(h)
             if level.resample is not None:
-                h = level.resample(h, embedding)  # type: ignore[operator]
+                h = level.resample(h, embedding)  # type: ignore[operator]  # [B, C_i, *S/2^(i+1)]
                 maps.append(h)
-        return self.middle(h, embedding, condition), maps
+        return self.middle(h, embedding, condition), maps  # [B, C_n, *S/2^n]
 
 
 def cast_torso(network: nn.Module, dtype: torch.dtype) -> None:

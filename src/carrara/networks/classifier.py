@@ -16,6 +16,7 @@ from carrara.networks.backbone import BackboneParams, Encoder, TimeEmbedding
 from carrara.networks.layers import GroupNorm, attention, count_heads, split_heads, zero_module
 from carrara.networks.memory import to_memory_format
 from carrara.networks.network import Network
+from carrara.networks.params import times
 from carrara.networks.slots import check_slots
 
 
@@ -35,27 +36,17 @@ class EncoderClassifierParams(BackboneParams):
 
     def _check(self) -> None:
         super()._check()
-        if self.dims != 2:
-            raise UserError(
-                f"a classifier takes images, but network.image_size is {self.image_size}.",
-                key="network.image_size",
-                code="unsupported",
-            )
+        self._only_images("image_size", "of a classifier is for")
         self._at_least(1, "num_classes")
-        if self.context_channels:
-            raise UserError(
-                "a classifier takes no context: leave network.context_channels out.",
-                key="network.context_channels",
-                code="unsupported",
-            )
+        sentence = "is for networks with a context, a classifier takes none: leave it out."
+        self._require(not self.context_channels, "context_channels", sentence, "unsupported")
         self._one_of("pool", ("attention", "adaptive", "spatial", "spatial_v2"))
 
     def check_size(self, *size: int) -> None:
         super().check_size(*size)
         if self.pool == "attention" and size != tuple(self.image_size):
-            trained = "×".join(map(str, self.image_size))
             raise UserError(
-                f"this classifier reads images of {trained}, not of {'×'.join(map(str, size))}: "
+                f"this classifier reads images of {times(self.image_size)}, not of {times(size)}: "
                 "its attention pool has an embedding for each position of that size only.",
                 key="network.image_size",
                 code="shape",
@@ -75,10 +66,11 @@ class AttentionPool(nn.Module):
 
     def forward(self, maps: list[Tensor], condition: Condition) -> Tensor:
         tokens = F.silu(self.norm(maps[-1])).flatten(2).transpose(1, 2)  # [B, N, C]
-        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positions.T
-        q, k, v = split_heads(self.qkv(tokens), self.heads, "new")
-        first = attention(q[:, :, :1], k, v, condition, name="pool", kind="self", size=maps[-1].shape[2:])
-        return self.out(first.flatten(1))  # type: ignore[no-any-return]
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positions.T  # [B, 1 + N, C]
+        q, k, v = split_heads(self.qkv(tokens), self.heads, "new")  # [B, heads, 1 + N, d]
+        size = maps[-1].shape[2:]
+        first = attention(q[:, :, :1], k, v, condition, name="pool", kind="self", size=size)  # [B, heads, 1, d]
+        return self.out(first.flatten(1))  # type: ignore[no-any-return]  # [B, K]
 
 
 class AdaptivePool(nn.Module):
@@ -103,9 +95,9 @@ class SpatialPool(nn.Module):
         self.out = nn.Linear(2048, out)
 
     def forward(self, maps: list[Tensor], condition: Condition) -> Tensor:
-        h = self.hidden(torch.cat([h.mean(dim=(2, 3)) for h in maps], dim=1))
+        h = self.hidden(torch.cat([h.mean(dim=(2, 3)) for h in maps], dim=1))  # [B, 2048]
         h = F.relu(h) if self.norm is None else F.silu(self.norm(h))
-        return self.out(h)  # type: ignore[no-any-return]
+        return self.out(h)  # type: ignore[no-any-return]  # [B, K]
 
 
 class EncoderClassifier(Network):
@@ -146,7 +138,8 @@ class EncoderClassifier(Network):
         self.params.check_size(*x.shape[2:])
         condition = condition or Condition()
         check_slots(condition, {})
-        embedding = F.silu(self.time(network_time.reshape(-1).expand(len(x))))
-        h, maps = self.encoder(to_memory_format(x, self.params.channels), embedding, condition)
-        logits: Tensor = self.pool([m.to(embedding.dtype) for m in (*maps, h)], condition)
+        embedding = F.silu(self.time(network_time.reshape(-1).expand(len(x))))  # [B, 4·channels]
+        h = to_memory_format(x, self.params.channels)  # [B, C, H, W]
+        h, maps = self.encoder(h, embedding, condition)  # [B, C_n, H/2^n, W/2^n]
+        logits: Tensor = self.pool([m.to(embedding.dtype) for m in (*maps, h)], condition)  # [B, K]
         return logits.to(x.dtype)

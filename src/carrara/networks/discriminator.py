@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara.errors import UserError, nearest
+from carrara.errors import UserError
 from carrara.networks.layers import GroupNorm
 from carrara.networks.memory import channels_last
+from carrara.networks.params import Params, times
 
 Norm = Literal["batch", "group"]
 SLOPE = 0.2
@@ -18,7 +19,7 @@ SLOPE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscriminatorParams:
+class DiscriminatorParams(Params):
     """What the discriminator is made of.
 
     Attributes:
@@ -26,20 +27,19 @@ class DiscriminatorParams:
         channels: width of the first layer; each next one is twice as wide, up to eight times.
         layers: how often the size is halved. 3 looks at patches of 70×70 pixels, 2 at 34×34, 1 at 16×16.
         norm: "batch", as published: the statistics are those of the micro-batch on one process. "group" (of 32
-            channel groups) judges every picture alone, so that neither batch nor processes matter.
+            channel groups) sees each picture alone, so that neither batch nor processes matter.
     """
+
+    section: ClassVar[str] = "discriminator"
 
     in_channels: int = 3
     channels: int = 64
     layers: int = 3
     norm: Norm = "batch"
 
-    def __post_init__(self) -> None:
-        for name in ("in_channels", "channels", "layers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"discriminator.{name} is {getattr(self, name)}: it must be at least 1.")
-        if self.norm not in get_args(Norm):
-            raise UserError(f"discriminator.norm is '{self.norm}': {nearest(self.norm, get_args(Norm))}")
+    def _check(self) -> None:
+        self._at_least(1, "in_channels", "channels", "layers")
+        self._one_of("norm", get_args(Norm))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -47,18 +47,16 @@ class DiscriminatorParams:
         return tuple(self.channels * min(2**layer, 8) for layer in range(self.layers + 1))
 
     def check_size(self, height: int, width: int) -> None:
-        """Whether pictures of this size leave at least one patch.
-
-        Raises:
-            UserError: they do not.
-        """
+        """Raises UserError unless pictures of this size leave at least one patch."""
         # Each halving keeps ⌊side/2⌋, the two last layers take one place each.
         side = min(height, width)
         if side // 2**self.layers >= 3:
             return
         raise UserError(
-            f"pictures of {height}×{width} leave no patch to a discriminator of {self.layers} layers: set "
-            f"discriminator.layers to {max(1, (side // 3).bit_length() - 1)} or less."
+            f"pictures of {times((height, width))} leave no patch to a discriminator of {self.layers} layers: set "
+            f"discriminator.layers to {max(1, (side // 3).bit_length() - 1)} or less.",
+            key="discriminator.layers",
+            code="shape",
         )
 
 
@@ -100,7 +98,7 @@ class Discriminator(nn.Module):
         UserError: pictures too small to leave a patch.
         """
         self.params.check_size(*x.shape[2:])
-        h = F.leaky_relu(self.stem(channels_last(x)), SLOPE, inplace=True)
+        h = F.leaky_relu(self.stem(channels_last(x)), SLOPE, inplace=True)  # [B, C_0, H/2, W/2]
         for block in self.blocks:
-            h = block(h)
-        return self.out(h)  # type: ignore[no-any-return]
+            h = block(h)  # [B, C_i, H/2^(i+1), W/2^(i+1)]; the last keeps the size but for one position
+        return self.out(h)  # type: ignore[no-any-return]  # [B, 1, H/2^n - 2, W/2^n - 2]

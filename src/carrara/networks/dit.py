@@ -19,6 +19,7 @@ from carrara.errors import UserError, nearest
 from carrara.networks.backbone import TimeEmbedding
 from carrara.networks.layers import Block, attention, count_heads, split_heads, zero_module
 from carrara.networks.memory import maybe_checkpoint
+from carrara.networks.params import check_multiples, times
 from carrara.networks.slots import ConditionedNetwork, ConditionedParams
 from carrara.networks.transformer import LayerNorm, TokenAttention
 
@@ -61,20 +62,11 @@ class DiTParams(ConditionedParams):
     def _check(self) -> None:
         super()._check()
         self._at_least(1, "patch_size", "width", "depth", "heads")
-        if self.dims != 2:
-            raise UserError(
-                f"a network of kind 'dit' is for images, but network.image_size is {self.image_size}.",
-                key="network.image_size",
-                code="unsupported",
-            )
-        if self.width % 4:
-            raise UserError(f"network.width is {self.width}: it must be a multiple of 4.", key="network.width")
-        if self.mlp_ratio * self.width < 1:
-            raise UserError(f"network.mlp_ratio is {self.mlp_ratio}: it must be above 0.", key="network.mlp_ratio")
-        if not 0 <= self.dropout < 1:
-            raise UserError(
-                f"network.dropout is {self.dropout}: it must be at least 0 and below 1.", key="network.dropout"
-            )
+        self._only_images("image_size", "of a diffusion transformer is for")
+        self._require(self.width % 4 == 0, "width", f"is {self.width}: it must be a multiple of 4.")
+        hidden = self.mlp_ratio * self.width
+        self._require(hidden >= 1, "mlp_ratio", f"is {self.mlp_ratio}: it must be above 0.")
+        self._fraction("dropout")
         count_heads(self.width, self.heads, None)
         self.check_size(*self.image_size)
 
@@ -86,7 +78,8 @@ class DiTParams(ConditionedParams):
             UserError: there is no such shape.
         """
         if name not in PUBLISHED:
-            raise UserError(f"there is no published shape '{name}': {nearest(name, PUBLISHED)}", code="unknown")
+            sentence = f"there is no published shape '{name}': {nearest(name, PUBLISHED)}"
+            raise UserError(sentence, key="name", code="unknown")
         return cls(**{**PUBLISHED[name], **changes})
 
     @property
@@ -96,13 +89,8 @@ class DiTParams(ConditionedParams):
 
     def check_size(self, *size: int) -> None:
         """Raises UserError unless the image, e.g. `check_size(height, width)`, can be cut into patches."""
-        if len(size) != 2 or any(side < 1 or side % self.patch_size for side in size):
-            raise UserError(
-                f"the size {'×'.join(map(str, size))} does not fit patches of {self.patch_size}×{self.patch_size}: "
-                f"height and width must be multiples of {self.patch_size}.",
-                key="network.image_size",
-                code="shape",
-            )
+        self._require(len(size) == 2, "image_size", f"has 2 dimensions, the input {times(size)}.", "shape")
+        check_multiples(size, self.patch_size, f"patches of {times((self.patch_size,) * 2)}", "network.image_size")
 
 
 def position_embedding(width: int, rows: int, columns: int) -> Tensor:

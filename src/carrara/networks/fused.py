@@ -44,8 +44,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift:
         # compiler, which fuses them itself.
         h = norm(x)
         if scale is not None and shift is not None:
-            column = (*scale.shape, *[1] * (h.ndim - 2))
-            h = torch.addcmul(shift.reshape(column), h, 1 + scale.reshape(column))
+            h = torch.addcmul(column(shift, h), h, 1 + column(scale, h))
         return F.silu(h)
     gain, offset = norm.weight[None], norm.bias[None]
     if scale is not None and shift is not None:
@@ -72,7 +71,7 @@ def _group_norm_silu(x: Tensor, gain: Tensor, offset: Tensor, groups: int, eps: 
         y, mean, rstd = torch.native_group_norm(x, gain[0], offset[0], *shape)
     else:
         y, mean, rstd = torch.native_group_norm(x, None, None, *shape)
-        torch.addcmul(_column(offset, y), y, _column(gain, y), out=y)
+        torch.addcmul(column(offset, y), y, column(gain, y), out=y)
     return F.silu(y, inplace=True), mean, rstd
 
 
@@ -98,7 +97,7 @@ class NormSiLU(torch.autograd.Function):
         groups = mean.shape[1]
         each = x.shape[1] // groups
         m, r = (value.repeat_interleave(each, dim=1) for value in (mean, rstd))  # [B, C]
-        d = torch.addcmul(_column(offset - m * r * gain, x), x, _column(r * gain, x))  # y
+        d = torch.addcmul(column(offset - m * r * gain, x), x, column(r * gain, x))  # y
         torch.ops.aten.silu_backward.grad_input(gradient, d, grad_input=d)
         if len(gain) == 1:  # PyTorch's own backward pass knows one gain for the whole batch, and is faster
             shape = (len(x), x.shape[1], math.prod(x.shape[2:]), groups)
@@ -118,12 +117,12 @@ class NormSiLU(torch.autograd.Function):
 
         of_x = (total(alone) * m - total(with_x)) * r**3 / count
         constant = -of_x * m - total(alone) * r / count
-        torch.addcmul(_column(constant, x), x, _column(of_x, x), out=work)
-        d_x = work.addcmul_(d, _column(r * gain, x))
+        torch.addcmul(column(constant, x), x, column(of_x, x), out=work)
+        d_x = work.addcmul_(d, column(r * gain, x))
         return d_x, d_gain, d_offset, None, None
 
 
-def _column(value: Tensor, x: Tensor) -> Tensor:
+def column(value: Tensor, x: Tensor) -> Tensor:
     """[B, C] as [B, C, 1, …], to broadcast against x."""
     return value.reshape(*value.shape, *[1] * (x.ndim - 2))
 

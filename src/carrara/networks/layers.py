@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from carrara.condition import Condition, Site
 from carrara.errors import UserError
-from carrara.networks.fused import HALF, norm_silu, upsampled_convolution
+from carrara.networks.fused import HALF, column, norm_silu, upsampled_convolution
 from carrara.networks.memory import maybe_checkpoint
 
 _CONVOLUTION: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -32,8 +32,8 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def convolution(dims: int, channels: int, out_channels: int, kernel: int = 3, **options: Any) -> Convolution:
-    """A convolution over `dims` dimensions that keeps the size at stride 1."""
-    return _CONVOLUTION[dims](channels, out_channels, kernel, padding=kernel // 2, **options)
+    """A convolution over `dims` dimensions that keeps the size at stride 1, unless `padding` is among the options."""
+    return _CONVOLUTION[dims](channels, out_channels, kernel, **{"padding": kernel // 2, **options})
 
 
 class Block(nn.Module):
@@ -104,27 +104,40 @@ class Upsample(nn.Module):
             return upsampled_convolution(x, self.conv.weight, self.conv.bias)
         return F.interpolate(x, scale_factor=self.factors, mode="nearest")
 
+    def then(self, conv: Convolution, x: Tensor) -> Tensor:
+        """conv(self(x)) for a 3-convolution, where nothing is learned here."""
+        return upsampled_convolution(x, conv.weight, conv.bias)
+
 
 class Downsample(nn.Module):
-    """Half the size, by a 3-convolution of stride 2 if `learned`, else by averaging."""
+    """Half the size, by a 3-convolution of stride 2 if `learned`, else by averaging.
 
-    def __init__(self, dims: int, channels: int, learned: bool) -> None:
+    The convolution pads both sides with zeros, with `pad_end` (images only) the right and the bottom one alone.
+    """
+
+    def __init__(self, dims: int, channels: int, learned: bool, pad_end: bool = False) -> None:
         super().__init__()
-        self.dims = dims
+        self.dims, self.pad_end = dims, pad_end
         self.stride = (1, 2, 2) if dims == 3 else (2,) * dims
-        self.conv = convolution(dims, channels, channels, stride=self.stride) if learned else None
+        padding = 0 if pad_end else 1
+        self.conv = convolution(dims, channels, channels, stride=self.stride, padding=padding) if learned else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         if self.conv is None:
             return _AVERAGE[self.dims](x, self.stride, self.stride)
-        return self.conv(x)  # type: ignore[no-any-return]
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)  # type: ignore[no-any-return]
+
+    def then(self, conv: Convolution, x: Tensor) -> Tensor:
+        """conv(self(x))."""
+        return conv(self(x))  # type: ignore[no-any-return]
 
 
 class ResidualBlock(Block):
     """x + f(x, embedding), f twice norm, SiLU, convolution (Dhariwal & Nichol 2021, §3).
 
     Adaptive: the second norm is GN(h)·(1 + scale) + shift, [scale, shift] a linear map of SiLU(embedding); else that
-    map is added to h before the norm. With `resample`, both branches change their size after the first SiLU.
+    map is added to h before the norm; without an embedding (first stages) there is neither. With `resample`, both
+    branches change their size after the first SiLU.
     """
 
     def __init__(
@@ -132,10 +145,11 @@ class ResidualBlock(Block):
         dims: int,
         channels: int,
         out_channels: int,
-        embedding: int,
         *,
-        adaptive: bool,
+        embedding: int = 0,
+        adaptive: bool = True,
         groups: int,
+        eps: float = 1e-5,
         dropout: float,
         resample: Upsample | Downsample | None = None,
         checkpointing: bool = False,
@@ -144,33 +158,35 @@ class ResidualBlock(Block):
         self.adaptive = adaptive
         self.resample = resample
         self.checkpointing = checkpointing
-        self.norm_in = GroupNorm(channels, groups)
+        self.norm_in = GroupNorm(channels, groups, eps)
         self.conv_in = convolution(dims, channels, out_channels)
-        self.embed = nn.Linear(embedding, 2 * out_channels if adaptive else out_channels)
-        self.norm_out = GroupNorm(out_channels, groups)
+        self.embed = nn.Linear(embedding, 2 * out_channels if adaptive else out_channels) if embedding else None
+        self.norm_out = GroupNorm(out_channels, groups, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero_module(convolution(dims, out_channels, out_channels))
         self.skip = convolution(dims, channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x [B, C, *S] and the activated embedding [B, E] to [B, C', *S']."""
         return maybe_checkpoint(self._forward, x, embedding, enabled=self.checkpointing)
 
-    def _forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
         h = norm_silu(self.norm_in, x)  # [B, C, *S]
-        if isinstance(self.resample, Upsample):
-            h, x = upsampled_convolution(h, self.conv_in.weight, self.conv_in.bias), self.resample(x)
-        elif self.resample is not None:
-            h, x = self.conv_in(self.resample(h)), self.resample(x)
+        if self.resample is None:
+            h = self.conv_in(h)  # [B, C', *S]
         else:
-            h = self.conv_in(h)  # [B, C', *S']
-        embedded = self.embed(embedding).to(h.dtype)  # [B, 2·C'] if adaptive, else [B, C']
-        if self.adaptive:
-            h = norm_silu(self.norm_out, h, *embedded.chunk(2, dim=1))
-        else:
-            h = norm_silu(self.norm_out, h.add_(embedded.reshape(*embedded.shape, *[1] * (h.ndim - 2))))
+            h, x = self.resample.then(self.conv_in, h), self.resample(x)  # [B, C', *S'], [B, C, *S']
+        h = self._norm_out(h, embedding)  # [B, C', *S']
         h = self.conv_out(self.dropout(h))  # [B, C', *S']
         return h.add_(self.skip(x))  # type: ignore[no-any-return]
+
+    def _norm_out(self, h: Tensor, embedding: Tensor | None) -> Tensor:
+        if self.embed is None:
+            return norm_silu(self.norm_out, h)
+        embedded = self.embed(embedding).to(h.dtype)  # [B, 2·C'] if adaptive, else [B, C']
+        if self.adaptive:
+            return norm_silu(self.norm_out, h, *embedded.chunk(2, dim=1))
+        return norm_silu(self.norm_out, h.add_(column(embedded, h)))
 
 
 def attention(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NARROW = 48
@@ -22,6 +22,19 @@ def channels_last(x: Tensor) -> Tensor:
 def to_memory_format(x: Tensor, channels: int) -> Tensor:
     """The same values in the memory layout that suits a network of this width."""
     return x.contiguous() if x.device.type == "cpu" and channels < NARROW else channels_last(x)
+
+
+def weights_to_memory_format(network: nn.Module, channels: int) -> None:
+    """Bring the weights of images' convolutions, in place, into the memory layout that suits this width on a CPU."""
+    if channels >= NARROW:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def like_weights(x: Tensor, conv: nn.Module) -> Tensor:
+    """The same values in the memory layout of the weights of the convolution that they go into."""
+    weight: Any = conv.weight
+    wide = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return channels_last(x) if wide else x.contiguous()
 
 
 def maybe_checkpoint(function: Callable[..., Tensor], *inputs: Any, enabled: bool) -> Tensor:

@@ -6,21 +6,22 @@ context is what cross-attention attends to. A class can be the context instead (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.condition import Condition
-from carrara.errors import UserError, nearest
+from carrara.errors import UserError
 from carrara.networks.network import Network
+from carrara.networks.params import Params
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputParams:
-    """What every network's params have. Plain data: `dataclasses.asdict` gives what JSON can hold.
+class InputParams(Params):
+    """What every network's params have.
 
     Attributes:
         image_size: (H, W) the network is trained for; (L,) and (D, H, W) make it one- and three-dimensional.
@@ -32,43 +33,17 @@ class InputParams:
     in_channels: int = 3
     context_channels: int = 0
 
-    def __post_init__(self) -> None:
-        for field in fields(self):  # JSON and YAML have lists
-            if isinstance(getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
-        self._check()
-
     def _check(self) -> None:
-        """Raises UserError unless the params describe a network."""
+        super()._check()
         self._at_least(1, "in_channels")
         self._at_least(0, "context_channels")
-        if not 1 <= self.dims <= 3:
-            raise UserError(
-                f"network.image_size {self.image_size} must have one, two or three entries.",
-                key="network.image_size",
-                code="shape",
-            )
+        sentence = f"{self.image_size} must have one, two or three entries."
+        self._require(1 <= self.dims <= 3, "image_size", sentence, "shape")
 
-    def _at_least(self, least: int, *names: str) -> None:
-        """Raises UserError unless these fields are None or not below `least`."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"network.{name} is {value}: it must be at least {least}.", key=f"network.{name}")
-
-    def _needs(self, name: str, *others: str) -> None:
-        """Raises UserError where the field `name` is set and one of the others is not."""
-        for other in others:
-            if getattr(self, name) and not getattr(self, other):
-                raise UserError(f"network.{name} needs network.{other}.", key=f"network.{other}", code="missing")
-
-    def _one_of(self, name: str, choices: Sequence[str]) -> None:
-        """Raises UserError unless the field is one of the known words; the nearest is named."""
-        value = getattr(self, name)
-        if value not in choices:
-            raise UserError(
-                f"network.{name} is '{value}': {nearest(str(value), choices)}", key=f"network.{name}", code="unknown"
-            )
+    def _only_images(self, name: str, what: str) -> None:
+        """Raises UserError, with the field's name as its key, unless the network has two dimensions."""
+        sentence = f"{what} images, but network.image_size is {self.image_size}."
+        self._require(self.dims == 2, name, sentence, "unsupported")
 
     @property
     def dims(self) -> int:
@@ -107,19 +82,13 @@ class ConditionedParams(InputParams):
         super()._check()
         self._at_least(1, "out_channels", "num_classes")
         self._at_least(0, "label_tokens", "vector_channels", "concat_channels")
-        if self.vector_layers not in (1, 2):
-            raise UserError(
-                f"network.vector_layers is {self.vector_layers}: 1 and 2 are possible.", key="network.vector_layers"
-            )
+        layers = self.vector_layers
+        self._require(layers in (1, 2), "vector_layers", f"is {layers}: 1 and 2 are possible.")
         self._needs("null_label", "num_classes")
         self._needs("label_tokens", "num_classes", "context_channels")
         self._needs("upsample_concat", "concat_channels")
-        if self.upsample_concat and self.dims != 2:
-            raise UserError(
-                f"network.upsample_concat is for images, but network.image_size is {self.image_size}.",
-                key="network.upsample_concat",
-                code="unsupported",
-            )
+        if self.upsample_concat:
+            self._only_images("upsample_concat", "is for")
 
     @property
     def prediction_channels(self) -> int:
