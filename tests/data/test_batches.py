@@ -9,17 +9,22 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from carrara.data import Batch, Batches, Preprocess, Source, open_source, shuffled_index
+from carrara.data import Batch, Batches, Preprocess, Source, one_ahead, open_source, shuffled_index
+from carrara.data.batches import normalised
 from carrara.data.workers import in_order
 from carrara.errors import UserError
 from tests.data.builders import Contents, files, folder, pixels, png, tarred
+from tests.errors import refused
 
 RANDOM = Preprocess(8, 8, crop="random", flip=True)
 
@@ -56,8 +61,6 @@ def test_a_batch_holds_the_samples_of_its_positions(source: Source) -> None:
 
 
 def test_the_range_is_minus_one_to_one(tmp_path: Path) -> None:
-    from PIL import Image
-
     Image.new("RGB", (4, 4), (0, 255, 51)).save(tmp_path / "a.png")
     image = Batches(open_source(tmp_path), Preprocess(4, 4), batch_size=1).at(0).images[0]
     # 51 · 2/255 - 1 = -0.6: one rounding of float32.
@@ -94,10 +97,8 @@ def test_any_number_of_processes_sees_the_same_samples(source: Source, world: in
 @pytest.mark.parametrize("prepare", [Preprocess(8, 8), RANDOM], ids=["center", "random"])
 def test_cache_workers_and_starting_point_change_nothing(source: Source, prepare: Preprocess) -> None:
     reference = Batches(source, prepare, seed=9, batch_size=6)
-    assert reference.cached
     for workers in (0, 2):
-        other = Batches(source, prepare, seed=9, batch_size=6, workers=workers, cache_bytes=0)
-        assert not other.cached
+        other = Batches(source, prepare, seed=9, batch_size=6, workers=workers, cache="none")
         stream = other.iterate(3)
         for step in range(3, 9):
             assert same(next(stream), reference.at(step))
@@ -132,10 +133,113 @@ def test_sources_travel_to_other_processes(source: Source) -> None:
     assert same(copy.at(1), Batches(source, RANDOM, batch_size=4).at(1))
 
 
-def test_progress_is_told_while_the_cache_fills(source: Source) -> None:
-    told: list[tuple[int, int]] = []
-    Batches(source, Preprocess(8, 8), batch_size=4, progress=lambda done, total: told.append((done, total)))
-    assert told == [(20, 20)]
+def decoded_by(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The pictures that are decoded from now on."""
+    decoded: list[int] = []
+    decode = Source.decode
+
+    def counting(self: Source, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+        decoded.append(index)
+        return decode(self, index)
+
+    monkeypatch.setattr(Source, "decode", counting)
+    return decoded
+
+
+@pytest.mark.parametrize("prepare", [Preprocess(8, 8), RANDOM], ids=["center", "random"])
+def test_kept_pictures_are_decoded_once_and_not_before_they_are_used(
+    source: Source, prepare: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = decoded_by(monkeypatch)
+    kept, fresh = (Batches(source, prepare, batch_size=6, cache=cache) for cache in ("auto", "none"))
+    assert decoded == []
+    first = [kept.at(step) for step in range(10)]
+    assert sorted(decoded) == list(range(20))
+    assert all(same(fresh.at(step), batch) for step, batch in enumerate(first))
+    assert len(decoded) == 20 + 60
+
+
+def test_what_does_not_fit_is_kept_on_request_alone(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("carrara.data.batches._AUTO_BYTES", 20 * 3 * 8 * 8 - 1)
+    decoded = decoded_by(monkeypatch)
+    for cache, times in (("auto", 2), ("memory", 1)):
+        decoded.clear()
+        batches = Batches(source, Preprocess(8, 8), batch_size=20, cache=cache)  # type: ignore[arg-type]
+        assert same(batches.at(0), batches.at(0))
+        assert len(decoded) == times * 20
+
+
+class Counted:
+    """A batch that knows where it is."""
+
+    def __init__(self, number: int, device: str = "cpu") -> None:
+        self.number, self.device = number, device
+
+    def to(self, device: torch.device) -> Counted:
+        return Counted(self.number, device.type)
+
+    def pinned(self) -> Counted:
+        raise AssertionError("only CUDA reads pinned memory")
+
+
+def test_one_batch_is_read_while_the_one_before_is_used() -> None:
+    asked: list[int] = []
+    closed = threading.Event()
+
+    def read() -> Generator[Counted]:
+        try:
+            for number in range(3):
+                asked.append(number)
+                yield Counted(number)
+            raise UserError("the shard is gone", code="missing")
+        finally:
+            closed.set()
+
+    ahead = one_ahead(read(), torch.device("meta"))
+    for number in range(2):
+        batch = next(ahead)
+        assert (batch.number, batch.device) == (number, "meta")
+        deadline = time.monotonic() + 20
+        while len(asked) < number + 2:  # without a request
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert asked == list(range(number + 2))
+    assert next(ahead).number == 2  # what follows has failed already: raised where it is due
+    with refused("missing"):
+        next(ahead)
+    assert closed.is_set()
+
+
+def test_what_reads_ahead_is_closed_with_its_reader() -> None:
+    closed = threading.Event()
+
+    def read() -> Generator[Counted]:
+        try:
+            for number in itertools.count():
+                time.sleep(0.01)
+                yield Counted(number)
+        finally:
+            closed.set()
+
+    for device in ("meta", "cpu"):
+        closed.clear()
+        ahead = one_ahead(read(), torch.device(device))
+        assert [next(ahead).number for _ in range(3)] == [0, 1, 2]
+        ahead.close()
+        assert closed.is_set()
+
+
+def test_pixels_travel_as_bytes_and_become_the_same_floats(source: Source) -> None:
+    batch = Batches(source, Preprocess(8, 8), batch_size=20).at(0)
+    assert batch.pixels.dtype == torch.uint8
+    every = torch.arange(256, dtype=torch.uint8)
+    for num_values in (256, 17):
+        # float32 all along, as NumPy rounds it: multiply, then subtract.
+        expected = np.minimum(np.arange(256), num_values - 1).astype(np.float32) * np.float32(2 / (num_values - 1))
+        assert torch.equal(normalised(every, num_values), torch.from_numpy(expected - np.float32(1)))
+    assert every.max() == 255  # the pixels are left as they are
+    moved = batch.to(torch.device("meta"))
+    assert (moved.pixels.device.type, moved.images.dtype) == ("meta", torch.float32)
 
 
 def broken(path: Path) -> Source:
@@ -147,10 +251,10 @@ def test_substitutes_do_not_depend_on_cache_workers_or_processes(tmp_path: Path)
     names = {name for batch in reference for name in batch.names}
     assert not names & {"007.png", "019.png"}
     source = broken(tmp_path)
-    stream = Batches(source, RANDOM, batch_size=10, workers=2, cache_bytes=0).iterate()
+    stream = Batches(source, RANDOM, batch_size=10, workers=2, cache="none").iterate()
     assert all(same(next(stream), batch) for batch in reference)
     assert sorted(source.unreadable.values()) == ["no image that Pillow can read", "the file is empty"]
-    parts = [Batches(broken(tmp_path), RANDOM, batch_size=10, rank=r, world=2, cache_bytes=0).at(1) for r in (0, 1)]
+    parts = [Batches(broken(tmp_path), RANDOM, batch_size=10, rank=r, world=2, cache="none").at(1) for r in (0, 1)]
     assert torch.equal(torch.cat([part.images for part in parts]), reference[1].images)
 
 
@@ -167,7 +271,7 @@ class TestMidRun:
     def test_an_image_that_becomes_unreadable_is_named_and_replaced(self, tmp_path: Path) -> None:
         path = folder(tmp_path, files(40))
         source = open_source(path, unreadable_limit=0.05)
-        batches = Batches(source, Preprocess(8, 8), batch_size=10, cache_bytes=0)
+        batches = Batches(source, Preprocess(8, 8), batch_size=10, cache="none")
         before = batches.at(1)
         (path / before.names[3]).write_bytes(b"")
         (path / before.names[5]).unlink()
@@ -183,7 +287,7 @@ class TestMidRun:
     def test_a_shard_that_vanishes_stops_the_run_by_name(self, tmp_path: Path, workers: int) -> None:
         for shard in range(2):
             tarred(tmp_path / f"{shard}.tar", {f"{k}.png": png(k) for k in range(6 * shard, 6 * shard + 6)})
-        batches = Batches(open_source(tmp_path), Preprocess(8, 8), batch_size=12, workers=workers, cache_bytes=0)
+        batches = Batches(open_source(tmp_path), Preprocess(8, 8), batch_size=12, workers=workers, cache="none")
         batches.at(0)
         (tmp_path / "1.tar").unlink()
         with pytest.raises(UserError, match=r"the shard .*1\.tar is gone: put it back, then continue\.$"):
@@ -191,7 +295,7 @@ class TestMidRun:
 
     def test_killed_workers_are_replaced_and_nothing_is_lost(self, source: Source) -> None:
         reference = Batches(source, RANDOM, batch_size=5)
-        stream = Batches(source, RANDOM, batch_size=5, workers=2, cache_bytes=0).iterate()
+        stream = Batches(source, RANDOM, batch_size=5, workers=2, cache="none").iterate()
         for step in range(30):
             if step == 4:
                 for child in multiprocessing.active_children():

@@ -67,7 +67,7 @@ def test_bucketed_batches_are_functions_of_seed_and_step(source: Source) -> None
     prepare = Preprocess(16, 16, crop="random", flip=True)
     alone = Batches(source, prepare, seed=1, batch_size=4, order=order)
     parts = [
-        Batches(source, prepare, 1, 4, rank=r, world=2, workers=w, cache_bytes=0, order=order).iterate(7)
+        Batches(source, prepare, 1, 4, rank=r, world=2, workers=w, cache="none", order=order).iterate(7)
         for r, w in ((0, 0), (1, 1))
     ]
     for step in range(7, 12):
@@ -94,7 +94,7 @@ def test_an_unreadable_picture_is_replaced_from_its_bucket(tmp_path: Path) -> No
     source = open_source(path, unreadable_limit=0.2)
     order = aspect_buckets(source, (16, 16), batch_size=4, multiple=4)
     (path / "20.png").write_bytes(b"")
-    batches = Batches(source, Preprocess(16, 16), batch_size=4, cache_bytes=0, order=order)
+    batches = Batches(source, Preprocess(16, 16), batch_size=4, cache="none", order=order)
     for step in range(20):
         batch = batches.at(step)
         assert {order.sizes[order.bucket[int(n[:2])]] for n in batch.names} == {tuple(batch.images.shape[2:])}

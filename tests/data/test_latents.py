@@ -41,6 +41,7 @@ from carrara.errors import UserError
 from carrara.networks.autoencoder import AutoencoderParams
 from carrara.process import Noise
 from tests.data import builders
+from tests.errors import refused
 
 PREPARE = Preprocess(8, 8, flip=True)
 SHAPE = AutoencoderParams(channels=8, channel_mult=(1, 2), blocks_per_level=1, latent_channels=2, norm_groups=4)
@@ -364,9 +365,9 @@ def test_what_cannot_be_cached_is_refused(images: Path, tmp_path: Path) -> None:
     for call in (lambda: LatentBatches(plain, batch_size=4, flip=True), lambda: plain.stored([0], [True])):
         with pytest.raises(UserError, match="holds no mirrored images"):
             call()
-    with pytest.raises(UserError, match="do not fill a batch of 24"):
+    with refused("missing", key="training.batch_size"):
         LatentBatches(plain, batch_size=24)
-    with pytest.raises(UserError, match="cannot be shared by 3"):
+    with refused("invalid", key="training.batch_size"):
         LatentBatches(plain, batch_size=8, world=3)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from carrara.data import Batch, batches
+from carrara.data import Batch
 from carrara.errors import UserError
 from carrara.recipe import Recipe
 from carrara.training import Trainer
@@ -26,15 +26,10 @@ LAST = 16
 """Two workers are six batches ahead: what strikes after step 5 is met by step 12."""
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small a data set would be decoded once and never looked at again."""
-    monkeypatch.setattr(batches, "_fits", lambda *arguments: False)
-
-
 def recipe_of(data: Path, *assignments: str) -> Recipe:
     return tiny_recipe(
         f"data.path={data}",
+        "data.cache=none",  # so few images would be read once and never again
         "data.channels=3",
         "conditioning.kind=none",
         "sampling.guidance=1",
@@ -115,7 +110,6 @@ def test_a_shard_that_vanishes_mid_run(workers: int, tmp_path: Path) -> None:
 
 def met(data: Path, run: Path) -> str:
     """Train on the second process's half of a data set that is partly gone; what this process says."""
-    batches._fits = lambda *arguments: False
     trainer = Trainer(recipe_of(data), run)
     honest = trainer.batches.at
 
@@ -150,7 +144,7 @@ def test_an_image_that_becomes_unreadable_mid_run_is_named_when_it_is_met(worker
             (data / "007.png").write_bytes(b"")
 
     notices = walked(Trainer(recipe, tmp_path / "run"), damage)
-    assert notices == ["007.png cannot be read any more (the file is empty): another image stands in for it."]
+    assert notices == ["007.png cannot be read (the file is empty): another image replaces it."]
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
 

@@ -281,7 +281,7 @@ def refusals(folder: Path, taken: Path) -> list[str]:
 def test_mistakes_are_told_by_all_so_that_none_waits(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for told in together(2, refusals, tmp_path / "run", tmp_path):
-        assert "a batch of 15 cannot be shared by 2 processes" in told[0]
+        assert "a batch of 15 cannot be divided among 2 processes" in told[0]
         assert "holds other files and no run" in told[1]
 
 

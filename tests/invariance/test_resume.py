@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from carrara.data import batches
 from carrara.training import Trainer
 from tests.invariance.kills import CHOICES, Strike, attempt, campaign
 from tests.processes import together
@@ -47,7 +46,6 @@ def test_broken_off_after_any_step(straight: Path, tmp_path: Path, stop_at: int)
 
 def straight_and_broken(folder: Path, rows: list[tuple[int, float, int]]) -> None:
     """For each choice of (micro-batch, dropout, workers): a straight run, and one broken off in between."""
-    batches._fits = lambda *arguments: False  # workers are used only where the cache does not hold all
     for micro_batch, dropout, workers in rows:
         recipe = tiny_recipe(
             *MANY,
@@ -57,6 +55,7 @@ def straight_and_broken(folder: Path, rows: list[tuple[int, float, int]]) -> Non
             f"training.micro_batch={micro_batch}",
             f"network.dropout={dropout}",
             f"data.workers={workers}",
+            "data.cache=none",  # workers are used only where images are not kept
         )
         place = folder / f"{micro_batch}-{dropout}-{workers}"
         train(recipe, place / "straight")

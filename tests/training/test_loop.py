@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def poisoned(trainer: Trainer, bad: set[int]) -> Trainer:
     def one_step(batch: Batch | LatentBatch) -> float:
         assert isinstance(batch, Batch)
         if trainer.step in bad:
-            batch.images.fill_(float("nan"))
+            batch = replace(batch, pixels=batch.pixels * float("nan"))
         return honest(batch)
 
     trainer.one_step = one_step  # type: ignore[method-assign]

@@ -105,7 +105,7 @@ def read_pictures(places: tuple[Path, ...], channels: int) -> Tensor:
     for name, image, num_values in (one for place in places for one in _images(place)):
         pixels = Preprocess(image.height, image.width, channels)(image)
         names.append(name)
-        images.append(normalised(pixels.numpy(), num_values))
+        images.append(normalised(pixels, num_values))
         if images[-1].shape != images[0].shape:
             first, last = (f"{image.shape[2]}×{image.shape[1]}" for image in (images[0], images[-1]))
             raise UserError(

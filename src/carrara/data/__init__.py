@@ -1,6 +1,6 @@
 """Data sets of any layout, as batches in an order that depends on the seed and the position alone."""
 
-from carrara.data.batches import Batch, Batches
+from carrara.data.batches import Batch, Batches, one_ahead
 from carrara.data.buckets import AspectBuckets, aspect_buckets
 from carrara.data.encode import Encoded, encode_latents
 from carrara.data.latents import LatentBatch, LatentBatches, LatentSource, open_latents
@@ -24,6 +24,7 @@ __all__ = [
     "aspect_buckets",
     "augmentation_draws",
     "encode_latents",
+    "one_ahead",
     "open_latents",
     "open_source",
     "shuffled_index",

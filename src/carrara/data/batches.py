@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -16,16 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from carrara.data.decode import UnreadablePicture
-from carrara.data.order import Integers, Order, Shuffled, augmentation_draws
+from carrara.data.order import Order, Sampler
 from carrara.data.preprocess import Preprocess
 from carrara.data.source import Source
 from carrara.data.workers import in_order
 from carrara.errors import UserError
 
+Cache = Literal["auto", "memory", "none"]
+
+_AUTO_BYTES = 2**29
 _THREADED_BYTES = 4096
 _CHUNK = 1024
 
 Result = TypeVar("Result")
+Movable = TypeVar("Movable", bound="_Movable")
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,16 @@ class Batch:
     """What one process trains on in one step.
 
     Attributes:
-        images: float32 [B, C, H, W] in [-1, 1].
+        pixels: uint8 [B, C, H, W], a quarter of the bytes of floats on the way to a device.
+        num_values: a channel's values are 0..num_values-1.
         label: int64 [B] or None.
         captions: B texts or None.
         positions: int64 [B], the global positions.
         names: what messages call the pictures.
     """
 
-    images: Tensor
+    pixels: Tensor
+    num_values: int
     label: Tensor | None
     captions: list[str] | None
     positions: Tensor
@@ -49,23 +56,70 @@ class Batch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def images(self) -> Tensor:
+        """float32 [B, C, H, W] in [-1, 1], computed where the pixels are."""
+        return normalised(self.pixels, self.num_values)
+
+    def to(self, device: torch.device) -> Batch:
+        """The pixels on a device; the copy from pinned memory does not wait."""
+        return replace(self, pixels=self.pixels.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The pixels in memory that a CUDA device reads by itself."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+class _Prepared(NamedTuple):
+    """A picture as far as no draw decides it, uint8 [C, h, w]; or the reason why there is none."""
+
+    pixels: Tensor | None
+    conversions: tuple[str, ...] = ()
+    reason: str = ""
+
+
+class _Kept:
+    """Prepared pictures by index: in one tensor where all are of one size, which is lighter than many.
+
+    Args:
+        count: of all pictures.
+        shape: of each, [C, H, W]; None where they differ.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, int, int] | None) -> None:
+        self._pixels: dict[int, Tensor] | Tensor = {}
+        if shape is not None:
+            self._pixels = torch.empty(count, *shape, dtype=torch.uint8)
+        self._known = np.zeros(count, bool)
+        self._reasons: dict[int, str] = {}
+
+    def __contains__(self, index: int) -> bool:
+        return bool(self._known[index])
+
+    def __getitem__(self, index: int) -> _Prepared:
+        reason = self._reasons.get(index)
+        return _Prepared(self._pixels[index]) if reason is None else _Prepared(None, reason=reason)
+
+    def __setitem__(self, index: int, picture: _Prepared) -> None:
+        if picture.pixels is None:
+            self._reasons[index] = picture.reason
+        else:
+            self._pixels[index] = picture.pixels
+        self._known[index] = True
+
 
 @dataclass
 class _Rows:
-    """A batch before the main process has seen it: uint8 pixels travel four times lighter than floats."""
+    """What a worker makes of a batch."""
 
     pixels: NDArray[np.uint8]
-    index: list[int]
+    index: list[int] = field(default_factory=list)
     captions: list[str] | None = None
     unreadable: dict[int, str] = field(default_factory=dict)
     conversions: Counter[str] = field(default_factory=Counter)
 
 
-class _Prepared(Protocol):
-    def __getitem__(self, index: int) -> Tensor: ...
-
-
-class Batches:
+class Batches(Sampler):
     """An endless sequence of batches; batch `step` holds positions step·batch_size onwards.
 
     The sample at global position p is the order's (`shuffled_index(seed, p, len(source))` unless another is
@@ -75,18 +129,14 @@ class Batches:
     Args:
         source: the pictures.
         prepare: what is done to them.
-        seed: of order and augmentation.
-        batch_size: the global batch, over all processes.
-        rank, world: this process and their number; it takes its own slice of each global batch.
-        workers: processes that decode ahead; 0 decodes in this one. Not used where the cache holds everything.
-        cache_bytes: a data set whose encoded and whose prepared pictures both fit is decoded once, here, and
-            kept as uint8.
-        progress: told (pictures decoded, pictures in all) while the cache fills.
-        order: which sample stands where; None is `Shuffled`. `AspectBuckets` gives each batch its own height and
+        seed, batch_size, rank, world, order: see `Sampler`. `AspectBuckets` gives each batch its own height and
             width, `ShuffledShards` reads a few shards at a time.
+        workers: processes that decode ahead; 0 decodes in this one, as for pictures that are kept.
+        cache: whether pictures are kept, prepared, when they are decoded for the first time: "memory" keeps all,
+            "none" none, "auto" all where they fit in 512 MiB.
 
     Raises:
-        UserError: fewer pictures than a batch, a batch that the processes cannot share, or too many unreadable.
+        UserError: see `Sampler`.
     """
 
     def __init__(
@@ -98,41 +148,20 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        cache_bytes: int = 2**29,
-        progress: Callable[[int, int], None] | None = None,
+        cache: Cache = "auto",
         order: Order | None = None,
     ) -> None:
-        if batch_size < 1 or workers < 0:
-            raise UserError(f"a batch holds at least 1 image (not {batch_size}), workers are 0 or more ({workers}).")
-        source.refuse_fewer_than(batch_size)
-        if batch_size % world or not 0 <= rank < world:
-            raise UserError(f"a batch of {batch_size} cannot be shared by {world} processes: make it a multiple.")
-        self.source = source
-        self.prepare = prepare
-        self.seed = seed
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world = world
-        self.workers = workers
-        self.order: Order = Shuffled(len(source)) if order is None else order
-        self.order.check(len(source), batch_size)
-        self._cache: _Prepared | None = None
-        self._cannot: dict[int, str] = {}  # pictures that are missing from the cache, with the reason
-        if _fits(source, prepare, cache_bytes):
-            self._cache, self._cannot = self._decode_all(progress)
-            source.unreadable.update(self._cannot)
-            source.refuse_unreadable()
-
-    @property
-    def cached(self) -> bool:
-        """Whether all pictures are kept decoded in memory."""
-        return self._cache is not None
-
-    def positions(self, step: int) -> Tensor:
-        """The global positions of this process's part of batch `step`: int64 [batch_size / world]."""
-        share = self.batch_size // self.world
-        start = step * self.batch_size + self.rank * share
-        return torch.arange(start, start + share)
+        super().__init__(len(source), source.name, seed, batch_size, rank, world, order)
+        if workers < 0:
+            raise UserError(f"data.workers is {workers}: it must be at least 0.", key="data.workers")
+        self.source, self.prepare, self.workers = source, prepare, workers
+        shape = (prepare.channels, prepare.height, prepare.width)
+        center = prepare.crop == "center"
+        # A random crop keeps the whole resized picture; a ratio of 2:1 is a fair guess before any is seen.
+        fits = len(source) * math.prod(shape) * (1 if center else 2) <= _AUTO_BYTES
+        self._kept: _Kept | None = None
+        if cache == "memory" or (cache == "auto" and fits):
+            self._kept = _Kept(len(source), shape if center and self.order.size(0) is None else None)
 
     def at(self, step: int) -> Batch:
         """This process's part of batch `step`, made here: a function of (seed, step) alone.
@@ -142,9 +171,9 @@ class Batches:
         """
         return self._finish(step, self._rows(step))
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Generator[Batch]:
         """Batches from `start_step` on, without end, the same as `at` gives, decoded ahead by the workers."""
-        if self._cache is not None or self.workers == 0:
+        if self._kept is not None or self.workers == 0:
             yield from map(self.at, itertools.count(start_step))
         # Closed here and now on an error, whose traceback would keep the workers alive.
         with contextlib.closing(in_order(self._safe_rows, start_step, self.workers)) as ahead:
@@ -158,15 +187,23 @@ class Batches:
             return error
 
     def _rows(self, step: int) -> _Rows:
-        positions = self.positions(step).numpy()
-        selection = self.order.select(self.seed, positions)
-        draws = augmentation_draws(self.seed, int(positions[0]), len(positions))
-        prepare = self._preparation(int(selection.index[0]))
-        rows = _Rows(np.empty((len(positions), prepare.channels, prepare.height, prepare.width), np.uint8), [])
-        for pixels, index, draw in zip(rows.pixels, selection.index.tolist(), draws.tolist(), strict=True):
-            found, picture = self._readable(index, selection.pool, draw, rows)
-            rows.index.append(found)
-            pixels[:] = prepare.cut(picture, draw).numpy()
+        samples = self.select(step)
+        prepare = self._preparation(samples[0][0])
+        rows = _Rows(np.empty((len(samples), prepare.channels, prepare.height, prepare.width), np.uint8))
+        if self._kept is not None:
+            new = sorted({index for index, *_ in samples if index not in self._kept})
+            for index, picture in zip(new, in_threads(self.source, self._prepared, new), strict=True):
+                self._keep(index, picture, rows)
+        for pixels, (index, replacements, draw) in zip(rows.pixels, samples, strict=True):
+            picture = self._picture(index, rows)
+            while picture.pixels is None:
+                rows.unreadable[index] = picture.reason
+                index = next(replacements, -1)
+                if index < 0:
+                    raise UserError(f"none of the images in {self.source.name} can be read.", code="damaged")
+                picture = self._picture(index, rows)
+            rows.index.append(index)
+            pixels[:] = prepare.cut(picture.pixels, draw).numpy()
         captions = self.source.captions
         rows.captions = None if captions is None else [captions[i] for i in rows.index]
         return rows
@@ -175,53 +212,23 @@ class Batches:
         size = self.order.size(index)
         return self.prepare if size is None else replace(self.prepare, height=size[0], width=size[1])
 
-    def _readable(self, index: int, pool: Integers | None, draw: list[float], rows: _Rows) -> tuple[int, Tensor]:
-        """The picture at `index`; where it cannot be read, the next readable one from a drawn place of the pool."""
-        count = len(self.source) if pool is None else len(pool)
-        for attempt in range(count + 1):
-            if attempt:
-                index = (int(draw[3] * count) + attempt - 1) % count
-                index = index if pool is None else int(pool[index])
-            try:
-                return index, self._picture(index, rows)
-            except UnreadablePicture as error:
-                rows.unreadable[index] = str(error)
-        raise UserError(f"none of the {count} images in {self.source.name} can be read.")
+    def _picture(self, index: int, rows: _Rows) -> _Prepared:
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
+        return self._keep(index, self._prepared(index), rows)
 
-    def _picture(self, index: int, rows: _Rows) -> Tensor:
-        if self._cache is not None:
-            if index in self._cannot:
-                raise UnreadablePicture(self._cannot[index])
-            return self._cache[index]
-        image, notes = self.source.decode(index)
-        rows.conversions.update(notes)
-        return self._preparation(index).resized(image)
+    def _prepared(self, index: int) -> _Prepared:
+        try:
+            image, notes = self.source.decode(index)
+        except UnreadablePicture as error:
+            return _Prepared(None, reason=str(error))
+        return _Prepared(self._preparation(index).resized(image), notes)
 
-    def _decode_all(self, progress: Callable[[int, int], None] | None) -> tuple[_Prepared, dict[int, str]]:
-        """Every picture, prepared as far as no draw decides, and why some are left out."""
-        source, count = self.source, len(self.source)
-
-        def one(index: int) -> tuple[Tensor | None, tuple[str, ...], str]:
-            try:
-                image, notes = source.decode(index)
-            except UnreadablePicture as error:
-                return None, (), str(error)
-            return self._preparation(index).resized(image), notes, ""
-
-        # One tensor for all is lighter than a tensor for each, where all are of one size.
-        shape = (count, self.prepare.channels, self.prepare.height, self.prepare.width)
-        one_size = self.prepare.crop == "center" and self.order.size(0) is None
-        kept: dict[int, Tensor] | Tensor = torch.empty(shape, dtype=torch.uint8) if one_size else {}
-        unreadable: dict[int, str] = {}
-        for index, (pixels, notes, reason) in enumerate(in_threads(source, one, range(count))):
-            source.conversions.update(notes)
-            if pixels is None:
-                unreadable[index] = reason
-            else:
-                kept[index] = pixels
-            if progress is not None and (index % 256 == 255 or index + 1 == count):
-                progress(index + 1, count)
-        return kept, unreadable
+    def _keep(self, index: int, picture: _Prepared, rows: _Rows) -> _Prepared:
+        rows.conversions.update(picture.conversions)
+        if self._kept is not None:
+            self._kept[index] = picture
+        return picture
 
     def _finish(self, step: int, rows: _Rows | UserError) -> Batch:
         if isinstance(rows, UserError):
@@ -231,7 +238,8 @@ class Batches:
         source.conversions.update(rows.conversions)
         source.refuse_unreadable()
         return Batch(
-            images=normalised(rows.pixels, source.levels),
+            pixels=torch.from_numpy(rows.pixels),
+            num_values=source.levels,
             label=None if source.labels is None else torch.from_numpy(source.labels[rows.index]),
             captions=rows.captions,
             positions=self.positions(step),
@@ -239,18 +247,38 @@ class Batches:
         )
 
 
-def normalised(pixels: NDArray[np.uint8], levels: int) -> Tensor:
-    """Pixels of 0..levels-1 as float32 in [-1, 1], of the same shape (what lies above is cut, in place)."""
-    if levels < 256:
-        pixels.clip(max=levels - 1, out=pixels)  # bicubic may overshoot the white of the digits
-    return torch.from_numpy(pixels).to(torch.float32).mul_(2 / (levels - 1)).sub_(1)
+class _Movable(Protocol):
+    def to(self, device: torch.device) -> Self: ...
+    def pinned(self) -> Self: ...
 
 
-def _fits(source: Source, prepare: Preprocess, cache_bytes: int) -> bool:
-    # A random crop keeps the whole resized picture; a ratio of 2:1 is a fair guess before any is seen.
-    margin = 1 if prepare.crop == "center" else 2
-    prepared = len(source) * prepare.channels * prepare.height * prepare.width * margin
-    return prepared <= cache_bytes and source.pictures.encoded_bytes <= cache_bytes
+def one_ahead(batches: Generator[Movable], device: torch.device) -> Generator[Movable]:
+    """The batches on a device: while a step is computed there, a thread reads the batch of the next.
+
+    On the CPU they come as they are: reading would take the cores away from the step.
+    """
+
+    def read() -> Movable:
+        batch = next(batches)
+        return batch.pinned() if device.type == "cuda" else batch
+
+    if device.type == "cpu":
+        yield from batches
+        return
+    with contextlib.closing(batches), ThreadPoolExecutor(1, "batches") as reader:
+        batch = read()  # here, and not in the thread, from which workers would be forked
+        while True:
+            following = reader.submit(read)
+            # No stream of its own: bytes are copied in a small part of the time of a step.
+            yield batch.to(device)
+            batch = following.result()
+
+
+def normalised(pixels: Tensor, num_values: int) -> Tensor:
+    """uint8 pixels of 0..num_values-1 as float32 in [-1, 1], of the same shape and device; what lies above is cut."""
+    if num_values < 256:
+        pixels = pixels.clamp(max=num_values - 1)  # bicubic may overshoot the white of the digits
+    return pixels.to(torch.float32).mul_(2 / (num_values - 1)).sub_(1)
 
 
 def in_threads(source: Source, work: Callable[[int], Result], indices: Sequence[int]) -> Iterator[Result]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from carrara.data.batches import in_threads
 from carrara.data.decode import UnreadablePicture
-from carrara.data.order import Integers, Selection, refuse_other_count, shuffled_index
+from carrara.data.order import Integers, Selection, refuse_fewer_than, refuse_other_count, shuffled_index
 from carrara.data.source import Source, counted
 from carrara.errors import UserError
 
@@ -103,7 +103,7 @@ def aspect_buckets(
         UserError: fewer pictures than a batch, no size fits, or `multiple` does not divide a side that is asked for.
     """
     sizes = _sizes(resolution, multiple, largest_aspect) if sizes is None else _asked(sizes, multiple)
-    source.refuse_fewer_than(batch_size)
+    refuse_fewer_than(batch_size, len(source), source.name)
     aspects = np.log([width / height for height, width in sizes])
     wanted = np.log(_aspect_ratios(source))
     open_buckets = np.arange(len(sizes))

@@ -17,6 +17,7 @@ from carrara.data import duplicates
 from carrara.data.batches import in_threads
 from carrara.data.decode import UnreadablePicture
 from carrara.data.layouts import open_source
+from carrara.data.order import refuse_fewer_than
 from carrara.data.preprocess import Preprocess
 from carrara.data.preview import save_preview
 from carrara.data.source import Source, counted
@@ -198,7 +199,7 @@ def _spread(values: Sequence[int]) -> list[int]:
 
 def _problems(source: Source, batch_size: int) -> list[str]:
     found = []
-    for refuse in (source.refuse_unreadable, lambda: source.refuse_fewer_than(batch_size)):
+    for refuse in (source.refuse_unreadable, lambda: refuse_fewer_than(batch_size, len(source), source.name)):
         try:
             refuse()
         except UserError as error:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -166,7 +165,7 @@ class _Work:
         return encoded, shards
 
     def _pixels(self, numbers: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Those of the images that are pictures, float32 [B, C, H, W] in [-1, 1]; the others are noted."""
+        """Those of the images that are pictures, uint8 [B, C, H, W]; the others are noted."""
 
         def one(number: int) -> Tensor | str:
             try:
@@ -180,12 +179,12 @@ class _Work:
                 self.source.unreadable[number] = self.index.unreadable[str(self.index.hashes[number])] = picture
             else:
                 good.append(number)
-                pixels.append(picture.numpy())
-        return good, normalised(np.stack(pixels), self.source.levels) if pixels else torch.empty(0)
+                pixels.append(picture)
+        return good, torch.stack(pixels) if pixels else torch.empty(0)
 
-    def _latents(self, images: Tensor) -> dict[str, Tensor]:
+    def _latents(self, pixels: Tensor) -> dict[str, Tensor]:
         """What is stored of a batch: [B, F, …], F being 1, or 2 with the mirrored images second."""
-        images = images.to(self.device)
+        images = normalised(pixels.to(self.device), self.source.levels)
         entries = [images, images.flip(-1)] if self.prepare.flip else [images]
         kinds, packed = zip(*(pack(self.codec.encode(entry)) for entry in entries), strict=True)
         self.index.posterior = kinds[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from carrara.codecs import Posterior
 from carrara.data.encode import file_hashes
 from carrara.data.latent_index import Index, damaged_shard, read_index, unpack
-from carrara.data.order import Order, Shuffled, augmentation_draws
+from carrara.data.order import Order, Sampler
 from carrara.data.preprocess import Preprocess
 from carrara.data.source import Source, counted
 from carrara.errors import UserError
@@ -80,8 +80,8 @@ class LatentSource:
             UserError: an image has no latent, or the cache was made without flips.
         """
         sides = [False] * len(numbers) if flipped is None else flipped
-        if any(sides) and not self.index.flips:
-            raise UserError(f"{self.folder} holds no mirrored images: set data.flip=false, or encode with --flip.")
+        if any(sides):
+            self.refuse_flips()
         rows = []
         for number, side in zip(numbers, sides, strict=True):
             shard, row = self._places[number].tolist()
@@ -89,6 +89,15 @@ class LatentSource:
                 raise UserError(f"{self.index.names[number]} has no latent: {self.unreadable[number]}.")
             rows.append({name: value[row, int(side)] for name, value in self._shards[shard].items()})
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def refuse_flips(self) -> None:
+        """Raises UserError unless the cache holds mirrored images."""
+        if not self.index.flips:
+            raise UserError(
+                f"{self.folder} holds no mirrored images: set data.flip=false, or encode with --flip.",
+                key="data.flip",
+                code="mismatch",
+            )
 
     def posterior(self, numbers: Sequence[int], flipped: Sequence[bool] | None = None) -> Posterior:
         """q(z|x) of some images, as their codec's `encode` gave it: draw from it anew at every use."""
@@ -164,7 +173,7 @@ class LatentBatch:
     """What one process trains on in one step.
 
     Attributes:
-        posterior: q(z|x) of every sample; `posterior.sample(noise)` is a fresh draw.
+        kind: of the posterior, see `latent_index.pack`.
         stored: what the cache holds of the samples, by name; codes have their `indices` here.
         label: int64 [B] or None.
         captions: B texts or None.
@@ -172,7 +181,7 @@ class LatentBatch:
         names: what messages call the images.
     """
 
-    posterior: Posterior
+    kind: str
     stored: dict[str, Tensor]
     label: Tensor | None
     captions: list[str] | None
@@ -182,21 +191,31 @@ class LatentBatch:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def posterior(self) -> Posterior:
+        """q(z|x) of every sample; `posterior.sample(noise)` is a fresh draw."""
+        return unpack(self.kind, self.stored)
 
-class LatentBatches:
-    """An endless sequence of batches of latents, walked as `Batches` walks images: the sample at a global position,
-    whether it is mirrored, and what replaces an unreadable one are the same.
+    def to(self, device: torch.device) -> LatentBatch:
+        """With what is stored on a device; the copy from pinned memory does not wait."""
+        return replace(self, stored={k: v.to(device, non_blocking=True) for k, v in self.stored.items()})
+
+    def pinned(self) -> LatentBatch:
+        """With what is stored in memory that a CUDA device reads by itself."""
+        return replace(self, stored={k: v.pin_memory() for k, v in self.stored.items()})
+
+
+class LatentBatches(Sampler):
+    """An endless sequence of batches of latents. The sample at a global position, whether it is mirrored, and what
+    replaces an unreadable one are the same as in `Batches` of the images.
 
     Args:
         source: the latents.
-        seed: of order and flips.
-        batch_size: the global batch, over all processes.
-        rank, world: this process and their number; it takes its own slice of each global batch.
+        seed, batch_size, rank, world, order: see `Sampler`.
         flip: mirror half of the samples; the cache must hold flips.
-        order: which sample stands where; None is `Shuffled`.
 
     Raises:
-        UserError: fewer images than a batch, a batch that the processes cannot share, or flips that are not there.
+        UserError: see `Sampler`; or flips that are not there.
     """
 
     def __init__(
@@ -210,59 +229,30 @@ class LatentBatches:
         flip: bool = False,
         order: Order | None = None,
     ) -> None:
-        if batch_size < 1 or batch_size > len(source):
-            raise UserError(
-                f"{source.name} holds {counted(len(source), 'image')}, which do not fill a batch of {batch_size}: "
-                f"set training.batch_size to 1..{len(source)}."
-            )
-        if batch_size % world or not 0 <= rank < world:
-            raise UserError(f"a batch of {batch_size} cannot be shared by {world} processes: make it a multiple.")
-        if flip and not source.index.flips:
-            raise UserError(f"{source.name} holds no mirrored images: set data.flip=false, or encode with --flip.")
-        self.source, self.seed, self.batch_size = source, seed, batch_size
-        self.rank, self.world, self.flip = rank, world, flip
-        self.order: Order = Shuffled(len(source)) if order is None else order
-        self.order.check(len(source), batch_size)
-
-    def positions(self, step: int) -> Tensor:
-        """The global positions of this process's part of batch `step`: int64 [batch_size / world]."""
-        share = self.batch_size // self.world
-        start = step * self.batch_size + self.rank * share
-        return torch.arange(start, start + share)
+        super().__init__(len(source), source.name, seed, batch_size, rank, world, order)
+        if flip:
+            source.refuse_flips()
+        self.source, self.flip = source, flip
 
     def at(self, step: int) -> LatentBatch:
         """This process's part of batch `step`: a function of (seed, step) alone."""
-        positions = self.positions(step)
-        selection = self.order.select(self.seed, positions.numpy())
-        draws = augmentation_draws(self.seed, int(positions[0]), len(positions))
-        numbers = [
-            self._readable(number, selection.pool, draw[3])
-            for number, draw in zip(selection.index.tolist(), draws.tolist(), strict=True)
-        ]
-        flipped = (draws[:, 2] < 0.5).tolist() if self.flip else None
-        source = self.source
-        stored = source.stored(numbers, flipped)
+        source, samples = self.source, self.select(step)
+        numbers = [self._readable(index, replacements) for index, replacements, _ in samples]
         return LatentBatch(
-            posterior=unpack(source.index.posterior, stored),
-            stored=stored,
+            kind=source.index.posterior,
+            stored=source.stored(numbers, [draw[2] < 0.5 for *_, draw in samples] if self.flip else None),
             label=None if source.labels is None else torch.from_numpy(source.labels[numbers]),
             captions=None if source.captions is None else [source.captions[number] for number in numbers],
-            positions=positions,
+            positions=self.positions(step),
             names=[source.index.names[number] for number in numbers],
         )
 
-    def iterate(self, start_step: int = 0) -> Iterator[LatentBatch]:
+    def iterate(self, start_step: int = 0) -> Generator[LatentBatch]:
         """Batches from `start_step` on, without end."""
         yield from map(self.at, itertools.count(start_step))
 
-    def _readable(self, number: int, pool: NDArray[np.int64] | None, draw: float) -> int:
-        """The image itself; where it has no latent, the next one that has from a drawn place of the pool."""
-        if number not in self.source.unreadable:
-            return number
-        count = len(self.source) if pool is None else len(pool)
-        for attempt in range(count):
-            place = (int(draw * count) + attempt) % count
-            other = place if pool is None else int(pool[place])
-            if other not in self.source.unreadable:
-                return other
-        raise UserError(f"none of the {count} images in {self.source.name} has a latent.")
+    def _readable(self, number: int, replacements: Iterator[int]) -> int:
+        for candidate in itertools.chain([number], replacements):
+            if candidate not in self.source.unreadable:
+                return candidate
+        raise UserError(f"none of the images in {self.source.name} has a latent.", code="damaged")

@@ -7,12 +7,15 @@ workers cannot change the order.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from carrara.errors import UserError
 
@@ -118,6 +121,72 @@ class ShuffledShards:
 
     def check(self, count: int, batch_size: int) -> None:
         refuse_other_count(sum(self.sizes), count)
+
+
+class Sampler:
+    """Which samples one process sees at each step: its own slice of each global batch.
+
+    Args:
+        count: samples in the data set.
+        name: of the data set, for messages.
+        seed: of the order and the augmentation.
+        batch_size: the global batch, over all processes.
+        rank, world: this process and their number.
+        order: which sample stands at which position; None is `Shuffled`.
+
+    Raises:
+        UserError: fewer samples than a batch, a batch that the processes cannot divide, or an order of other data.
+    """
+
+    def __init__(
+        self, count: int, name: str, seed: int, batch_size: int, rank: int, world: int, order: Order | None
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"a batch holds at least 1 image, not {batch_size}.", key="training.batch_size")
+        refuse_fewer_than(batch_size, count, name)
+        if batch_size % world or not 0 <= rank < world:
+            raise UserError(
+                f"a batch of {batch_size} cannot be divided among {world} processes: make it a multiple.",
+                key="training.batch_size",
+            )
+        self.count, self.seed, self.batch_size, self.rank, self.world = count, seed, batch_size, rank, world
+        self.order: Order = Shuffled(count) if order is None else order
+        self.order.check(count, batch_size)
+
+    def positions(self, step: int) -> Tensor:
+        """The global positions of this process's slice of batch `step`: int64 [batch_size / world]."""
+        own = self.batch_size // self.world
+        start = step * self.batch_size + self.rank * own
+        return torch.arange(start, start + own)
+
+    def select(self, step: int) -> list[tuple[int, Iterator[int], list[float]]]:
+        """For each position of the slice: its sample, those that may replace it in turn, and its draws."""
+        positions = self.positions(step).numpy()
+        selection = self.order.select(self.seed, positions)
+        draws = augmentation_draws(self.seed, int(positions[0]), len(positions)).tolist()
+        pool = selection.pool
+        return [
+            (index, self._replacements(pool, draw[3]), draw)
+            for index, draw in zip(selection.index.tolist(), draws, strict=True)
+        ]
+
+    def _replacements(self, pool: Integers | None, draw: float) -> Iterator[int]:
+        """All samples of the pool, from a drawn place on."""
+        count = self.count if pool is None else len(pool)
+        for attempt in range(count):
+            place = (int(draw * count) + attempt) % count
+            yield place if pool is None else int(pool[place])
+
+
+def refuse_fewer_than(batch_size: int, count: int, name: str) -> None:
+    """Raises UserError unless a data set of `count` images fills one batch."""
+    if count < batch_size:
+        raise UserError(
+            f"{name} holds {count} image{'s' * (count != 1)}, fewer than one batch of {batch_size}: "
+            f"set training.batch_size to {count} or less, or add images.",
+            key="training.batch_size",
+            code="missing",
+        )
 
 
 def refuse_other_count(expected: int, count: int) -> None:

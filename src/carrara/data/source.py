@@ -72,6 +72,7 @@ class Source:
         notices: what the reader of the layout found worth saying.
         unreadable: reason by index, for each picture found unreadable so far.
         conversions: how many pictures met so far were converted, by conversion.
+        reported: which of these `new_notices` has reported.
         shard_sizes: pictures in each tar shard, in their order (for `ShuffledShards`), or None.
     """
 
@@ -86,6 +87,7 @@ class Source:
     notices: list[str] = field(default_factory=list)
     unreadable: dict[int, str] = field(default_factory=dict)
     conversions: Counter[str] = field(default_factory=Counter)
+    reported: set[int | str] = field(default_factory=set)
     shard_sizes: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
@@ -137,6 +139,14 @@ class Source:
         lines += [f"{counted(count, 'image')}: {what}." for what, count in sorted(self.conversions.items())]
         return lines
 
+    def new_notices(self) -> list[str]:
+        """A sentence for each picture found unreadable, and each conversion met for the first time, since last time."""
+        bad, converted = sorted(self.unreadable.keys() - self.reported), sorted(self.conversions.keys() - self.reported)
+        self.reported |= {*bad, *converted}
+        named = [(self.pictures.name(index), self.unreadable[index]) for index in bad]
+        lines = [f"{name} cannot be read ({why}): another image replaces it." for name, why in named]
+        return lines + [f"some images are converted: {what}." for what in converted]
+
     def refuse_unreadable(self) -> None:
         """Stop when more pictures were found unreadable than `unreadable_limit` allows.
 
@@ -147,18 +157,6 @@ class Source:
             raise UserError(
                 f"{self._unreadable_sentence()} more than the limit of {self.unreadable_limit:.2%}: "
                 "mend or remove them, or raise data.unreadable_limit."
-            )
-
-    def refuse_fewer_than(self, batch_size: int) -> None:
-        """Stop when the pictures do not fill one batch.
-
-        Raises:
-            UserError: there are fewer than `batch_size`.
-        """
-        if len(self) < batch_size:
-            raise UserError(
-                f"{self.name} holds {counted(len(self), 'image')}, fewer than one batch of {batch_size}: "
-                f"set training.batch_size to {len(self)} or less, or add images."
             )
 
     def _unreadable_sentence(self) -> str:

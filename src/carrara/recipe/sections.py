@@ -55,7 +55,9 @@ class Data(Section):
         unreadable_limit: share of unreadable images that is skipped; more are refused.
         order: "samples" shuffles all; "shards" reads a few tar shards at a time and shuffles within them, for disks
             and networks where reading here and there is slow.
-        workers: processes that decode images; 0 decodes in this one.
+        workers: processes that decode images; 0 decodes in this one, as for images that are kept.
+        cache: whether images are kept in memory, decoded and brought to size, after their first use: "auto" where all
+            fit in 512 MiB, "memory" always, "none" never.
     """
 
     path: str | None = None
@@ -71,6 +73,7 @@ class Data(Section):
     unreadable_limit: float = Field(0.01, ge=0, le=1)
     order: Literal["samples", "shards"] = "samples"
     workers: int = Field(0, ge=0)
+    cache: Literal["auto", "memory", "none"] = "auto"
 
     @field_validator("resolution", mode="before")
     @classmethod

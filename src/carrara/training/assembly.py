@@ -31,7 +31,7 @@ def open_batches(recipe: Recipe, processes: Processes) -> tuple[Source, Batches]
         source.notices.append(f"the captions of {source.name} are not trained on: there is no text encoder yet.")
     size, order = recipe.training.batch_size, order_of(recipe, source)
     share = processes.rank, processes.world
-    return source, Batches(source, prepare, recipe.seed, size, *share, data.workers, order=order)
+    return source, Batches(source, prepare, recipe.seed, size, *share, data.workers, data.cache, order)
 
 
 def order_of(recipe: Recipe, source: Source) -> Order | None:
@@ -85,11 +85,12 @@ def shown_batch(recipe: Recipe, source: Source, rows: range) -> Batch:
     """The images that previews show, the same at every step: those that come first in an order of single images."""
     data = recipe.data
     prepare = Preprocess(*data.resolution, data.channels, resize=data.resize)
-    every = Batches(source, prepare, recipe.seed, 1, cache_bytes=0)  # a few images need no cache of all
+    every = Batches(source, prepare, recipe.seed, 1, cache="none")  # a few images need no cache of all
     found = [every.at(row % len(source)) for row in rows]
     label = None if source.labels is None else torch.cat([batch.label for batch in found if batch.label is not None])
     return Batch(
-        images=torch.cat([batch.images for batch in found]),
+        pixels=torch.cat([batch.pixels for batch in found]),
+        num_values=source.levels,
         label=label,
         captions=None,
         positions=torch.cat([batch.positions for batch in found]),

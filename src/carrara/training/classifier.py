@@ -71,7 +71,7 @@ class ClassifierTask:
     def examples(self, batch: Batch | LatentBatch, draw: Noise) -> Examples:
         """The images and their classes."""
         assert isinstance(batch, Batch)  # `batches` gives images
-        return Examples(batch.images.to(self.device), Condition(label=batch.label).to(self.device))
+        return Examples(batch.to(self.device).images, Condition(label=batch.label).to(self.device))
 
     def blank(self) -> Examples:
         """A gray image of the first class."""

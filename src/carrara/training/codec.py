@@ -95,7 +95,7 @@ class CodecTask:
     def examples(self, batch: Batch | LatentBatch, draw: Noise) -> Examples:
         """The images alone."""
         assert isinstance(batch, Batch)  # `batches` gives images
-        return Examples(batch.images.to(self.device))
+        return Examples(batch.to(self.device).images)
 
     def blank(self) -> Examples:
         """A gray image."""
@@ -115,7 +115,7 @@ class CodecTask:
         codec = cast(LearnedCodec, module)
         training = codec.training
         codec.eval()
-        images = shown_batch(self.recipe, self.source, rows).images.to(self.device)
+        images = shown_batch(self.recipe, self.source, rows).to(self.device).images
         again = codec.decode(codec.encode(images).mode()).clamp(-1, 1)
         codec.train(training)
         return torch.cat([images, again], dim=3), {"left": "image", "right": "reconstruction"}

@@ -169,9 +169,9 @@ class DiffusionTask:
         """The latents of a batch, and their condition."""
         with torch.no_grad():
             if isinstance(batch, LatentBatch):
-                images, posterior = None, batch.posterior
+                images, posterior = None, batch.to(self.device).posterior
             else:
-                images = batch.images.to(self.device)
+                images = batch.to(self.device).images
                 posterior = self.model.codec.encode(images)
             condition = self._condition(TrainingInputs(images, batch.label, batch.captions), draw)
             latents = posterior.sample(draw.at(draw.draw + 1)).to(self.device)

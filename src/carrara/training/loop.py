@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import carrara
 from carrara import codecs, distributed
 from carrara import images as pictures
-from carrara.data import Batch, LatentBatch
+from carrara.data import Batch, LatentBatch, one_ahead
 from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.objectives import Examples
@@ -209,15 +209,12 @@ class Trainer:
 
     def _train(self) -> Iterator[Progress]:
         training, first, began = self.recipe.training, self.step, self.phases.clock()
-        batches: Iterator[Batch | LatentBatch] = self.batches.iterate(self.step)
-        unreadable = set(self.source.unreadable)
+        batches: Iterator[Batch | LatentBatch] = one_ahead(self.batches.iterate(self.step), self.processes.device)
+        self.source.new_notices()  # up to here they are among the run's notices
         while self.step < training.steps and not self._stopping():
             with self.phases("reading data"):
                 batch = distributed.all_or_none(lambda: next(batches), self.processes.device)
-            for index in sorted(self.source.unreadable.keys() - unreadable):
-                unreadable.add(index)
-                name, reason = self.source.pictures.name(index), self.source.unreadable[index]
-                yield self._notice(f"{name} cannot be read any more ({reason}): another image stands in for it.")
+            yield from map(self._notice, self.source.new_notices())
             loss = self.one_step(batch)
             speed = (self.step - first) * training.batch_size / passed(began, self.phases.clock())
             if self.step == first + 1:

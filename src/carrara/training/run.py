@@ -21,6 +21,7 @@ _HARMLESS = {
     "name",
     "data.about",
     "data.workers",
+    "data.cache",
     "training.micro_batch",
     "training.parallel",
     "training.compile",
