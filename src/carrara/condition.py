@@ -46,7 +46,10 @@ class Condition:
         vector: float [B, D], one vector for each sample (an image embedding, a style).
         context: float [B, L, D], tokens for cross-attention.
         context_mask: bool [B, L], True where a token may be attended to; None means everywhere.
+        tokens: int64 [B, L], ids of a prompt's tokens for a network with a text encoder of its own.
+        token_weights: float [B, L], the emphasis of each token's hidden state; None means 1 everywhere.
         concat: float [B, C', H, W], concatenated with x along the channels (low-resolution image, mask).
+        negative: the slots that take the place of a text's null form: what guidance moves away from, of as many rows.
         target: int64 [B], the class that classifier guidance moves toward; no network reads it.
         attend: the attention seam (see `Attend`); None lets every layer use fused attention.
         branches: how many conditions of equally many rows lie one after the other along the batch (set by `join`): with
@@ -57,7 +60,10 @@ class Condition:
     vector: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    tokens: Tensor | None = None
+    token_weights: Tensor | None = None
     concat: Tensor | None = None
+    negative: Condition | None = None
     target: Tensor | None = None
     attend: Attend | None = None
     branches: int = 1
@@ -69,7 +75,10 @@ class Condition:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         """The same condition with `function` applied to every filled tensor slot."""
-        return self._filled({name: function(value) for name, value in self.tensors().items()})
+        changed: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
+        if self.negative is not None:
+            changed["negative"] = self.negative.map(function)
+        return self._filled(changed)
 
     def _filled(self, slots: dict[str, Any]) -> Condition:
         return replace(self, **slots)
@@ -96,6 +105,8 @@ class Condition:
                     key=name,
                     code="shape",
                 )
+        if self.negative is not None:
+            self.negative.batch(size)
         return self.map(lambda v: v if v.shape[0] == size else v.expand(size, *v.shape[1:]))
 
     def merge(self, other: Condition) -> Condition:
@@ -109,8 +120,8 @@ class Condition:
             raise UserError(
                 f"two conditions fill the slot {both[0]}: each needs a slot of its own.", key=both[0], code="conflict"
             )
-        attend = {"attend": other.attend} if other.attend is not None else {}
-        return self._filled({**other.tensors(), **attend})
+        others = {"attend": other.attend, "negative": other.negative}
+        return self._filled({**other.tensors(), **{name: value for name, value in others.items() if value is not None}})
 
     def mix(self, keep: Tensor, null: Condition) -> Condition:
         """Per sample: this condition where `keep` (bool [B]) is True, `null` elsewhere.
@@ -159,4 +170,4 @@ class Condition:
                     "conditions with different attention seams cannot share a batch.", key="attend", code="mismatch"
                 )
         joined: dict[str, Any] = {name: torch.cat([c.tensors()[name] for c in conditions]) for name in slots}
-        return replace(first, **joined, branches=first.branches * len(conditions))
+        return replace(first, **joined, negative=None, branches=first.branches * len(conditions))

@@ -15,11 +15,11 @@ from carrara import codecs, conditioning, networks, weights
 from carrara.classifier import Classifier
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
-from carrara.conditioning import ClassLabels, Conditioner, LowRes, NullForm
+from carrara.conditioning import ClassLabels, Conditioner, LowRes, NullForm, WithFiles
 from carrara.errors import UserError, whole_number
 from carrara.guidance import classifier_free, classifier_guidance, interval, static_threshold
 from carrara.process import Denoiser, Grid, Guide, NetworkDenoiser, Noise, Predicts, Schedule, schedules
-from carrara.sampling import Plan, Samples, checked, describe
+from carrara.sampling import Plan, Samples, checked, describe, texts_of
 from carrara.solvers import Solver, Step, grid_of, resolve
 
 _DROWNED = 2 * math.log(0.01)
@@ -147,7 +147,8 @@ class DiffusionModel:
             eta: η of DDIM, Euler-ancestral and the DPM-Solver++ family, 0..1.
             spacing: the same as a word for `grid`.
             condition: of every sample, in place of the conditioners' inputs (what `conditioning.examples` returns).
-            inputs: what the model's conditioners read (`low_res=`, `noise_level=` of an up-sampler).
+            inputs: what the model's conditioners read (`prompts=` and `negative=` of a model of texts, `low_res=` and
+                `noise_level=` of an up-sampler).
 
         Raises:
             UserError: an argument that does not fit; `key` is its name.
@@ -159,8 +160,10 @@ class DiffusionModel:
         inputs = _present({"labels": labels, **inputs})
         given = _present({**(inputs if condition is None else _slots(condition, inputs)), "start": start})
         total = conditioning.count_samples(self.conditioners, given, count)
+        texts = texts_of(given, total)
         first = whole_number(first, "first", least=0)
         noise = Noise(seed).rows(range(first, first + total))
+        given = {name: value for name, value in given.items() if name not in texts}
         metadata = describe(method, times, choices["grid"], scale, rescale, noise, given) | {"weights": self.origin}
         if guides:
             metadata["needs"].append("guides")
@@ -181,6 +184,7 @@ class DiffusionModel:
             device=self.device,
             modules=(*self._modules(), *(() if classifier is None else (classifier.network,))),
             metadata=metadata,
+            texts=texts,
         )
 
     def choices(self, **given: Any) -> dict[str, Any]:
@@ -228,7 +232,7 @@ class DiffusionModel:
                 done += len(part)
         known = plan.condition.target if self.class_labels is None else plan.condition.label
         classes = None if known is None else known.tolist()
-        return Samples(torch.cat(images), torch.cat(latents), classes, plan.metadata)
+        return Samples(torch.cat(images), torch.cat(latents), classes, plan.metadata, plan.texts)
 
     def with_codec(self, codec: Codec) -> DiffusionModel:
         """The model with another decoder for its latents: a codec of which only the decoder was fine-tuned.
@@ -317,6 +321,9 @@ class DiffusionModel:
         not at all."""
         if not self.codec.bounded:
             codecs.save(self.codec, Path(folder) / "codec")
+        for conditioner in self.conditioners:
+            if isinstance(conditioner, WithFiles):
+                conditioner.save(Path(folder))
         modules = {"network": self.network}
         modules |= {f"conditioner-{c.kind}": c for c in self.conditioners if isinstance(c, nn.Module)}
         weights.save(folder, "diffusion", self.config(), modules)
@@ -341,7 +348,7 @@ class DiffusionModel:
                 schedule=schedules.build(config["schedule"]),
                 shape=tuple(config["shape"]),
                 predicts=config["predicts"],
-                conditioners=tuple(conditioning.build(entry) for entry in conditioner_configs(config)),
+                conditioners=tuple(conditioning.build(entry, folder) for entry in conditioner_configs(config)),
                 levels=config["levels"],
                 codec=codec,
                 sampling=dict(config["sampling"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ class Samples:
         latents: what the codec decoded, [N, C', H', W']; for pixel models the images before clamping.
         labels: the class of every image, or None.
         metadata: how they were made; `replay` gives the arguments that make them again.
+        texts: the inputs that are texts, one for each image.
     """
 
     images: Tensor
     latents: Tensor
     labels: list[int] | None
     metadata: dict[str, Any]
+    texts: Mapping[str, list[str]] = field(default_factory=dict)
 
     def save(self, folder: str | Path, columns: int | None = None) -> None:
         """Write one PNG per image (its metadata and row inside), `grid.png`, and `samples.npz`
@@ -54,6 +56,8 @@ class Samples:
             own = {**self.metadata, "row": first + row}
             if self.labels is not None:
                 own["label"] = self.labels[row]
+            if self.texts:
+                own["texts"] = {name: values[row] for name, values in self.texts.items()}
             pictures.save_png(image, folder / f"seed{self.metadata['seed']}-{first + row:05d}.png", own)
         sheet = pictures.grid(self.images, columns)
         pictures.save_png(sheet, folder / "grid.png", self.metadata, scale=max(1, 64 // self.images.shape[-1]))
@@ -73,7 +77,7 @@ class Plan:
         start: the noise to start from, [N, C', H', W']; None draws it.
         device: where the network is.
         modules: every network that is evaluated.
-        metadata: plain data, see `Samples`.
+        metadata, texts: plain data, see `Samples`.
     """
 
     denoiser: Denoiser
@@ -87,6 +91,7 @@ class Plan:
     device: torch.device
     modules: tuple[nn.Module, ...]
     metadata: dict[str, Any]
+    texts: Mapping[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -180,7 +185,7 @@ def replay(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `DiffusionModel.sample` that make the picture of some metadata again.
 
     Args:
-        metadata: of a saved picture, with its `row` and `label`.
+        metadata: of a saved picture, with its `row`, `label` and `texts`.
 
     Raises:
         UserError: metadata of a newer version, or of a picture that needs more than they hold (a start, a
@@ -205,7 +210,19 @@ def replay(metadata: Mapping[str, Any]) -> dict[str, Any]:
             code="missing",
         )
     label = {"labels": [metadata["label"]]} if "label" in metadata else {}
-    return {**metadata["arguments"], "seed": metadata["seed"], "first": metadata["row"], "count": 1, **label}
+    texts = {name: [text] for name, text in metadata.get("texts", {}).items()}
+    return {**metadata["arguments"], "seed": metadata["seed"], "first": metadata["row"], "count": 1, **label, **texts}
+
+
+def texts_of(inputs: Mapping[str, Any], count: int) -> dict[str, list[str]]:
+    """The inputs that are texts or lists of them, one for each of `count` samples: one alone is every sample's."""
+    lists = {name: [value] if isinstance(value, str) else value for name, value in inputs.items() if name != "labels"}
+    texts = {
+        name: list(values)
+        for name, values in lists.items()
+        if isinstance(values, list | tuple) and all(isinstance(text, str) for text in values)
+    }
+    return {name: values * count if len(values) == 1 else values for name, values in texts.items()}
 
 
 def fingerprint(value: Any) -> str:

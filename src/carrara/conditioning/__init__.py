@@ -7,6 +7,7 @@ from carrara.conditioning.base import (
     Input,
     NullForm,
     TrainingInputs,
+    WithFiles,
     build,
     count_samples,
     drop,
@@ -18,9 +19,11 @@ from carrara.conditioning.base import (
 )
 from carrara.conditioning.class_labels import ClassLabels
 from carrara.conditioning.low_res import LowRes, NoiseAugmentation, shrink, shrunk_size
+from carrara.conditioning.text import Text
 
 register(ClassLabels)
 register(LowRes)
+register(Text)
 
 __all__ = [
     "KINDS",
@@ -31,7 +34,9 @@ __all__ = [
     "LowRes",
     "NoiseAugmentation",
     "NullForm",
+    "Text",
     "TrainingInputs",
+    "WithFiles",
     "build",
     "count_samples",
     "drop",

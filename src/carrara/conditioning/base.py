@@ -5,7 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -69,13 +70,13 @@ class DataFacts:
         name: of the data set, for sentences.
         shape: [C, H, W] of its images as they are trained on.
         class_names: its classes, or None.
-        captions: whether its images have captions.
+        captions: a text for each image, or None.
     """
 
     name: str
     shape: tuple[int, ...]
     class_names: tuple[str, ...] | None = None
-    captions: bool = False
+    captions: Sequence[str] | None = None
 
 
 class Conditioner(Protocol):
@@ -148,6 +149,24 @@ class Conditioner(Protocol):
         ...
 
 
+@runtime_checkable
+class WithFiles(Protocol):
+    """A conditioner that has more than plain data can hold: it is written to and read from a model's folder."""
+
+    def save(self, folder: Path) -> None:
+        """Write its files."""
+        ...
+
+    @classmethod
+    def load(cls, config: Mapping[str, Any], folder: Path) -> Conditioner:
+        """From what `config` gave and `save` wrote.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        ...
+
+
 KINDS: dict[str, type[Conditioner]] = {}
 """The conditioners that recipes and saved models may name."""
 
@@ -180,13 +199,17 @@ def kind_of(kind: str) -> type[Conditioner]:
     return KINDS[kind]
 
 
-def build(config: Mapping[str, Any]) -> Conditioner:
-    """A conditioner from `{"kind": …, **conditioner.config()}`.
+def build(config: Mapping[str, Any], folder: Path = Path()) -> Conditioner:
+    """A conditioner from `{"kind": …, **conditioner.config()}` and the folder that `save` wrote to.
 
     Raises:
-        UserError: an unknown kind.
+        UserError: an unknown kind, or a file that is missing.
     """
-    return kind_of(config["kind"]).from_config({key: value for key, value in config.items() if key != "kind"})
+    kind = kind_of(config["kind"])
+    own = {key: value for key, value in config.items() if key != "kind"}
+    if issubclass(kind, WithFiles):
+        return kind.load(own, folder)
+    return kind.from_config(own)
 
 
 def stream(noise: Noise, kind: str) -> Noise:

@@ -1,7 +1,8 @@
 """How networks read the slots of a `Condition`: one place for every backbone.
 
 label and vector are embedded and added to the embedding of the time; concat is concatenated with x along the channels;
-context is what cross-attention attends to. A class can be the context instead (`label_tokens`).
+context is what cross-attention attends to. A class can be the context instead (`label_tokens`), or a text that the
+network encodes itself (`vocabulary`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.networks.network import Network
 from carrara.networks.params import Params
+from carrara.networks.text import TextTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,9 @@ class ConditionedParams(InputParams):
         label_tokens: 0 adds the class to the embedding of the time; n makes it the context instead, n tokens of
             `context_channels` (latent diffusion's class-conditional models have one).
         null_label: one row more, for "no class": the label `num_classes` (classifier-free guidance).
+        vocabulary: how many ids `Condition.tokens` may hold, which a text encoder of the network's own turns into the
+            context; 0: none.
+        text_layers: transformer blocks of that encoder, `context_channels` wide.
         vector_channels: width of `Condition.vector`, mapped onto the embedding.
         vector_layers: 1 is a linear map; 2 has a hidden layer with SiLU (Stable Diffusion's image embeddings).
         concat_channels: channels of `Condition.concat`, after those of x.
@@ -73,6 +78,8 @@ class ConditionedParams(InputParams):
     num_classes: int | None = None
     label_tokens: int = 0
     null_label: bool = False
+    vocabulary: int = 0
+    text_layers: int = 2
     vector_channels: int = 0
     vector_layers: int = 1
     concat_channels: int = 0
@@ -81,11 +88,18 @@ class ConditionedParams(InputParams):
     def _check(self) -> None:
         super()._check()
         self._at_least(1, "out_channels", "num_classes")
-        self._at_least(0, "label_tokens", "vector_channels", "concat_channels")
+        self._at_least(0, "label_tokens", "vocabulary", "text_layers", "vector_channels", "concat_channels")
         layers = self.vector_layers
         self._require(layers in (1, 2), "vector_layers", f"is {layers}: 1 and 2 are possible.")
         self._needs("null_label", "num_classes")
         self._needs("label_tokens", "num_classes", "context_channels")
+        self._needs("vocabulary", "context_channels")
+        if self.vocabulary and self.label_tokens:
+            raise UserError(
+                "a class and a text cannot both be the context: leave out network.label_tokens.",
+                key="network.label_tokens",
+                code="conflict",
+            )
         self._needs("upsample_concat", "concat_channels")
         if self.upsample_concat:
             self._only_images("upsample_concat", "is for")
@@ -109,28 +123,33 @@ class ConditionedParams(InputParams):
 class ConditionedNetwork(Network):
     """A network with `ConditionedParams`: a subclass calls `add_slots` once, and `read` in each forward pass.
 
-    The two maps are its own attributes `label` and `vector`, so that checkpoints hold `label.weight`.
+    The maps are its own attributes `label`, `text` and `vector`, so that checkpoints hold `label.weight`.
     """
 
     params: ConditionedParams
     label: nn.Embedding | None
+    text: TextTransformer | None
     vector: nn.Linear | nn.Sequential | None
 
     def add_slots(self, width: int) -> None:
-        """Make the embeddings of label and vector.
+        """Make the embeddings of label and vector, and the text encoder.
 
         Args:
             width: of the embedding that they are added to.
         """
         p = self.params
         self.label = nn.Embedding(p.labels, p.label_tokens * p.context_channels or width) if p.labels else None
+        self.text = None
+        if p.vocabulary:
+            self.text = TextTransformer(p.vocabulary, p.context_channels, p.text_layers)
         self.vector = _vector_map(p.vector_channels, width, p.vector_layers) if p.vector_channels else None
 
     @property
     def takes(self) -> dict[str, int]:
         p = self.params
-        context = 0 if p.label_tokens else p.context_channels
-        return {"label": p.labels, "vector": p.vector_channels, "concat": p.concat_channels, "context": context}
+        context = 0 if p.label_tokens or p.vocabulary else p.context_channels
+        slots = {"label": p.labels, "vector": p.vector_channels, "concat": p.concat_channels, "context": context}
+        return slots | ({"tokens": p.vocabulary} if p.vocabulary else {})
 
     @property
     def learned_variance(self) -> bool:
@@ -160,18 +179,23 @@ class ConditionedNetwork(Network):
 
         Returns:
             x, [B, C + concat_channels, *S]; the condition, whose context is the label's tokens where the params
-            have `label_tokens`.
+            have `label_tokens`, and the encoded text where they have a `vocabulary`.
 
         Raises:
             UserError: a slot is missing, has no use, or does not fit.
         """
         p = self.params
         condition = (condition or Condition()).batch(len(x))
-        check_slots(condition, self.takes)
+        takes = self.takes
+        if p.vocabulary and condition.context is not None:  # a text that was encoded before
+            takes = {**takes, "tokens": 0, "context": p.context_channels}
+        check_slots(condition, takes)
         if p.num_classes is not None and condition.label is not None:
             check_labels(condition.label, p.num_classes, p.null_label)
         if p.label_tokens and self.label is not None:
             condition = replace(condition, context=self.label(condition.label).unflatten(1, (p.label_tokens, -1)))
+        if self.text is not None and condition.tokens is not None:
+            condition = replace(condition, context=self.text(condition.tokens, condition.token_weights))
         return self._concatenated(x, condition), condition
 
     def embed(self, time: Tensor, condition: Condition) -> Tensor:
@@ -211,6 +235,8 @@ def check_slots(condition: Condition, takes: Mapping[str, int]) -> None:
     """
     filled = condition.tensors()
     mask = filled.pop("context_mask", None)
+    if "tokens" in filled:
+        filled.pop("token_weights", None)
     for slot in filled:
         if not takes.get(slot):
             raise UserError(
@@ -219,7 +245,7 @@ def check_slots(condition: Condition, takes: Mapping[str, int]) -> None:
     for slot, width in takes.items():
         if width and slot not in filled:
             raise UserError(f"this network needs the condition's {slot}.", key=slot, code="missing")
-        if slot == "label" or not width:
+        if slot in ("label", "tokens") or not width:
             continue
         shape = tuple(filled[slot].shape)
         if slot == "context" and len(shape) != 3:

@@ -27,6 +27,10 @@ SCALES = ("one", "channel")
 """How many numbers a codec's latent scale is."""
 
 
+CONTEXT_CHANNELS = 256
+"""Width of a jointly trained text encoder, by default."""
+
+
 class Recipe(Section):
     """A whole run.
 
@@ -189,6 +193,7 @@ class Recipe(Section):
             decided["concat_channels"] = slots.get("concat", 0)
             decided |= {"upsample_concat": self.upsampling is not None, "vector_channels": slots.get("vector", 0)}
             decided |= {"context_channels": slots["context"]} if "context" in slots else {}
+            decided |= {"vocabulary": slots["tokens"]} if "tokens" in slots else {}
         usual = "encoder_classifier" if self.kind == "classifier" else "unet"
         kind = self.network.get("kind", usual)
         params = networks.params_class(kind)
@@ -207,6 +212,9 @@ class Recipe(Section):
                 )
         given = {key: value for key, value in self.network.items() if key != "kind"}
         own = {key: value for key, value in decided.items() if key in known}
+        if slots.keys() & {"context", "tokens"}:  # something has to attend to them
+            usually = {"transformer_depth": 1, "context_channels": CONTEXT_CHANNELS}
+            given = {key: value for key, value in usually.items() if key in known - own.keys()} | given
         return params_from(params, given, own)
 
     def data_path(self) -> str:

@@ -27,8 +27,8 @@ def open_batches(recipe: Recipe, processes: Processes) -> tuple[Source, Batches]
     data = recipe.data
     source = open_source(recipe.data_path(), data.split, data.unreadable_limit, data.caption_column)
     prepare = Preprocess(*data.resolution, data.channels, resize=data.resize, crop=data.crop, flip=data.flip)
-    if source.captions is not None:
-        source.notices.append(f"the captions of {source.name} are not trained on: there is no text encoder yet.")
+    if source.captions is not None and recipe.conditioning.kind in ("none", "labels"):
+        source.notices.append(f"the captions of {source.name} are not trained on: conditioning.kind=text does that.")
     size, order = recipe.training.batch_size, order_of(recipe, source)
     share = processes.rank, processes.world
     return source, Batches(source, prepare, recipe.seed, size, *share, data.workers, data.cache, order)
@@ -92,7 +92,7 @@ def shown_batch(recipe: Recipe, source: Source, rows: range) -> Batch:
         pixels=torch.cat([batch.pixels for batch in found]),
         num_values=source.levels,
         label=label,
-        captions=None,
+        captions=None if source.captions is None else [text for batch in found for text in batch.captions or ()],
         positions=torch.cat([batch.positions for batch in found]),
         names=[name for batch in found for name in batch.names],
     )

@@ -237,7 +237,7 @@ def _conditioners(
         UserError: the data lack what a conditioner needs.
     """
     names = None if source.class_names is None else tuple(source.class_names)
-    data = DataFacts(source.name, shape, names, source.captions is not None)
+    data = DataFacts(source.name, shape, names, source.captions)
     found: list[Conditioner] = []
     if recipe.conditioning.kind != "none":
         settings = recipe.conditioning.model_dump(exclude={"kind"})

@@ -1,0 +1,21 @@
+"""From prompts to what a network reads: the prompt syntax, chunks of tokens, and encoders."""
+
+from carrara.text.chunks import Chunk, Format, chunks
+from carrara.text.encoder import TextEncoder
+from carrara.text.pretrained import PACKAGES, Pretrained, Reading, emphasise
+from carrara.text.prompts import Span, parse
+from carrara.text.vocabulary import Vocabulary
+
+__all__ = [
+    "PACKAGES",
+    "Chunk",
+    "Format",
+    "Pretrained",
+    "Reading",
+    "Span",
+    "TextEncoder",
+    "Vocabulary",
+    "chunks",
+    "emphasise",
+    "parse",
+]
