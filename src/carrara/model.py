@@ -19,6 +19,7 @@ from carrara.conditioning import ClassLabels, Conditioner, LowRes, NullForm, Wit
 from carrara.errors import UserError, whole_number
 from carrara.guidance import classifier_free, classifier_guidance, interval, static_threshold
 from carrara.process import Denoiser, Grid, Guide, NetworkDenoiser, Noise, Predicts, Schedule, schedules
+from carrara.process.parameterisation import SIGMA_DATA
 from carrara.sampling import Plan, Samples, checked, describe, texts_of
 from carrara.solvers import Solver, Step, grid_of, resolve
 
@@ -44,6 +45,7 @@ class DiffusionModel:
         codec: pixels to latents and back; the identity for a pixel model.
         sampling: default `solver`, `steps`, `spacing` and `guidance`.
         origin: where the weights come from, for metadata ("EMA of step 1200").
+        sigma_data: EDM's σ_data, the standard deviation of the clean data, where it predicts EDM's F.
     """
 
     network: nn.Module
@@ -55,6 +57,7 @@ class DiffusionModel:
     codec: Codec = field(default_factory=Identity)
     sampling: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
+    sigma_data: float = SIGMA_DATA
 
     @property
     def class_labels(self) -> ClassLabels | None:
@@ -91,7 +94,7 @@ class DiffusionModel:
 
     def denoiser(self) -> Denoiser:
         """The network as a denoiser, without any guidance."""
-        return NetworkDenoiser(self.network, self.schedule, self.predicts, self.learned_variance)
+        return NetworkDenoiser(self.network, self.schedule, self.predicts, self.learned_variance, self.sigma_data)
 
     def grid(self, steps: int, spacing: str | Grid = "trailing", solver: str | Solver | None = None) -> Grid:
         """The times of a sampling run; see `carrara.solvers.grid_of`.
@@ -309,6 +312,7 @@ class DiffusionModel:
             "schedule": self.schedule.spec,
             "shape": list(self.shape),
             "predicts": self.predicts,
+            **({"sigma_data": self.sigma_data} if self.predicts == "edm" else {}),
             "conditioners": [{"kind": c.kind, **c.config()} for c in self.conditioners],
             "levels": self.levels,
             "codec": {"kind": self.codec.kind, "hash": codecs.content_hash(self.codec)},
@@ -353,6 +357,7 @@ class DiffusionModel:
                 codec=codec,
                 sampling=dict(config["sampling"]),
                 origin=config["origin"],
+                sigma_data=config.get("sigma_data", SIGMA_DATA),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(

@@ -243,3 +243,27 @@ class TestPrediction:
         assert folded.pending is None
         assert folded.folded() is folded
         assert prediction.folded() is prediction
+
+
+@pytest.mark.parametrize("sigma_data", [0.1, 0.5, 2.0])
+def test_a_zero_answer_is_the_posterior_mean_of_gaussian_data(sigma_data: float) -> None:
+    """E[x_0|x] = a σ_d² x/(s² + a² σ_d²) for x_0 ~ N(0, σ_d²): EDM's network has to predict the rest alone."""
+    schedule, t = schedules.cosine(100), torch.tensor([1, 40, 99])
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    found = to_prediction("edm", schedule, x, t, torch.zeros_like(x), sigma_data=sigma_data).x0
+    a, s = (value.reshape(3, 1, 1, 1) for value in (schedule.alpha(t), schedule.sigma(t)))
+    torch.testing.assert_close(found, a * sigma_data**2 * x / (s**2 + a**2 * sigma_data**2))
+
+
+@pytest.mark.parametrize("sigma_data", [0.1, 2.0])
+def test_the_network_sees_and_predicts_unit_variance(sigma_data: float) -> None:
+    """What EDM's four coefficients are chosen for (Karras et al. 2022, appendix B.6)."""
+    schedule, t = schedules.cosine(100), torch.tensor([50.0])
+    x0, eps = sigma_data * torch.randn(1, 200_000), torch.randn(1, 200_000)
+    a, s = schedule.alpha(t).float(), schedule.sigma(t).float()
+    x = a * x0 + s * eps
+    seen = network_input("edm", x, a, s, sigma_data)
+    wanted = target("edm", schedule, x0, eps, t, sigma_data)
+    for value in (seen, wanted):
+        assert abs(float(value.std()) - 1) < 0.01  # the standard error of a standard deviation is 0.0016
+    assert torch.allclose(to_prediction("edm", schedule, x, t, wanted, sigma_data=sigma_data).x0, x0, atol=1e-5)

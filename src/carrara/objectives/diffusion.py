@@ -20,7 +20,7 @@ from carrara.process import grids
 from carrara.process.bound import Chain
 from carrara.process.denoiser import NetworkDenoiser
 from carrara.process.noise import Noise
-from carrara.process.parameterisation import Predicts, target, to_prediction
+from carrara.process.parameterisation import SIGMA_DATA, Predicts, target, to_prediction
 from carrara.process.schedules import Schedule
 from carrara.process.transitions import diffuse
 
@@ -47,6 +47,7 @@ class DiffusionObjective:
         learned_variance: the network predicts its reverse variance too: needs "hybrid" or "vlb".
         chain: the chain whose bound is meant, T pairs; by default the whole table with 256 levels a pixel.
         vlb_weight: λ of the hybrid.
+        sigma_data: EDM's σ_data, where the network predicts F.
 
     Raises:
         UserError: settings that cannot train a model.
@@ -65,6 +66,7 @@ class DiffusionObjective:
         learned_variance: bool = False,
         chain: Chain | None = None,
         vlb_weight: float = 1e-3,
+        sigma_data: float = SIGMA_DATA,
     ) -> None:
         key = "objective.loss"
         if loss not in get_args(Loss):
@@ -89,7 +91,7 @@ class DiffusionObjective:
         self.times = times or UniformTimes(chain.grid if chain else None)
         self.conditioners = tuple(conditioners)
         self.loss, self.weight, self.chain, self.vlb_weight = loss, weight or Weight(), chain, vlb_weight
-        self.learned_variance = learned_variance
+        self.learned_variance, self.sigma_data = learned_variance, sigma_data
         _check_zero_snr(schedule, predicts, self.weight if loss != "vlb" else Weight())
 
     @property
@@ -119,14 +121,16 @@ class DiffusionObjective:
             bound's term L_t in bits per dimension, where it is trained.
         """
         x = diffuse(self.schedule, x0, times, eps)
-        denoiser = NetworkDenoiser(self.network, self.schedule, self.predicts, self.learned_variance)
+        denoiser = NetworkDenoiser(self.network, self.schedule, self.predicts, self.learned_variance, self.sigma_data)
         raw, fraction = denoiser.raw(x, times, condition)
-        error = (raw - target(self.predicts, self.schedule, x0, eps, times)).square().flatten(1).mean(1)
+        error = (
+            (raw - target(self.predicts, self.schedule, x0, eps, times, self.sigma_data)).square().flatten(1).mean(1)
+        )
         scalars = {"mse": error.detach()}
         if self.loss == "simple" or self.chain is None:
             return self._weigh(error, times), scalars
         mean = raw.detach() if self.loss == "hybrid" else raw
-        prediction = to_prediction(self.predicts, self.schedule, x, times, mean, fraction)
+        prediction = to_prediction(self.predicts, self.schedule, x, times, mean, fraction, self.sigma_data)
         bound = self.chain.term(prediction, x0, self.chain.index(times)) / math.log(2)
         scalars["vb"] = bound.detach()
         scaled = len(self.chain) * bound
@@ -135,7 +139,7 @@ class DiffusionObjective:
         return self._weigh(error, times) + self.vlb_weight * scaled, scalars
 
     def _weigh(self, error: Tensor, times: Tensor) -> Tensor:
-        return error * self.weight(self.predicts, self.schedule, times).to(error)
+        return error * self.weight(self.predicts, self.schedule, times, self.sigma_data).to(error)
 
     def end_step(self) -> None:
         self.times.end_step()

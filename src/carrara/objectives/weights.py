@@ -1,16 +1,16 @@
 """How much each noise level counts, for every kind of prediction.
 
 A weight is agreed on for the error of x̂_0 or of ε̂; what is multiplied with it here is the error of what the network
-tells. With c = (error of x̂_0)/(error told), from the table in `process.parameterisation`:
+predicts. With c = (error of x̂_0)/(error of the prediction), from the table in `process.parameterisation`:
 
-| weight    | on ‖x_0 - x̂_0‖²                | told ε             | told x_0          | told v (VP)            |
+| weight    | on ‖x_0 - x̂_0‖²                | predicts ε         | predicts x_0      | predicts v (VP)        |
 |-----------|--------------------------------|--------------------|-------------------|------------------------|
 | `uniform` | 1/c²                           | 1                  | 1                 | 1                      |
 | `min_snr` | min(SNR, γ)                    | min(SNR, γ)/SNR    | min(SNR, γ)       | min(SNR, γ)/(SNR + 1)  |
 | `p2`      | SNR/(1 + SNR)                  | 1/(1 + SNR)        | SNR/(1 + SNR)     | SNR/(1 + SNR)²         |
 | `edm`     | (σ² + σ_d²)/(σ σ_d)², σ = s/a  | (σ² + σ_d²)/σ_d²   | as on the left    | as on the left · s²    |
 
-Told the flow velocity (a + s = 1), min_snr is min(SNR, γ)/(1 + √SNR)²; told EDM's F, `edm` is 1. Where no signal is
+For the flow velocity (a + s = 1) min_snr is min(SNR, γ)/(1 + √SNR)²; for EDM's F `edm` is 1. Where no signal is
 left, min_snr and p2 are 1 for ε and 0 for every other kind: `floor` keeps that level trained.
 """
 
@@ -50,24 +50,24 @@ class Weight:
         if not (self.gamma > 0 and self.floor >= 0):
             raise UserError("a weight needs gamma above 0 and a floor of at least 0.")
 
-    def __call__(self, predicts: Predicts, schedule: Schedule, times: Tensor) -> Tensor:
+    def __call__(self, predicts: Predicts, schedule: Schedule, times: Tensor, sigma_data: float = SIGMA_DATA) -> Tensor:
         """float64, of the shape of `times` [B]; finite at every time but the clean point."""
         if self.kind == "uniform":
             return torch.ones_like(times, dtype=torch.float64).clamp(min=self.floor)
         # Tiny instead of 0, so that the limits at zero SNR come out of the same formulas.
         a, s = schedule.alpha(times).clamp(min=1e-150), schedule.sigma(times)
-        gain = _gain(predicts, schedule, times, a, s)
+        gain = _gain(predicts, schedule, times, a, s, sigma_data)
         if self.kind == "min_snr":
             value = torch.minimum(a**2, self.gamma * s**2) * gain
         elif self.kind == "p2":
             value = a**2 * s**2 / (a**2 + s**2) * gain
         else:
-            value = edm_norm(a, s) / SIGMA_DATA**2 * gain
+            value = edm_norm(a, s, sigma_data) / sigma_data**2 * gain
         return value.clamp(min=self.floor)
 
 
-def _gain(predicts: Predicts, schedule: Schedule, times: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """(error of x̂_0 / error told)² / s²."""
+def _gain(predicts: Predicts, schedule: Schedule, times: Tensor, a: Tensor, s: Tensor, sigma_data: float) -> Tensor:
+    """(error of x̂_0 / error of the prediction)² / s²."""
     if predicts == "eps":
         return a**-2
     if predicts == "x0":
@@ -77,6 +77,6 @@ def _gain(predicts: Predicts, schedule: Schedule, times: Tensor, a: Tensor, s: T
     if predicts == "flow":
         return (a + s) ** -2
     if predicts == "edm":
-        return SIGMA_DATA**2 / torch.as_tensor(edm_norm(a, s))
+        return sigma_data**2 / torch.as_tensor(edm_norm(a, s, sigma_data))
     _, c_0 = posterior_coefficients(schedule, times, times.double())
     return (s * torch.as_tensor(c_0)) ** -2

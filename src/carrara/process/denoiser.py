@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from carrara.condition import Condition
 from carrara.errors import UserError, nearest
-from carrara.process.parameterisation import Predicts, network_input, to_prediction
+from carrara.process.parameterisation import SIGMA_DATA, Predicts, network_input, to_prediction
 from carrara.process.prediction import Prediction, scales
 from carrara.process.schedules import Discrete, Schedule, Time
 
@@ -36,6 +36,7 @@ class NetworkDenoiser:
             predicts EDM's F), or "previous" (the mean of x_{t-1}, discrete schedules at whole times only); see
             `parameterisation`.
         learned_variance: the network gives 2C channels, the second half being the raw variance fraction.
+        sigma_data: EDM's σ_data, the standard deviation of the clean data.
 
     Raises:
         UserError: an unknown `predicts`; an output whose channels are not C (2C with a learned variance).
@@ -45,6 +46,7 @@ class NetworkDenoiser:
     schedule: Schedule
     predicts: Predicts = "eps"
     learned_variance: bool = False
+    sigma_data: float = SIGMA_DATA
 
     def __post_init__(self) -> None:
         if self.predicts not in get_args(Predicts):
@@ -58,7 +60,7 @@ class NetworkDenoiser:
 
     def _arguments(self, x: Tensor, t: Time, condition: Condition) -> tuple[Tensor, Tensor, Condition]:
         """What the network is called with; the target of classifier guidance is not for it."""
-        scaled = network_input(self.predicts, x, *scales(self.schedule, t, x))
+        scaled = network_input(self.predicts, x, *scales(self.schedule, t, x), self.sigma_data)
         if isinstance(self.network, nn.Module):
             kept = next((weight.dtype for weight in self.network.parameters()), x.dtype)
             scaled = scaled.to(kept) if kept in (torch.float16, torch.bfloat16) else scaled
@@ -81,7 +83,7 @@ class NetworkDenoiser:
     def __call__(self, x: Tensor, t: Time, condition: Condition) -> Prediction:
         # called here rather than through `raw`: as few frames as possible stand between `sample` and the network
         output, fraction = self._split(x, self.network(*self._arguments(x, t, condition)))
-        return to_prediction(self.predicts, self.schedule, x, t, output, fraction)
+        return to_prediction(self.predicts, self.schedule, x, t, output, fraction, self.sigma_data)
 
 
 @dataclass(frozen=True)

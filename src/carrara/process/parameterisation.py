@@ -8,11 +8,10 @@ With x = a x_0 + s ε at the noise level (a, s):
 | `x0`       | x_0                                 | x_0                     | 1                         |
 | `v`        | a ε - s x_0                         | (a x - s v)/(a² + s²)   | s/(a² + s²)               |
 | `flow`     | ε - x_0                             | (x - s u)/(a + s)       | s/(a + s)                 |
-| `edm`      | F = (s x_0 - a σ_d² ε)/(σ_d √n)     | a σ_d² x/n + s σ_d F/√n | s σ_d/√n                  |
+| `edm`      | F = (s x_0 - a σ_d² ε)/(σ_d √n)     | c_skip x + c_out F      | c_out                     |
 | `previous` | c_t x + c_0 x_0, the posterior mean | (x_{t-1} - c_t x)/c_0   | 1/c_0                     |
 
-where n = s² + a² σ_d². EDM's rows are those of Karras et al. (2022, table 1) at σ = s/a, multiplied out so that
-they hold where a or s vanishes.
+where n = s² + a² σ_d², and c_skip and c_out are EDM's, see `edm_coefficients`.
 """
 
 from __future__ import annotations
@@ -30,17 +29,30 @@ from carrara.process.transitions import Transition
 Predicts = Literal["eps", "x0", "v", "flow", "edm", "previous"]
 
 SIGMA_DATA = 0.5
-"""EDM's σ_d, the standard deviation of the data that its preconditioning presumes (Karras et al. 2022)."""
+"""EDM's σ_data, the standard deviation of the data that its preconditioning presumes (Karras et al. 2022, table 1)."""
 
 
-def edm_norm(alpha: Scale, sigma: Scale) -> Scale:
+def edm_norm(alpha: Scale, sigma: Scale, sigma_data: float = SIGMA_DATA) -> Scale:
     """n = s² + a² σ_d², the variance of a noisy image whose clean one has the standard deviation σ_d."""
-    return sigma**2 + (alpha * SIGMA_DATA) ** 2
+    return sigma**2 + (alpha * sigma_data) ** 2
 
 
-def network_input(predicts: Predicts, x: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
-    """What the network is shown: x, or for EDM's F c_in·x/a = x/√n, of standard deviation one."""
-    return x * (1 / edm_norm(alpha, sigma) ** 0.5) if predicts == "edm" else x
+def edm_coefficients(alpha: Scale, sigma: Scale, sigma_data: float = SIGMA_DATA) -> tuple[Scale, Scale, Scale]:
+    """c_skip, c_out and c_in of x̂_0 = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, eq. 7 and table 1).
+
+    Theirs are for x/a at the noise level s/a; multiplied out they hold where a or s vanishes. c_noise, a quarter of the
+    noise level's logarithm, is the EDM schedule's `network_time`.
+    """
+    norm = edm_norm(alpha, sigma, sigma_data)
+    c_skip = alpha * sigma_data**2 / norm
+    c_out = sigma * sigma_data / norm**0.5
+    c_in = 1 / norm**0.5
+    return c_skip, c_out, c_in
+
+
+def network_input(predicts: Predicts, x: Tensor, alpha: Scale, sigma: Scale, sigma_data: float = SIGMA_DATA) -> Tensor:
+    """What the network is shown: x, or for EDM's F c_in x, of standard deviation one."""
+    return x * edm_coefficients(alpha, sigma, sigma_data)[2] if predicts == "edm" else x
 
 
 def posterior_coefficients(schedule: Schedule, t: Time, x: Tensor) -> tuple[Scale, Scale]:
@@ -63,7 +75,13 @@ def posterior_coefficients(schedule: Schedule, t: Time, x: Tensor) -> tuple[Scal
 
 
 def to_prediction(
-    predicts: Predicts, schedule: Schedule, x: Tensor, t: Time, raw: Tensor, fraction: Tensor | None = None
+    predicts: Predicts,
+    schedule: Schedule,
+    x: Tensor,
+    t: Time,
+    raw: Tensor,
+    fraction: Tensor | None = None,
+    sigma_data: float = SIGMA_DATA,
 ) -> Prediction:
     """x̂_0 and ε̂ from what the network predicted.
 
@@ -72,6 +90,7 @@ def to_prediction(
         t: schedule time, one or [B].
         raw: the network's answer, [B, …].
         fraction: its raw variance fraction, [B, …], handed on.
+        sigma_data: EDM's σ_data.
 
     Raises:
         UserError: ε where no signal is left, x_0 where there is no noise: see `x0_of_eps`, `eps_of_x0`.
@@ -92,18 +111,22 @@ def to_prediction(
         norm = a + s
         x0, eps = (x - s * raw) / norm, (x + a * raw) / norm
     else:
-        norm = edm_norm(a, s)
-        x0 = x * (a * SIGMA_DATA**2 / norm) + raw * (s * SIGMA_DATA / norm**0.5)
-        eps = x * (s / norm) - raw * (a * SIGMA_DATA / norm**0.5)
+        c_skip, c_out, _ = edm_coefficients(a, s, sigma_data)
+        norm = edm_norm(a, s, sigma_data)
+        x0 = x * c_skip + raw * c_out
+        eps = x * (s / norm) - raw * (a * sigma_data / norm**0.5)
     return Prediction(x, a, s, x0, eps, variance_fraction=fraction)
 
 
-def target(predicts: Predicts, schedule: Schedule, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
+def target(
+    predicts: Predicts, schedule: Schedule, x0: Tensor, eps: Tensor, t: Time, sigma_data: float = SIGMA_DATA
+) -> Tensor:
     """What a perfect network predicts for x = a x_0 + s ε, [B, …]: `to_prediction`'s inverse.
 
     Args:
         x0, eps: [B, …].
         t: schedule time, one or [B].
+        sigma_data: EDM's σ_data.
     """
     a, s = scales(schedule, t, x0)
     if predicts == "eps":
@@ -115,6 +138,6 @@ def target(predicts: Predicts, schedule: Schedule, x0: Tensor, eps: Tensor, t: T
     if predicts == "flow":
         return eps - x0
     if predicts == "edm":
-        return (s * x0 - (a * SIGMA_DATA**2) * eps) * (1 / (SIGMA_DATA * edm_norm(a, s) ** 0.5))
+        return (s * x0 - (a * sigma_data**2) * eps) * (1 / (sigma_data * edm_norm(a, s, sigma_data) ** 0.5))
     c_t, c_0 = posterior_coefficients(schedule, t, x0)
     return c_t * (a * x0 + s * eps) + c_0 * x0
