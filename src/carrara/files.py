@@ -1,9 +1,13 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that one process at a time writes into."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from carrara.errors import UserError
 
@@ -19,7 +23,9 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         taken = next((place for place in (folder, *folder.parents) if place.is_file()), None)
         reason = f"{taken} is a file" if taken else error.strerror or error
-        raise UserError(f"the folder {folder} cannot be made ({reason}): name another one.") from None
+        raise UserError(
+            f"the folder {folder} cannot be made ({reason}): name another one.", key=str(folder), code="resources"
+        ) from None
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -39,5 +45,73 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path} could not be written ({error.strerror or error}): what stood there before is kept."
+            f"{path} could not be written ({error.strerror or error}): what was there before is kept.",
+            key=str(path),
+            code="resources",
         ) from None
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line of JSON to a file, and wait until it is on the disk.
+
+    Raises:
+        UserError: the disk is full, or the file not writable.
+    """
+    try:
+        with open(path, "ab") as file:
+            file.write(json_bytes(line + "\n"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}): make room.", key=str(path), code="resources"
+        ) from None
+
+
+def json_bytes(text: str) -> bytes:
+    """JSON as UTF-8. Half surrogates, which names that are not UTF-8 have, become JSON's own escapes of them."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+_locks: set[IO[str]] = set()
+
+
+def _release_all() -> None:
+    """Forked data workers, which may live a moment longer than their parent, hold no folder."""
+    for lock in _locks:
+        lock.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_release_all)
+
+
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Make a folder and hold it; however this process ends, others may then have it.
+
+    Args:
+        busy: the sentence where another process holds it.
+
+    Raises:
+        UserError: it is held, cannot be made, or is not writable.
+    """
+    make_folder(folder)
+    try:
+        file = open(folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (closed below, or in a fork)
+    except OSError as error:
+        raise UserError(
+            f"the folder {folder} is not writable ({error.strerror or error}): name another one.",
+            key=str(folder),
+            code="resources",
+        ) from None
+    _locks.add(file)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(busy, key=str(folder), code="busy") from None
+        yield
+    finally:
+        _locks.discard(file)
+        file.close()

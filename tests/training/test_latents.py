@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from torch import Tensor, nn
 
 from carrara import codecs
 from carrara.codecs import Codec, DiagonalGaussian, KLAutoencoder
-from carrara.data import LatentBatch, Preprocess, encode_latents, open_source
+from carrara.data import LatentBatch, Preprocess, Source, encode, encode_latents, latents, open_source
+from carrara.data.latent_index import damaged_shard
 from carrara.distributed import start
 from carrara.errors import UserError
 from carrara.networks.autoencoder import AutoencoderParams
@@ -21,6 +25,7 @@ from carrara.recipe import Recipe
 from carrara.training import Trainer
 from carrara.training.codec import CodecTask
 from tests.data.builders import encoded, files, folder
+from tests.processes import together
 from tests.runs import tiny_recipe
 from tests.training.test_codec import recipe
 
@@ -93,6 +98,35 @@ def test_training_draws_from_the_posterior_anew_at_every_use(
         assert float(epoch.std()) == pytest.approx(1, abs=4 / (2 * len(epoch)) ** 0.5)
     assert abs(float((first * second).mean())) < 4 / len(first) ** 0.5
     trainer.run.close()
+
+
+def hashed(tmp_path: Path) -> tuple[int, int, int]:
+    """How many shards and images this process reads and hashes when a run on cached latents starts, and decodes."""
+    counts = Counter[str]()
+
+    def counting(name: str, honest: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            counts[name] += name != "shards" or arguments[-1] is True
+            return honest(*arguments)
+
+        return counted
+
+    vars(latents)["damaged_shard"] = counting("shards", damaged_shard)
+    encode.file_hash = counting("images", encode.file_hash)
+    decode = Source.decode
+    Source.decode = counting("decoded", Source.decode)  # type: ignore[method-assign]
+    trainer = Trainer(latent_recipe(tmp_path, f"codec.cache={tmp_path / 'cache'}"), tmp_path / "run")
+    assert len(trainer.batches.at(0)) == 16 // trainer.processes.world
+    trainer.run.close()
+    Source.decode = decode  # type: ignore[method-assign]
+    return counts["shards"], counts["images"], counts["decoded"]
+
+
+def test_one_process_hashes_for_all_and_none_decodes_an_image(
+    pictures: Path, codec: KLAutoencoder, tmp_path: Path
+) -> None:
+    cached(pictures, codec, tmp_path / "cache", Preprocess(8, 8))
+    assert together(2, hashed, tmp_path) == [(1, IMAGES, 0), (0, 0, 0)]
 
 
 def test_latents_are_the_same_draws_from_images_and_from_the_cache(

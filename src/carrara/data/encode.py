@@ -18,11 +18,21 @@ from torch import Tensor, nn
 from carrara.codecs import Codec, content_hash, whole
 from carrara.data.batches import in_threads, normalised
 from carrara.data.decode import UnreadablePicture
-from carrara.data.latent_index import Index, Shard, damaged_shard, digest, pack, read_index, write_index
+from carrara.data.latent_index import (
+    Index,
+    Shard,
+    append_shard,
+    damaged_shard,
+    digest,
+    pack,
+    read_index,
+    start_journal,
+    write_index,
+)
 from carrara.data.preprocess import Preprocess
 from carrara.data.source import Source
 from carrara.errors import UserError
-from carrara.files import make_folder, write_whole
+from carrara.files import locked, write_whole
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,7 +70,7 @@ def encode_latents(
 ) -> Encoded:
     """Bring a cache up to date with a data set: encode what is new or changed, forget what is gone.
 
-    Every shard is on disk whole before the index names it, so that an interrupted run goes on where it was.
+    Every shard is on disk whole before the index names it, so that an interrupted run resumes where it was.
 
     Args:
         source: the images.
@@ -70,42 +80,45 @@ def encode_latents(
         batch_size: images encoded at once.
         shard_images: images in one file, at most.
         device: where the codec lies.
-        progress: told (phase, images done, images in all), the phases being "checking" and "encoding".
+        progress: called with (phase, images done, images in all), the phases being "checking" and "encoding".
 
     Raises:
         UserError: the folder holds the latents of another codec or preparation, the images do not fit the codec, the
             codec's posterior cannot be stored, latents are not finite, too many images are unreadable, or the
-            folder cannot be made.
+            folder cannot be made or another process encodes into it.
     """
     if prepare.crop != "center":
-        raise UserError("a cache would freeze one random crop of each image: set data.crop=center to cache latents.")
+        raise UserError(
+            "a cache would freeze one random crop of each image: set data.crop=center to cache latents.",
+            key="data.crop",
+            code="conflict",
+        )
     folder = Path(folder)
     shape = codec.latent_shape((prepare.channels, prepare.height, prepare.width))
-    index = read_index(folder) or Index(
-        {"kind": codec.kind, "hash": content_hash(codec)}, asdict(prepare), source.levels, "", shape
-    )
-    index.check(content_hash(codec), prepare, folder, "encode into another folder, or remove this one")
-    make_folder(folder)
-    _describe(index, source, progress)
-    _drop_lost(index, folder)
-    module = whole(codec)
-    training = isinstance(module, nn.Module) and module.training
-    if isinstance(module, nn.Module):
-        module.eval()
-    try:
-        work = _Work(index, source, prepare, codec, folder, batch_size, device)
-        encoded, shards = work.encode_missing(max(batch_size, shard_images // batch_size * batch_size), progress)
-    finally:
+    with locked(folder, f"another process encodes into {folder}: wait for it, or name another folder."):
+        index = read_index(folder) or Index(
+            {"kind": codec.kind, "hash": content_hash(codec)}, asdict(prepare), source.levels, "", shape
+        )
+        index.check(content_hash(codec), prepare, folder, "encode into another folder, or remove this one")
+        _describe(index, source, progress)
+        _drop_lost(index, folder)
+        module = whole(codec)
+        training = isinstance(module, nn.Module) and module.training
         if isinstance(module, nn.Module):
-            module.train(training)
-    _forget(index, folder)
-    write_index(folder, index)
+            module.eval()
+        try:
+            work = _Work(index, source, prepare, codec, folder, batch_size, device)
+            encoded, shards = work.encode_missing(max(batch_size, shard_images // batch_size * batch_size), progress)
+        finally:
+            if isinstance(module, nn.Module):
+                module.train(training)
+        _forget(index, folder)
     size = sum(shard.size for shard in index.shards) / max(1, sum(shard.images for shard in index.shards))
     return Encoded(len(source), encoded, len(source.unreadable), shards, size)
 
 
 def file_hash(encoded: bytes) -> str:
-    """What a cache knows an image's file by: 32 hexadecimal digits."""
+    """By which a cache knows an image's file: 32 hexadecimal digits."""
     return digest(encoded).hexdigest()
 
 
@@ -141,31 +154,35 @@ class _Work:
     device: torch.device | str
 
     def encode_missing(self, shard_images: int, progress: Progress | None) -> tuple[int, int]:
-        """Images encoded and files written; of equal files one is encoded."""
+        """Encode what has no latents, of equal files one; how many images were encoded and files written."""
         index = self.index
         numbers = sorted({index.hashes[number]: number for number in reversed(index.missing)}.values())
         encoded = shards = 0
         for start in range(0, len(numbers), shard_images):
             done: list[int] = []
             parts: list[dict[str, Tensor]] = []
+            unreadable: dict[str, str] = {}
             for first in range(start, min(start + shard_images, len(numbers)), self.batch_size):
                 batch = numbers[first : min(first + self.batch_size, start + shard_images)]
-                good, pixels = self._pixels(batch)
+                good, pixels = self._pixels(batch, unreadable)
                 if good:
-                    parts.append(self._latents(pixels))
-                    self._refuse_broken(good, parts[-1])
+                    posterior, latents = self._latents(pixels)
+                    self._refuse_broken(good, latents)
+                    parts.append(latents)
                     done += good
                 if progress is not None:
                     progress("encoding", first + len(batch), len(numbers))
-            if done:
-                self._write(done, parts)
-                encoded, shards = encoded + len(done), shards + 1
-            write_index(self.folder, index)
+            shard = self._write(len(done), parts) if done else None
+            keys = [str(index.hashes[number]) for number in done]
+            if start == 0:
+                start_journal(self.folder, index)
+            append_shard(self.folder, index, shard, keys, unreadable, posterior if done else "")
+            encoded, shards = encoded + len(done), shards + bool(done)
             self.source.refuse_unreadable()
         return encoded, shards
 
-    def _pixels(self, numbers: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Those of the images that are pictures, uint8 [B, C, H, W]; the others are noted."""
+    def _pixels(self, numbers: Sequence[int], unreadable: dict[str, str]) -> tuple[list[int], Tensor]:
+        """Those of the images that are pictures, uint8 [B, C, H, W]; the reasons of the others, by hash."""
 
         def one(number: int) -> Tensor | str:
             try:
@@ -176,40 +193,38 @@ class _Work:
         good, pixels = [], []
         for number, picture in zip(numbers, in_threads(self.source, one, numbers), strict=True):
             if isinstance(picture, str):
-                self.source.unreadable[number] = self.index.unreadable[str(self.index.hashes[number])] = picture
+                self.source.unreadable[number] = unreadable[str(self.index.hashes[number])] = picture
             else:
                 good.append(number)
                 pixels.append(picture)
         return good, torch.stack(pixels) if pixels else torch.empty(0)
 
-    def _latents(self, pixels: Tensor) -> dict[str, Tensor]:
-        """What is stored of a batch: [B, F, …], F being 1, or 2 with the mirrored images second."""
+    def _latents(self, pixels: Tensor) -> tuple[str, dict[str, Tensor]]:
+        """The posterior's kind and what is stored of it: [B, F, …], F is 1, or 2 with the mirrored images second."""
         images = normalised(pixels.to(self.device), self.source.levels)
         entries = [images, images.flip(-1)] if self.prepare.flip else [images]
         kinds, packed = zip(*(pack(self.codec.encode(entry)) for entry in entries), strict=True)
-        self.index.posterior = kinds[0]
-        return {name: torch.stack([tensors[name] for tensors in packed], dim=1) for name in packed[0]}
+        return kinds[0], {name: torch.stack([tensors[name] for tensors in packed], dim=1) for name in packed[0]}
 
     def _refuse_broken(self, numbers: Sequence[int], latents: dict[str, Tensor]) -> None:
         for number, *rows in zip(numbers, *latents.values(), strict=True):
             if not all(bool(row.isfinite().all()) for row in rows):
                 raise UserError(
                     f"the latents of {self.index.names[number]} are not finite: name another codec, or train this one "
-                    "anew."
+                    "again.",
+                    key=self.index.names[number],
+                    code="not_finite",
                 )
 
-    def _write(self, numbers: Sequence[int], parts: Sequence[dict[str, Tensor]]) -> None:
-        """One more file, and where each image lies in it."""
+    def _write(self, images: int, parts: Sequence[dict[str, Tensor]]) -> Shard:
+        """One more file."""
         from safetensors.torch import save
 
-        index = self.index
-        used = [int(shard.file.removeprefix("latents-").split(".")[0]) for shard in index.shards]
+        used = [int(shard.file.removeprefix("latents-").split(".")[0]) for shard in self.index.shards]
         name = f"latents-{max(used, default=-1) + 1:05d}.safetensors"
         content = save({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
         write_whole(self.folder / name, content)
-        index.shards.append(Shard(name, len(numbers), len(content), digest(content).hexdigest()))
-        for row, number in enumerate(numbers):
-            index.places[str(index.hashes[number])] = (len(index.shards) - 1, row)
+        return Shard(name, images, len(content), digest(content).hexdigest())
 
 
 def _describe(index: Index, source: Source, progress: Progress | None) -> None:

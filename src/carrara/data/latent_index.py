@@ -1,10 +1,14 @@
-"""What a cache of latents says of itself: whose latents they are, of which images, and where each one lies."""
+"""The index of a cache of latents: whose latents they are, of which images, and where each one lies.
+
+A finished cache has it in one file. While images are encoded, each new shard is a line in a journal next to it, so that
+a shard costs what it holds, however many images there are.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,13 @@ from torch import Tensor
 from carrara.codecs import Codes, DiagonalGaussian, Exact, Posterior, same_latents
 from carrara.data.preprocess import Preprocess
 from carrara.errors import UserError
-from carrara.files import write_whole
+from carrara.files import append_line, json_bytes, write_whole
 
 FORMAT = 1
 """The version of the cache's layout; another one is refused."""
 INDEX = "index.json"
+JOURNAL = "index.jsonl"
+"""Its first line has the digest of the index that the others continue; of another index it is worth nothing."""
 
 
 @dataclass(frozen=True)
@@ -85,43 +91,59 @@ class Index:
             if key is not None and key not in self.places and key not in self.unreadable
         ]
 
+    def add(self, shard: Shard | None, keys: Sequence[str], unreadable: Mapping[str, str], posterior: str) -> None:
+        """One more shard.
+
+        Args:
+            shard: None where no image could be read.
+            keys: the hash of the image's file, for each row.
+            unreadable: why files are no pictures, by their hashes.
+            posterior: as the attribute.
+        """
+        self.unreadable |= unreadable
+        if shard is not None:
+            self.posterior = posterior
+            self.places |= {key: (len(self.shards), row) for row, key in enumerate(keys)}
+            self.shards.append(shard)
+
     def text(self) -> str:
         """The index as JSON."""
         return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, sort_keys=True) + "\n"
 
     def check(self, codec_hash: str | None, prepare: Preprocess | None, where: Path, advice: str) -> None:
-        """Whether these latents are the wanted codec's, of images prepared in the wanted way.
+        """Raises UserError unless these are the latents of a codec, of images prepared in one way.
 
         Args:
             codec_hash: the codec's `content_hash`; None takes any.
             prepare: what is done to the images; None takes any.
             where: the cache's folder, for the sentence.
             advice: what to do, for the sentence.
-
-        Raises:
-            UserError: they are not; both sides are named.
         """
         if codec_hash is not None and not same_latents(codec_hash, self.codec["hash"]):
             raise UserError(
                 f"the latents in {where} are those of the codec {self.codec['hash']} ({self.codec['kind']}), not of "
-                f"{codec_hash}: {advice}."
+                f"{codec_hash}: {advice}.",
+                key=str(where),
+                code="mismatch",
             )
-        made = _told(self.prepare)
-        for name, wanted in ({} if prepare is None else _told(asdict(prepare))).items():
-            if wanted != made[name]:
+        before = _recipe_keys(self.prepare)
+        for name, now in ({} if prepare is None else _recipe_keys(asdict(prepare))).items():
+            if now != before[name]:
                 raise UserError(
-                    f"the latents in {where} were made with data.{name} = {made[name]}, not {wanted}: {advice}."
+                    f"the latents in {where} were made with data.{name} = {before[name]}, not {now}: {advice}.",
+                    key=f"data.{name}",
+                    code="mismatch",
                 )
 
 
-def _told(prepare: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Preprocess` by the words that a recipe has for them."""
+def _recipe_keys(prepare: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Preprocess` by their keys in a recipe."""
     rest = {name: value for name, value in prepare.items() if name not in ("height", "width")}
     return {"resolution": f"{prepare['height']}×{prepare['width']}", **rest}
 
 
 def read_index(folder: Path) -> Index | None:
-    """The index of a cache, or None where there is no cache.
+    """The index of a cache with what its journal adds, or None where there is no cache.
 
     Raises:
         UserError: it is damaged, or of another version.
@@ -130,46 +152,83 @@ def read_index(folder: Path) -> Index | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content.pop("format")
-        if found != FORMAT:
-            raise UserError(f"{path} is of the format {found}, this Carrara writes {FORMAT}: remove {folder}.")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        version = content.pop("format")
+        if version != FORMAT:
+            raise UserError(
+                f"{path} is of the format {version}, this Carrara writes {FORMAT}: remove {folder}.",
+                key=str(path),
+                code="newer",
+            )
         content["shards"] = [Shard(**shard) for shard in content["shards"]]
         content["places"] = {key: (int(shard), int(row)) for key, (shard, row) in content["places"].items()}
         content["shape"] = tuple(content["shape"])
-        return Index(**content)
+        index = Index(**content)
+        _replay(folder / JOURNAL, text, index)
+        return index
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is damaged ({error}): remove {folder} and encode again.") from None
+        raise UserError(
+            f"{path} is damaged ({error}): remove {folder} and encode again.", key=str(path), code="damaged"
+        ) from None
 
 
-def write_index(folder: Path, index: Index) -> bool:
-    """Write the index, unless that text already stands there.
+def _replay(journal: Path, text: str, index: Index) -> None:
+    """Add what a journal holds to the index whose text it continues; a line that was cut short counts for nothing."""
+    if not journal.is_file():
+        return
+    first, *lines = journal.read_text(encoding="utf-8").split("\n")[:-1]
+    if first != digest(json_bytes(text)).hexdigest():
+        return
+    for line in lines:
+        entry = json.loads(line)
+        index.add(entry["shard"] and Shard(**entry.pop("shard")), **entry)
 
-    Returns:
-        Whether something was written.
-    """
-    path, text = folder / INDEX, index.text()
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return False
-    write_whole(path, text.encode())
-    return True
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write the index whole, unless that text is there already; it has no journal then."""
+    path, content = folder / INDEX, json_bytes(index.text())
+    if not path.is_file() or path.read_bytes() != content:
+        write_whole(path, content)
+    (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def start_journal(folder: Path, index: Index) -> None:
+    """Write the index whole, and the beginning of its journal."""
+    write_index(folder, index)
+    write_whole(folder / JOURNAL, f"{digest(json_bytes(index.text())).hexdigest()}\n".encode())
+
+
+def append_shard(
+    folder: Path, index: Index, shard: Shard | None, keys: Sequence[str], unreadable: Mapping[str, str], posterior: str
+) -> None:
+    """Add a shard, whose file is there, to the index and to its journal; see `Index.add`."""
+    index.add(shard, keys, unreadable, posterior)
+    entry = {"shard": shard and asdict(shard), "keys": keys, "unreadable": unreadable, "posterior": posterior}
+    append_line(folder / JOURNAL, json.dumps(entry, ensure_ascii=False))
 
 
 def digest(content: bytes = b"") -> hashlib.blake2b:
-    """What files are known by, so far: the BLAKE2b of some content, 32 hexadecimal digits."""
+    """By which files are known: BLAKE2b of 32 hexadecimal digits, of some content so far."""
     return hashlib.blake2b(content, digest_size=16)
 
 
-def damaged_shard(folder: Path, shard: Shard) -> str | None:
-    """Why a shard cannot be used, or None. It is read as a whole: a second for each GB."""
+def damaged_shard(folder: Path, shard: Shard, whole: bool = True) -> str | None:
+    """Why a shard cannot be used, or None.
+
+    Args:
+        whole: read it and compare its checksum (a second for each GB), beyond its size.
+    """
     path = folder / shard.file
     if not path.is_file():
         return f"{path} is missing"
     size = path.stat().st_size
     if size != shard.size:
         return f"{path} is cut short ({size:,} of {shard.size:,} bytes)"
+    if not whole:
+        return None
     if not shard.checksum:
         return f"{path} was written by an older Carrara, without a checksum"
     try:
@@ -197,7 +256,9 @@ def pack(posterior: Posterior) -> tuple[str, dict[str, Tensor]]:
     else:
         raise UserError(
             f"a codec whose posterior is of the type {type(posterior).__name__} cannot be cached: DiagonalGaussian, "
-            "Codes and Exact can be stored and drawn from again."
+            "Codes and Exact can be stored and drawn from again.",
+            key="codec",
+            code="unsupported",
         )
     return kind, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 

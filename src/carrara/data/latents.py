@@ -29,7 +29,7 @@ class LatentSource:
 
     Attributes:
         folder: the cache.
-        index: what it says of itself.
+        index: of the cache.
         labels: int64 [N] in 0..K-1, or None.
         captions: N texts, or None.
         class_names: K names, or None.
@@ -86,7 +86,8 @@ class LatentSource:
         for number, side in zip(numbers, sides, strict=True):
             shard, row = self._places[number].tolist()
             if shard < 0:
-                raise UserError(f"{self.index.names[number]} has no latent: {self.unreadable[number]}.")
+                name = self.index.names[number]
+                raise UserError(f"{name} has no latent: {self.unreadable[number]}.", key=name, code="missing")
             rows.append({name: value[row, int(side)] for name, value in self._shards[shard].items()})
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -100,7 +101,7 @@ class LatentSource:
             )
 
     def posterior(self, numbers: Sequence[int], flipped: Sequence[bool] | None = None) -> Posterior:
-        """q(z|x) of some images, as their codec's `encode` gave it: draw from it anew at every use."""
+        """q(z|x) of some images, as their codec's `encode` gave it: each use draws from it again."""
         return unpack(self.index.posterior, self.stored(numbers, flipped))
 
 
@@ -110,6 +111,7 @@ def open_latents(
     *,
     prepare: Preprocess | None = None,
     source: Source | None = None,
+    verify: bool = True,
 ) -> LatentSource:
     """A cache that `carrara data encode` made.
 
@@ -117,7 +119,9 @@ def open_latents(
         folder: the cache.
         codec_hash: `content_hash` of the codec that is to decode; None takes any.
         prepare: what the images are to be prepared by; None takes any. (A cache with flips serves both.)
-        source: the images, where they must still be those that were encoded (each file is read and hashed).
+        source: the images, where they must still be those that were encoded.
+        verify: read and hash every shard, and every image's file where there is a `source`; of several processes one
+            is enough.
 
     Raises:
         UserError: there is no cache, it is unfinished or damaged, or its latents are of another codec, another
@@ -126,27 +130,40 @@ def open_latents(
     folder = Path(folder)
     index = read_index(folder)
     if index is None:
-        raise UserError(f"there is no cache of latents in {folder}: make it with `carrara data encode`.")
+        raise UserError(
+            f"there is no cache of latents in {folder}: make it with `carrara data encode`.",
+            key=str(folder),
+            code="missing",
+        )
     if prepare is not None and index.flips and not prepare.flip:
         prepare = replace(prepare, flip=True)
-    index.check(codec_hash, prepare, folder, "encode the images anew into another folder")
+    index.check(codec_hash, prepare, folder, "encode the images into another folder")
     for shard in index.shards:
-        damage = damaged_shard(folder, shard)
+        damage = damaged_shard(folder, shard, verify)
         if damage:
-            raise UserError(f"{damage}: {_AGAIN}, which makes what is lost.")
+            raise UserError(
+                f"{damage}: {_AGAIN}, which makes what is lost.", key=str(folder / shard.file), code="damaged"
+            )
     if index.missing:
-        raise UserError(f"{len(index.missing)} of {len(index.hashes)} images in {folder} have no latents: {_AGAIN}.")
-    if source is not None:
+        raise UserError(
+            f"{len(index.missing)} of {len(index.hashes)} images in {folder} have no latents: {_AGAIN}.",
+            key=str(folder),
+            code="missing",
+        )
+    if source is not None and verify:
         _refuse_stale(index, source, folder)
     return LatentSource(folder, index)
 
 
 def _refuse_stale(index: Index, source: Source, folder: Path) -> None:
+    """Raises UserError unless the images are those of the index."""
     hashes = file_hashes(source)
     if len(hashes) != len(index.hashes):
         raise UserError(
             f"{source.name} holds {counted(len(hashes), 'image')}, the latents in {folder} are of {len(index.hashes)}: "
-            f"{_AGAIN}."
+            f"{_AGAIN}.",
+            key=str(folder),
+            code="mismatch",
         )
     count = len(hashes)
     names = [source.pictures.name(number) for number in range(count)]
@@ -162,10 +179,16 @@ def _refuse_stale(index: Index, source: Source, folder: Path) -> None:
         if stale:
             raise UserError(
                 f"{len(stale)} of {count} {what} {source.name} are not those whose latents {folder} holds, {stale[0]} "
-                f"the first: {_AGAIN}."
+                f"the first: {_AGAIN}.",
+                key=stale[0],
+                code="mismatch",
             )
     if (None if source.class_names is None else list(source.class_names)) != index.class_names:
-        raise UserError(f"the classes of {source.name} have other names than in {folder}: {_AGAIN}.")
+        raise UserError(
+            f"the classes of {source.name} have other names than in {folder}: {_AGAIN}.",
+            key=str(folder),
+            code="mismatch",
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara import codecs, conditioning, networks
+from carrara import codecs, conditioning, distributed, networks
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
@@ -129,12 +130,15 @@ class DiffusionTask:
         """
         if "cache" not in self.recipe.codec:
             return images
-        latents = open_latents(
+        opened = partial(
+            open_latents,
             self.recipe.codec["cache"],
             codecs.content_hash(self.model.codec),
             prepare=images.prepare,
             source=images.source,
         )
+        distributed.first_tells(lambda: len(opened()))  # it hashes everything, for all processes
+        latents = opened(verify=False)
         return LatentBatches(
             latents,
             images.seed,

@@ -5,16 +5,15 @@ runs/NAME/  recipe.yaml  model/  checkpoints/  snapshots/  log.jsonl  skipped.js
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from carrara.errors import UserError
-from carrara.files import write_whole
+from carrara.files import locked, write_whole
 from carrara.recipe import Recipe, validate
 
 _HARMLESS = {
@@ -39,19 +38,6 @@ _HARMLESS = {
 """What may differ on resume: the result is the same up to the rounding of sums."""
 
 
-_locks: set[IO[str]] = set()
-
-
-def _let_go() -> None:
-    """Forked data workers, which may live a moment longer than their parent, hold no run folder."""
-    for lock in _locks:
-        lock.close()
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
 class Run:
     """A run folder.
 
@@ -62,7 +48,7 @@ class Run:
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder, self.recipe = folder, recipe
-        self._lock: IO[str] | None = None
+        self._lock = ExitStack()
 
     def claim(self, accept_changes: bool = False) -> None:
         """Make the folder and hold it for this process.
@@ -78,17 +64,8 @@ class Run:
             raise UserError(f"{folder} is a file: name a folder for the run.")
         if folder.is_dir() and not known.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UserError(f"{folder} holds other files and no run: name an empty or a new folder with --out.")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (held as long as the run)
-        except OSError as error:
-            raise UserError(f"the run folder {folder} cannot be made ({error.strerror}).") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise UserError(f"another process is training in {folder}: wait for it, or name another --out.") from None
-        _locks.add(self._lock)
+        busy = f"another process is training in {folder}: wait for it, or name another --out."
+        self._lock.enter_context(locked(folder, busy))
         try:
             if known.exists():
                 self._compare(known, accept_changes)
@@ -102,9 +79,7 @@ class Run:
 
     def close(self) -> None:
         """Let other processes have the folder."""
-        if self._lock is not None:
-            _locks.discard(self._lock)
-            self._lock.close()
+        self._lock.close()
 
     @property
     def checkpoints(self) -> Path:
