@@ -103,23 +103,23 @@ def test_bad_input_is_refused_with_a_sentence(kind: str) -> None:
         codec.encode(torch.zeros(1, 3, 9, 8))
     with refused("shape", "x"):
         codec.encode(torch.zeros(1, 1, 8, 8))
-    with pytest.raises(UserError, match=r"decodes \[B, 3, h, w\], not \[1, 4, 4, 4\]"):
+    with refused("shape", "z"):
         codec.decode(torch.zeros(1, 4, 4, 4))
-    with pytest.raises(UserError, match="of 3 channels, not of 4"):
+    with refused("shape", "data.channels"):
         codec.latent_shape((4, 8, 8))
-    with pytest.raises(UserError, match="scale of 2 channels does not fit latents of 3"):
+    with refused("shape", "latent_scale"):
         codec.set_latent_scale(torch.ones(2))
-    with pytest.raises(UserError, match="not usable"):
+    with refused("not_finite", "latent_scale"):
         codec.set_latent_scale(float("inf"))
 
 
 def test_another_codec_is_refused_and_both_are_named() -> None:
     own, other = make("kl"), make("vq")
     codecs.check_same(own, own.kind, content_hash(own), "the model runs/emoji")
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as caught:
         codecs.check_same(other, own.kind, content_hash(own), "the model runs/emoji")
     for word in ("the model runs/emoji", content_hash(own), content_hash(other), "(kl)", "(vq)"):
-        assert word in str(refused.value)
+        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from carrara import codecs
 from carrara.codecs import Codec, DiagonalGaussian, Exact, Identity, KLAutoencoder, QuantiserParams, VQAutoencoder
 from carrara.codecs.tiling import Tiled, spans, weights
-from carrara.errors import UserError
 from carrara.networks.autoencoder import AutoencoderParams
 from tests.codecs.small import make
+from tests.errors import refused
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -169,29 +169,29 @@ def test_the_size_of_the_picture_is_not_the_size_of_the_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "sentence"),
+    ("lengths", "key"),
     [
-        ({"tile": 33, "overlap": 8}, r"tile = 33 pixels: take a multiple of 2, such as 32"),
-        ({"tile": 32, "overlap": 7}, "overlap = 7 pixels: take a multiple of 2"),
-        ({"tile": 32, "overlap": 12}, "more than a third of a tile"),
-        ({"tile": 0, "overlap": 0}, "take at least 2"),
-        ({"tile": 32, "overlap": 8, "blend": 9}, "between 0 and the overlap of 8"),
+        ({"tile": 33, "overlap": 8}, "tile"),
+        ({"tile": 32, "overlap": 7}, "overlap"),
+        ({"tile": 32, "overlap": 12}, "overlap"),
+        ({"tile": 0, "overlap": 0}, "tile"),
+        ({"tile": 32, "overlap": 8, "blend": 9}, "blend"),
     ],
 )
-def test_impossible_tiles_are_refused(lengths: dict[str, int], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_impossible_tiles_are_refused(lengths: dict[str, int], key: str) -> None:
+    with refused("invalid", key):
         Tiled(Near(1), **lengths)
 
 
 def test_images_and_posteriors_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match="multiple"):
+    with refused("shape", "data.resolution"):
         Tiled(codec("kl"), tile=12, overlap=4).encode(noise(1, 3, 33, 32))
 
     class Strange(Near):
         def encode(self, x: Tensor) -> Any:
             return object()
 
-    with pytest.raises(UserError, match="of the type object cannot encode in tiles"):
+    with refused("unsupported", "codec"):
         Tiled(Strange(1), tile=12, overlap=4).encode(noise(1, 3, 32, 32))
 
 
@@ -217,7 +217,7 @@ def test_codes_are_decoded_in_tiles_as_the_codec_decodes_them() -> None:
 @pytest.mark.parametrize("shape", [(3, 32, 32), (32, 32), (1, 1, 3, 32, 32)])
 def test_what_is_no_batch_is_refused(shape: tuple[int, ...]) -> None:
     tiled = Tiled(codec("kl"), tile=12, overlap=4)
-    with pytest.raises(UserError, match=r"encodes images \[B, C, H, W\], not \["):
+    with refused("shape", "x"):
         tiled.encode(noise(*shape))
-    with pytest.raises(UserError, match=r"decodes latents \[B, C', h, w\], not \["):
+    with refused("shape", "z"):
         tiled.decode(noise(*shape))

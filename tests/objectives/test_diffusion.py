@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from carrara.condition import Condition
 from carrara.conditioning import ClassLabels
-from carrara.errors import UserError
 from carrara.objectives import DiffusionObjective, Examples, LossAwareTimes, UniformTimes, Weight
 from carrara.objectives.diffusion import quarters
 from carrara.process import Chain, GaussianMixture, Noise, Predicts, Schedule, grids, schedules
@@ -224,7 +223,7 @@ class TestRefusals:
         assert bool(torch.isfinite(objective.terms(examples(200), Noise(1), "network").per_sample).all())
 
     def test_a_network_of_the_wrong_width(self) -> None:
-        with pytest.raises(UserError, match="gave 2 channels for an image of 1"):
+        with refused("shape", "network"):
             DiffusionObjective(Told(2), SCHEDULE).terms(examples(), Noise(), "network")
 
     def test_a_time_that_the_chain_does_not_visit(self) -> None:
@@ -232,5 +231,5 @@ class TestRefusals:
         objective = DiffusionObjective(
             Told(2), SCHEDULE, times=UniformTimes(), loss="hybrid", learned_variance=True, chain=chain
         )
-        with pytest.raises(UserError, match="does not visit"):
+        with refused("mismatch", "times"):
             objective.terms(examples(), Noise(), "network")

@@ -12,7 +12,7 @@ from carrara.codecs.learned import Reconstruction
 from carrara.codecs.quantiser import Quantiser, QuantiserParams
 from carrara.interop import compvis, taming
 from carrara.objectives import CodecLoss, CodecObjective
-from carrara.objectives.codec import adaptive_weight, discriminator_loss
+from carrara.objectives.adversarial import adaptive_weight, discriminator_loss
 from carrara.process import Noise
 from tests.parity.reference import Reference
 

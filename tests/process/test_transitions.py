@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from carrara.errors import UserError
 from carrara.process import Gaussian, Noise, Schedule, Transition, diffuse, forward, marginal, posterior, schedules
 from carrara.process.transitions import learned_log_variance
+from tests.errors import refused
 from tests.process.strategies import walks
 
 TABLES = [schedules.linear(1000), schedules.cosine(1000), schedules.scaled_linear(1000), schedules.linear(21)]
@@ -158,5 +158,5 @@ class TestGaussian:
         assert torch.equal(slope.sign(), torch.tensor([[-1.0, 1.0, 1.0]]))
 
     def test_an_image_of_one_level_is_refused(self) -> None:
-        with pytest.raises(UserError, match="at least 2 levels"):
+        with refused("invalid", "levels"):
             Gaussian(torch.zeros(1, 1), 0.0).bin_log_prob(torch.zeros(1, 1), 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from carrara.codecs.learned import LearnedCodec, Reconstruction, initial_log_scale
 from carrara.codecs.quantiser import Codes, Usage, check_indices, nearest, summed
-from carrara.errors import UserError
 from carrara.networks.autoencoder import AutoencoderParams
 from carrara.networks.layers import convolution
+from carrara.networks.params import Params
 from carrara.process.noise import Noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscreteParams:
+class DiscreteParams(Params):
     """The choice among K entries, and how it hardens.
 
     Attributes:
@@ -35,6 +35,8 @@ class DiscreteParams:
         usage_decay: of the moving mean of how often each code is chosen, over steps.
     """
 
+    section: ClassVar[str] = "codec"
+
     codes: int = 512
     temperature: float = 1.0
     final_temperature: float = 1 / 16
@@ -42,11 +44,11 @@ class DiscreteParams:
     hard: bool = False
     usage_decay: float = 0.99
 
-    def __post_init__(self) -> None:
-        if self.codes < 2:
-            raise UserError(f"codec.codes is {self.codes}: a codebook has at least 2 entries.")
-        if min(self.temperature, self.final_temperature) <= 0 or self.anneal < 0:
-            raise UserError("codec.temperature and codec.final_temperature must be above 0, codec.anneal at least 0.")
+    def _check(self) -> None:
+        self._at_least(2, "codes")
+        self._at_least(0, "anneal")
+        for name in ("temperature", "final_temperature"):
+            self._require(getattr(self, name) > 0, name, f"is {getattr(self, name)}: it must be above 0.")
 
     def temperature_at(self, seen: int) -> float:
         """τ after `seen` images."""

@@ -106,7 +106,9 @@ class LearnedCodec(nn.Module):
         if channels != self.params.in_channels:
             raise UserError(
                 f"this codec encodes images of {self.params.in_channels} channels, not of {channels}: set "
-                f"data.channels={self.params.in_channels} (for `carrara data encode`, --channels)."
+                f"data.channels={self.params.in_channels} (for `carrara data encode`, --channels).",
+                key="data.channels",
+                code="shape",
             )
         self.params.check_size(height, width)
         return self.params.latent_channels, height // self.reduction, width // self.reduction
@@ -156,7 +158,11 @@ class LearnedCodec(nn.Module):
             UserError: latents of another number of channels.
         """
         if z.ndim != 4 or z.shape[1] != self.params.latent_channels:
-            raise UserError(f"this codec decodes [B, {self.params.latent_channels}, h, w], not {list(z.shape)}.")
+            raise UserError(
+                f"this codec decodes [B, {self.params.latent_channels}, h, w], not {list(z.shape)}.",
+                key="z",
+                code="shape",
+            )
         return z / channelwise(self.latent_scale) + channelwise(self.latent_shift)
 
     def set_latent_scale(self, scale: float | Tensor, shift: float | Tensor = 0.0) -> None:
@@ -169,11 +175,15 @@ class LearnedCodec(nn.Module):
             numbers = torch.as_tensor(value, dtype=torch.float64).flatten()
             if len(numbers) not in (1, self.params.latent_channels):
                 raise UserError(
-                    f"a latent {name} of {len(numbers)} channels does not fit latents of {self.params.latent_channels}."
+                    f"a latent {name} of {len(numbers)} channels does not fit {self.params.latent_channels} channels.",
+                    key=f"latent_{name}",
+                    code="shape",
                 )
             if not bool(numbers.isfinite().all()) or (name == "scale" and not bool((numbers > 0).all())):
                 raise UserError(
-                    f"the latent {name} {numbers.tolist()} is not usable: the codec's latents are constant."
+                    f"the latent {name} {numbers.tolist()} is not usable: the codec's latents are constant.",
+                    key=f"latent_{name}",
+                    code="not_finite",
                 )
             buffer: Tensor = getattr(self, f"latent_{name}")
             buffer.copy_(numbers.expand(self.params.latent_channels))

@@ -92,7 +92,9 @@ class LPIPS(nn.Module):
         if channels not in (1, 3) or min(height, width) < _SIDE:
             raise UserError(
                 f"VGG-16 looks at gray or RGB images of at least {_SIDE}×{_SIDE}, not at {channels} channels of "
-                f"{height}×{width}: look through a classifier of such images, or leave the perceptual distance out."
+                f"{height}×{width}: look through a classifier of such images, or leave the perceptual distance out.",
+                key="loss.perceptual_from",
+                code="shape",
             )
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -129,12 +131,20 @@ class LPIPS(nn.Module):
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"there is no perceptual weights file at '{path}': name one, or set loss.perceptual=0.")
+            raise UserError(
+                f"there is no perceptual weights file at '{path}': name one, or set loss.perceptual=0.",
+                key="loss.perceptual_from",
+                code="missing",
+            )
         if checksum is not None:
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != checksum.lower():
-                raise UserError(f"'{path}' has the SHA-256 {found}, not {checksum}: it is another file.")
+                raise UserError(
+                    f"'{path}' has the SHA-256 {found}, not {checksum}: it is another file.",
+                    key="loss.perceptual_checksum",
+                    code="mismatch",
+                )
         return cls.of(_read(path), str(path))
 
     @classmethod
@@ -165,7 +175,11 @@ def _find(state: Mapping[str, Tensor], keys: Sequence[str], like: Tensor, name: 
     for key in keys:
         if key in state and state[key].shape == like.shape:
             return state[key].float()
-    raise UserError(f"{name} lack '{keys[0]}' of shape {tuple(like.shape)}: they are not VGG-16's.")
+    raise UserError(
+        f"{name} lack '{keys[0]}' of shape {tuple(like.shape)}: they are not VGG-16's.",
+        key="loss.perceptual_from",
+        code="damaged",
+    )
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
@@ -176,14 +190,26 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"'{path}' is cut short or no safetensors file ({error}): fetch it again.") from error
+            raise UserError(
+                f"'{path}' is cut short or no safetensors file ({error}): fetch it again.",
+                key="loss.perceptual_from",
+                code="damaged",
+            ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a cut pickle fails in whatever it was about to do
-        raise UserError(f"'{path}' is cut short, holds code, or is no PyTorch file: fetch it again.") from error
+        raise UserError(
+            f"'{path}' is cut short, holds code, or is no PyTorch file: fetch it again.",
+            key="loss.perceptual_from",
+            code="damaged",
+        ) from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
-        raise UserError(f"'{path}' holds no table of named weights: name a file of VGG-16's or LPIPS' weights.")
+        raise UserError(
+            f"'{path}' holds no table of named weights: name a file of VGG-16's or LPIPS' weights.",
+            key="loss.perceptual_from",
+            code="damaged",
+        )
     return {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
@@ -214,7 +240,9 @@ class ClassifierFeatures(nn.Module):
         if channels != own.in_channels:
             raise UserError(
                 f"this classifier reads images of {own.in_channels} channels, not of {channels}: take one that was "
-                "trained on such images."
+                "trained on such images.",
+                key="loss.perceptual_from",
+                code="shape",
             )
         own.check_size(height, width)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from carrara.distributed import gather, is_sharded
 from carrara.errors import UserError
+from carrara.networks.params import Params
 from carrara.process.noise import Noise
 
 _DISTANCES = 2**24
@@ -22,7 +23,7 @@ POSITIONS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantiserParams:
+class QuantiserParams(Params):
     """How a codebook is learned.
 
     Attributes:
@@ -33,8 +34,10 @@ class QuantiserParams:
         usage_decay: of the moving mean of how often each code is chosen, over steps.
         restart: a code chosen less often than this share of 1/K starts anew, after a step, at what the encoder said at
             some position; 0 never. Above 0, the first step of all fills the codebook.
-        restart_until: images seen after which no code starts anew; None for no end.
+        restart_until: images seen after which no code is restarted; None for no end.
     """
+
+    section: ClassVar[str] = "codec"
 
     codes: int = 512
     beta: float = 0.25
@@ -44,17 +47,12 @@ class QuantiserParams:
     restart: float = 0.1
     restart_until: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.codes < 2:
-            raise UserError(f"codec.codes is {self.codes}: a codebook has at least 2 entries.")
-        for name in ("decay", "usage_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise UserError(f"codec.{name} is {value}: it must be at least 0 and below 1.")
-        if self.beta < 0 or not 0 <= self.restart < 1:
-            raise UserError("codec.beta must be at least 0, and codec.restart at least 0 and below 1.")
-        if self.legacy and self.decay is not None:
-            raise UserError("codec.legacy is a loss of gradient codebooks: set codec.decay to null.")
+    def _check(self) -> None:
+        self._at_least(2, "codes")
+        self._at_least(0, "beta")
+        self._fraction("decay", "usage_decay", "restart")
+        gradient = self.decay is None or not self.legacy
+        self._require(gradient, "legacy", "is the loss of gradient codebooks: set codec.decay to null.", "conflict")
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,18 @@ def check_indices(indices: Tensor, codes: int) -> None:
         UserError: one is not, or they are no whole numbers [B, h, w].
     """
     if indices.is_floating_point() or indices.ndim != 3:
-        raise UserError(f"indices are whole numbers [B, h, w], not {indices.dtype} {list(indices.shape)}.")
+        raise UserError(
+            f"indices are whole numbers [B, h, w], not {indices.dtype} {list(indices.shape)}.",
+            key="indices",
+            code="shape",
+        )
     low, high = (int(indices.min()), int(indices.max())) if indices.numel() else (0, 0)
     if low < 0 or high >= codes:
         raise UserError(
             f"the codebook has the entries 0..{codes - 1}, and there is no index {low if low < 0 else high}: these "
-            "indices are another codec's, or damaged."
+            "indices are another codec's, or damaged.",
+            key="indices",
+            code="mismatch",
         )
 
 
@@ -259,7 +263,11 @@ class Quantiser(nn.Module):
         """
         params = self.params
         if params.decay is None and is_sharded(self):
-            raise UserError("a gradient codebook spread over processes cannot restart codes: set codec.decay to 0.99.")
+            raise UserError(
+                "a gradient codebook spread over processes cannot restart codes: set codec.decay to 0.99.",
+                key="codec.decay",
+                code="conflict",
+            )
         dead = self.credit < params.restart / params.codes
         if int(self.usage.batches) == 1:
             dead = torch.ones_like(dead)

@@ -48,7 +48,9 @@ def measure_latent_scale(
         squares = squares + latent.square().sum((0, 2, 3))
     codec.train(was_training)
     if count == 0:
-        raise UserError("the latent scale cannot be measured without images: check the data.")
+        raise UserError(
+            "the latent scale cannot be measured without images: check the data.", key="batches", code="missing"
+        )
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     if per_channel:

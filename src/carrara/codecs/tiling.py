@@ -47,16 +47,20 @@ class Tiled:
         for name, length in (("tile", self.tile), ("overlap", self.overlap)):
             if length < 0 or length % r:
                 raise UserError(
-                    f"{name} = {length} pixels: take a multiple of {r}, such as {max(round(length / r), 1) * r}."
+                    f"{name} = {length} pixels: take a multiple of {r}, such as {max(round(length / r), 1) * r}.",
+                    key=name,
                 )
         if self.tile < 1:
-            raise UserError(f"tile = {self.tile} pixels: take at least {r}.")
+            raise UserError(f"tile = {self.tile} pixels: take at least {r}.", key="tile")
         if 3 * self.overlap > self.tile:  # so that no more than two tiles are mixed along a side
             raise UserError(
-                f"overlap = {self.overlap} is more than a third of a tile of {self.tile} pixels: shrink it."
+                f"overlap = {self.overlap} is more than a third of a tile of {self.tile} pixels: shrink it.",
+                key="overlap",
             )
         if not 0 <= self.blended <= self.overlap:
-            raise UserError(f"blend = {self.blend} must lie between 0 and the overlap of {self.overlap} pixels.")
+            raise UserError(
+                f"blend = {self.blend} must lie between 0 and the overlap of {self.overlap} pixels.", key="blend"
+            )
 
     @property
     def blended(self) -> int:
@@ -91,7 +95,9 @@ class Tiled:
                 mixed.
         """
         if x.ndim != 4:
-            raise UserError(f"a codec in tiles encodes images [B, C, H, W], not {list(x.shape)}.")
+            raise UserError(
+                f"a codec in tiles encodes images [B, C, H, W], not {list(x.shape)}.", key="x", code="shape"
+            )
         _, height, width = self.latent_shape(x.shape[1:])
         r = self.reduction
         kinds: set[type[Posterior]] = set()
@@ -113,7 +119,9 @@ class Tiled:
         """
         latent = z.latent if isinstance(z, Codes) else z
         if latent.ndim != 4:
-            raise UserError(f"a codec in tiles decodes latents [B, C', h, w], not {list(latent.shape)}.")
+            raise UserError(
+                f"a codec in tiles decodes latents [B, C', h, w], not {list(latent.shape)}.", key="z", code="shape"
+            )
         decode: Callable[[Tensor | Codes], Tensor] = self.codec.decode  # type: ignore[assignment]
 
         def one(top: int, left: int, rows: int, columns: int) -> Tensor:
@@ -182,4 +190,8 @@ def _tensor(posterior: Posterior) -> Tensor:
         return torch.cat([posterior.mean, posterior.log_variance], dim=1)
     if isinstance(posterior, Codes | Exact):
         return posterior.latent
-    raise UserError(f"a codec whose posterior is of the type {type(posterior).__name__} cannot encode in tiles.")
+    raise UserError(
+        f"a codec whose posterior is of the type {type(posterior).__name__} cannot encode in tiles.",
+        key="codec",
+        code="unsupported",
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 from carrara.condition import Condition
 from carrara.errors import UserError, nearest
 from carrara.guidance.classifier_free import check_scale
+from carrara.networks.slots import check_labels
 from carrara.process.grids import Grid
 from carrara.process.prediction import Denoiser, Guide, Prediction
 from carrara.process.schedules import Schedule, Time
@@ -48,9 +49,9 @@ def classifier_guidance(
         UserError: a scale that is NaN or infinite, an unknown word, a missing or unknown label or grid.
     """
     check_scale(scale)
-    for word, known in ((form, ("score", "mean")), (at, ("x", "mean"))):
+    for key, word, known in (("form", form, ("score", "mean")), ("at", at, ("x", "mean"))):
         if word not in known:
-            raise UserError(f"classifier guidance knows no '{word}': {nearest(word, known)}", key=word, code="unknown")
+            raise UserError(f"{key} is '{word}': {nearest(word, known)}", key=key, code="unknown")
     if (at == "mean") != (schedule is not None and grid is not None):
         raise UserError(
             "classifier guidance takes schedule and grid with at='mean', where it needs both.",
@@ -90,7 +91,7 @@ def log_gradient(classifier: Classifier, x: Tensor, t: Time, labels: Tensor) -> 
         precise = torch.promote_types(x.dtype, torch.float32)
         x = x.detach().to(precise).clone().requires_grad_()
         logits = classifier(x, t)
-        _check_labels(labels, logits.shape[1])
+        check_labels(labels, logits.shape[1])
         log_probability = logits.to(precise).log_softmax(dim=1).gather(1, labels[:, None])
         (gradient,) = torch.autograd.grad(log_probability.sum(), x)
     return gradient.to(dtype)
@@ -106,14 +107,6 @@ def _labels(label: int | Tensor | None, condition: Condition, x: Tensor) -> Tens
             code="missing",
         )
     return torch.as_tensor(label, dtype=torch.int64, device=x.device).reshape(-1).expand(len(x))
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.device.type != "cpu":
-        return  # reading values would stall the device; `gather` fails there by itself
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if wrong.numel():
-        raise UserError(f"label {int(wrong[0])} is out of range: the classifier knows 0..{classes - 1}.", key="label")
 
 
 def _mean(prediction: Prediction, t: Time, schedule: Schedule, grid: Grid) -> tuple[Tensor, Time]:

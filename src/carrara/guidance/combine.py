@@ -1,4 +1,4 @@
-"""The arithmetic that guides share: predictions for one x, combined with weights that sum to 1."""
+"""The arithmetic that guides have in common: predictions for one x, combined with weights that sum to 1."""
 
 from __future__ import annotations
 

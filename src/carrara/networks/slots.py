@@ -269,8 +269,8 @@ def check_slots(condition: Condition, takes: Mapping[str, int]) -> None:
         )
 
 
-def check_labels(label: Tensor, num_classes: int, null_label: bool) -> None:
-    """Raises UserError unless every label is in range.
+def check_labels(label: Tensor, num_classes: int, null_label: bool = False) -> None:
+    """Raises UserError unless every label is one of the classes, or `num_classes` where there is a null label.
 
     Reading values would stall an accelerator: there, and in compiled code, the lookup itself must fail.
     """
@@ -278,8 +278,7 @@ def check_labels(label: Tensor, num_classes: int, null_label: bool) -> None:
         return
     wrong = label[(label < 0) | (label >= num_classes + null_label)]
     if wrong.numel():
-        last = num_classes - 1
-        null = f", or {num_classes} for no class" if null_label else " (it was trained without a null label)"
+        null = f", or {num_classes} for no class" if null_label else " (without a null label)"
         raise UserError(
-            f"label {int(wrong[0])} is out of range: this network knows 0..{last}{null}.", key="label", code="invalid"
+            f"label {int(wrong[0])} is out of range: this network knows 0..{num_classes - 1}{null}.", key="label"
         )

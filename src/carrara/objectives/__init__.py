@@ -1,4 +1,4 @@
-"""What is minimised: objectives with named players, the times they visit, the weights they give."""
+"""Training objectives with named players, the distributions of their times, and their weights."""
 
 from carrara.objectives.base import Examples, Objective, Terms
 from carrara.objectives.classifier import ClassifierObjective

@@ -1,4 +1,4 @@
-"""What is minimised, and by whom."""
+"""What an objective is: losses by named players."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from carrara.process.noise import Noise
 
 @dataclass(frozen=True)
 class Examples:
-    """What an objective is computed on.
+    """The batch that an objective is computed on.
 
     Attributes:
         x0: clean images in [-1, 1], or scaled latents, [B, C, H, W].
@@ -27,11 +27,11 @@ class Examples:
 
 @dataclass(frozen=True)
 class Terms:
-    """What one player minimises on one batch.
+    """The loss of one player on one batch.
 
     Attributes:
         per_sample: [B], differentiable; the loss is its mean.
-        scalars: what to log in addition, detached, each [B] or a single number.
+        scalars: further values to log, detached, each [B] or a single number.
         quarter: int64 [B], which quarter of the noise levels every sample fell into (0 the cleanest); None where
             there are no levels.
         times: float64 [B], the level of every sample in schedule time, or None.
@@ -53,7 +53,7 @@ class Objective(Protocol):
         ...
 
     def terms(self, batch: Examples, draw: Noise, player: str) -> Terms:
-        """What `player` minimises on a batch.
+        """The loss of `player` on a batch.
 
         Args:
             batch: the samples.
@@ -64,13 +64,13 @@ class Objective(Protocol):
         ...
 
     def end_step(self) -> None:
-        """Take in what the losses of a whole step taught, all its micro-batches done. Every process must call it."""
+        """Learn from the losses of a whole step, after all its micro-batches. Every process must call it."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What the objective remembers between steps (a loss history), for the checkpoint."""
+        """The objective's state between steps (a loss history), for the checkpoint."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         ...

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.errors import UserError
+from carrara.networks.slots import check_labels
 from carrara.objectives.base import Examples, Terms
 from carrara.objectives.diffusion import NOISE, TIME, quarters
 from carrara.objectives.times import TimeSampler, UniformTimes
@@ -43,14 +44,12 @@ class ClassifierObjective:
         self.players[player]
         x0, label = batch.x0, batch.condition.label
         if label is None:
-            raise UserError("a classifier learns from labels: this data has none.")
+            raise UserError("a classifier learns from labels: this data has none.", key="label", code="missing")
         times, importance = self.times.draw(self.schedule, draw.uniform((len(x0),), sub=TIME))
         x = diffuse(self.schedule, x0, times, draw.like(x0, sub=NOISE))
         logits = NoisyClassifier(self.network, self.schedule)(x, times).float()
-        classes = logits.shape[1]
         label = label.to(logits.device)
-        if label.device.type == "cpu" and not bool(((label >= 0) & (label < classes)).all()):
-            raise UserError(f"a label lies outside the classifier's 0..{classes - 1}.")
+        check_labels(label, logits.shape[1])
         loss = nn.functional.cross_entropy(logits, label, reduction="none")
         if loss.requires_grad:
             self.times.observe(times, loss.detach(), range(len(x0)) if draw.ids is None else draw.ids)

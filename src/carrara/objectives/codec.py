@@ -3,46 +3,42 @@
 One objective serves the whole ladder (autoencoder, VAE, VQ-VAE, VQGAN, latent diffusion's first stages, discrete and
 hierarchical VAE): its terms are switched by weights, see `LOSSES`. All terms are means over an image's dimensions, so
 that "a KL weight of 1e-6" means what it does in latent diffusion, where reconstruction and KL are both sums
-(Rombach et al. 2022, §G; Esser et al. 2021, eq. 5-7; docs/math.md §8).
+(Rombach et al. 2022, §G; docs/math.md §8).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 from carrara.codecs.learned import LearnedCodec, Reconstruction
 from carrara.codecs.perceptual import Perceptual
-from carrara.distributed import any_of, gather
-from carrara.errors import UserError, nearest
+from carrara.distributed import any_of
+from carrara.errors import UserError
+from carrara.networks.params import Params
+from carrara.objectives.adversarial import GAN, adaptive_weight, discriminator_loss, generator_loss
 from carrara.objectives.base import Examples, Terms
+from carrara.objectives.image_loss import ImageLoss
 from carrara.process.noise import Noise
 from carrara.similarity import ssim
 
 Distance = Literal["l1", "l2"]
-GAN = Literal["hinge", "logarithmic"]
 
 CODEC, DISCRIMINATOR = "codec", "discriminator"
 """The players, in stepping order."""
-_MOST = 1e4
-_SMALL = 1e-4
-"""Ceiling of the adaptive weight, and what keeps its denominator from 0 (Esser et al. 2021, eq. 7)."""
 _COLLAPSED = 2.0
 """A codebook whose perplexity is below this carries hardly any information."""
 _PATIENCE = 500
-"""Steps after which a collapsed codebook is no longer a beginning."""
+"""Steps of training before a collapsed codebook stops the run."""
 _CHANNELS = 16
 """Latents of more channels are logged as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecLoss:
+class CodecLoss(Params):
     """Which terms a codec is trained on.
 
     Attributes:
@@ -52,11 +48,13 @@ class CodecLoss:
             latent diffusion), or the quantiser's loss.
         perceptual: weight of the perceptual distance, in addition to the reconstruction; 0 leaves it out.
         adversarial: weight of the discriminator's loss; 0 leaves the discriminator out.
-        gan: what the discriminator minimises: "hinge", or "logarithmic": it maximises ln D(x) + ln(1 - D(x̂)).
+        gan: the discriminator's loss: "hinge", or "logarithmic": it maximises ln D(x) + ln(1 - D(x̂)).
         adaptive: scale the discriminator's gradient to the reconstruction's, at the decoder's last layer.
-        start: images seen before the discriminator begins to learn and to count. It starts untrained: expect a dip.
+        start: images seen before the discriminator starts to learn and to count. It starts untrained: expect a dip.
         ramp: over how many images its weight then rises to its full value; 0 at once.
     """
+
+    section: ClassVar[str] = "loss"
 
     distance: Distance = "l1"
     latent: float = 1.0
@@ -67,13 +65,10 @@ class CodecLoss:
     start: int = 0
     ramp: int = 0
 
-    def __post_init__(self) -> None:
-        for name, known in (("distance", get_args(Distance)), ("gan", get_args(GAN))):
-            if getattr(self, name) not in known:
-                raise UserError(f"loss.{name} is '{getattr(self, name)}': {nearest(getattr(self, name), known)}")
-        for name in ("latent", "perceptual", "adversarial", "start", "ramp"):
-            if getattr(self, name) < 0:
-                raise UserError(f"loss.{name} is {getattr(self, name)}: it must be at least 0.")
+    def _check(self) -> None:
+        self._one_of("distance", get_args(Distance))
+        self._one_of("gan", get_args(GAN))
+        self._at_least(0, "latent", "perceptual", "adversarial", "start", "ramp")
 
 
 LOSSES: dict[str, CodecLoss] = {
@@ -92,10 +87,10 @@ which there is one to 192 dimensions (RGB, a reduction of 8)."""
 
 
 class CodecObjective:
-    """What codec and discriminator minimise, stepping in this order on the same batch.
+    """The losses of codec and discriminator, which step in this order on the same batch.
 
-    The discriminator gets the reconstructions that the codec's own turn made. Progress is counted in images: a
-    sample's global position, which its randomness is addressed by, is the number of images seen before it.
+    The discriminator gets the reconstructions of the codec's own turn. Progress is counted in images: a sample's global
+    position, which its randomness is addressed by, is the number of images seen before it.
 
     Args:
         codec: learns; may be wrapped for several processes.
@@ -115,9 +110,15 @@ class CodecObjective:
         discriminator: nn.Module | None = None,
     ) -> None:
         if loss.perceptual and perceptual is None:
-            raise UserError("loss.perceptual is above 0, but there is no perceptual network: name its weights file.")
+            raise UserError(
+                "loss.perceptual is above 0, but there is no perceptual network: name its weights file.",
+                key="loss.perceptual",
+                code="missing",
+            )
         if loss.adversarial and discriminator is None:
-            raise UserError("loss.adversarial is above 0, but there is no discriminator.")
+            raise UserError(
+                "loss.adversarial is above 0, but there is no discriminator.", key="loss.adversarial", code="missing"
+            )
         self.codec, self.loss, self.perceptual = codec, loss, perceptual
         self.discriminator = discriminator if loss.adversarial else None
         self._made: dict[tuple[int, ...] | None, Tensor] = {}
@@ -129,7 +130,7 @@ class CodecObjective:
         return {CODEC: self.codec, DISCRIMINATOR: self.discriminator}
 
     def notices(self, images: int) -> list[str]:
-        """What to tell the user before a run that will see so many images."""
+        """Warnings for the user before a run over so many images."""
         if self.discriminator is None or self.loss.start < images:
             return []
         return [
@@ -138,7 +139,7 @@ class CodecObjective:
         ]
 
     def terms(self, batch: Examples, draw: Noise, player: str) -> Terms:
-        """What a player minimises on clean images [B, C, H, W] in [-1, 1].
+        """A player's loss on clean images [B, C, H, W] in [-1, 1].
 
         Raises:
             UserError: the adaptive weight is not a number, or the codebook has collapsed.
@@ -161,75 +162,70 @@ class CodecObjective:
     # ---- the codec's turn -----------------------------------------------------------------------------------
 
     def _codec(self, x: Tensor, draw: Noise, seen: Tensor) -> Terms:
+        """L = L_rec + λ·ramp·L_GAN + w·L_latent (Esser et al. 2021, eq. 4-7; Rombach et al. 2022, eq. 25).
+
+        L_rec includes the perceptual term, λ the weight of the adversarial one; ramp is 0 before the discriminator's
+        start and rises to 1.
+        """
         made: Reconstruction = self.codec(x, draw)
-        # The image's own terms are differentiated with respect to the image alone, once: the adaptive weight needs
-        # these gradients, and the way from the image back to the weights is taken once, too.
         image = made.image.detach().float().requires_grad_(torch.is_grad_enabled())
-        error, scalars = self._error(x, image)
-        value, gradient = self._likelihood(error, image, made.log_scale)
-        if made.log_scale is not None:
-            scalars["learned scale"] = made.log_scale.detach().exp()
-        if self.discriminator is not None:
-            g_loss, g_grad = self._g_loss(image, seen, gradient, made, scalars)
-            value, gradient = value + g_loss, gradient + g_grad
+        scalars: dict[str, Tensor] = {}
+        l_rec = self._reconstruction(x, image, made.log_scale, scalars)
+        if self.discriminator is None:
+            loss = l_rec
+        else:
+            ramp = self.fraction(seen)
+            l_gan, weight = self._adversarial(image, ramp, made, l_rec, seen)
+            scalars |= {"adversarial": l_gan.value, "adaptive weight": weight}
+            loss = l_rec + l_gan * (weight * ramp)
             if torch.is_grad_enabled() and bool((seen >= self.loss.start).any()):
                 self._made[draw.ids] = made.image.detach()
-        per_sample = value + self.loss.latent * made.penalty + _attached(made.image, gradient)
-        scalars |= made.scalars | {"latent cost": made.penalty.detach(), **_spread(made.latent)}
+        per_sample = loss.at(made.image) + self.loss.latent * made.penalty
+        scalars |= made.scalars | {"latent cost": made.penalty.detach(), **_moments(made.latent)}
         self._check_codebook()
         return Terms(per_sample, scalars)
 
-    def _error(self, x: Tensor, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction and perceptual term, [B], and what to log."""
+    def _reconstruction(
+        self, x: Tensor, image: Tensor, log_scale: Tensor | None, scalars: dict[str, Tensor]
+    ) -> ImageLoss:
+        """L_rec = e, the error of the image and the perceptual distance, or where the codec learns a scale b its
+        negative log-likelihood, e/b + ln b (Laplace, "l1") or e/(2b²) + ln b (Gaussian, "l2")."""
+        error = ImageLoss.of(self._error(x, image, scalars), image)
+        if log_scale is None:
+            return error
+        scalars["learned scale"] = log_scale.detach().exp()
+        squared = self.loss.distance == "l2"
+        return error * (0.5 * torch.exp(-2 * log_scale) if squared else torch.exp(-log_scale)) + log_scale
+
+    def _error(self, x: Tensor, image: Tensor, scalars: dict[str, Tensor]) -> Tensor:
+        """|x - x̂| or (x - x̂)² as means, and the perceptual distance, [B]; adds what is logged."""
         difference = image - x
         squares = difference.square().flatten(1).mean(1)
         distance = squares if self.loss.distance == "l2" else difference.abs().flatten(1).mean(1)
-        scalars = {
-            "reconstruction": distance.detach(),
-            "psnr": 10 * torch.log10(4 / squares.detach().clamp(min=1e-12)),  # peak 2 on [-1, 1], for each image
-        }
+        scalars["reconstruction"] = distance.detach()
+        scalars["psnr"] = 10 * torch.log10(4 / squares.detach().clamp(min=1e-12))  # peak 2 on [-1, 1], for each image
         # Of all held-out images, but of one of a training pass: it costs more than all else here.
-        some = slice(0, 1 if torch.is_grad_enabled() else None)
+        rows = slice(0, 1 if torch.is_grad_enabled() else None)
         with torch.no_grad():
-            scalars["ssim"] = ssim(image[some], x[some])
+            scalars["ssim"] = ssim(image[rows], x[rows])
         if self.loss.perceptual and self.perceptual is not None:
-            seen = self.perceptual(image, x)
-            scalars["perceptual"] = seen.detach()
-            distance = distance + self.loss.perceptual * seen
-        return distance, scalars
+            perceptual = self.perceptual(image, x)
+            scalars["perceptual"] = perceptual.detach()
+            distance = distance + self.loss.perceptual * perceptual
+        return distance
 
-    def _likelihood(self, error: Tensor, image: Tensor, log_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The error as a negative log-likelihood where the codec learns its scale b: |e|/b + ln b (Laplace), or
-        e²/(2b²) + ln b (Gaussian).
-
-        Returns:
-            [B], differentiable in b only; its gradient with respect to the image.
-        """
-        gradient = _gradient(error, image)
-        error = error.detach()
-        if log_scale is None:
-            return error, gradient
-        squared = self.loss.distance == "l2"
-        factor = 0.5 * torch.exp(-2 * log_scale) if squared else torch.exp(-log_scale)
-        return error * factor + log_scale, gradient * factor.detach()
-
-    def _g_loss(
-        self, image: Tensor, seen: Tensor, gradient: Tensor, made: Reconstruction, scalars: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The discriminator's term, [B] detached, and its gradient with respect to the image, both weighted."""
-        fraction = self.fraction(seen)
-        if not any_of(bool((fraction > 0).any()), image.device):
-            scalars |= {"adversarial": torch.zeros_like(fraction), "adaptive weight": fraction.new_zeros(())}
-            return torch.zeros_like(fraction), torch.zeros_like(image)
+    def _adversarial(
+        self, image: Tensor, ramp: Tensor, made: Reconstruction, l_rec: ImageLoss, seen: Tensor
+    ) -> tuple[ImageLoss, Tensor]:
+        """L_GAN, and its weight λ, a number; both 0, without a pass, while the ramp is 0 on all processes."""
+        if not any_of(bool((ramp > 0).any()), image.device):
+            return ImageLoss.zero(image), image.new_zeros(())
         assert self.discriminator is not None
-        g_loss = -_bare(self.discriminator)(image).float().flatten(1).mean(1)
-        g_grad = _gradient(g_loss, image)
+        l_gan = ImageLoss.of(generator_loss(_bare(self.discriminator)(image)), image)
         weight = image.new_tensor(self.loss.adversarial)
         if self.loss.adaptive and torch.is_grad_enabled():
-            weight = weight * adaptive_weight(made, gradient, g_grad, int(seen.max()))
-        scalars |= {"adversarial": g_loss.detach(), "adaptive weight": weight}
-        weights = weight * fraction
-        return weights * g_loss.detach(), weights.reshape(-1, 1, 1, 1) * g_grad
+            weight = weight * adaptive_weight(made, l_rec.gradient, l_gan.gradient, int(seen.max()))
+        return l_gan, weight
 
     def fraction(self, seen: Tensor) -> Tensor:
         """The fraction of its weight that the discriminator has after so many images, [B] in 0..1, float32."""
@@ -238,19 +234,22 @@ class CodecObjective:
         return fraction.float()
 
     def _check_codebook(self) -> None:
-        """Raises UserError unless the codebook is in use, once it has had time to spread."""
+        """Raises UserError where a codebook that has had time to learn is hardly used."""
         codec = _bare(self.codec)
         usage = codec.code_usage if isinstance(codec, LearnedCodec) and codec.latents_learn else None
         if usage is None or int(usage.batches) < _PATIENCE or float(usage.step_perplexity) >= _COLLAPSED:
             return
         raise UserError(
             f"the codebook has collapsed: all positions of a batch choose {float(usage.step_perplexity):.1f} codes. "
-            "Lower the learning rate, or set codec.restart above 0 where it is not."
+            "Lower the learning rate, or set codec.restart above 0 where it is not.",
+            key="codec.restart",
+            code="not_finite",
         )
 
     # ---- the discriminator's turn ---------------------------------------------------------------------------
 
     def _discriminator(self, x: Tensor, draw: Noise, seen: Tensor) -> Terms:
+        """The loss of telling images from reconstructions, 0 before the start."""
         started = seen >= self.loss.start
         if not any_of(bool(started.any()), x.device):
             nothing = torch.zeros(len(x), device=x.device)
@@ -258,7 +257,7 @@ class CodecObjective:
             return Terms(nothing.clone().requires_grad_(torch.is_grad_enabled()), logged)
         assert self.discriminator is not None
         fake = self._made.pop(draw.ids, None)
-        if fake is None:  # nobody took the codec's turn on these samples
+        if fake is None:  # the codec's turn did not have these samples
             with torch.no_grad():
                 fake = self.codec(x, draw).image
         # One pass for each kind, as in the original: a batch norm's statistics are those of its kind alone.
@@ -268,75 +267,17 @@ class CodecObjective:
         return Terms(loss, logged | {"discriminator": loss.detach()})
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, gan: GAN) -> Tensor:
-    """What the discriminator minimises, from the logits [B, N] of real pictures and of reconstructions, [B].
-
-    "hinge": ½·(max(0, 1 - real) + max(0, 1 + fake)); "logarithmic": -½·(ln D(x) + ln(1 - D(x̂))), D = sigmoid(logit).
-    """
-    if gan == "hinge":
-        return 0.5 * (F.relu(1 - real) + F.relu(1 + fake)).mean(1)
-    return 0.5 * (F.softplus(-real) + F.softplus(fake)).mean(1)
-
-
-def adaptive_weight(made: Reconstruction, of_error: Tensor, of_g_loss: Tensor, seen: int = 0) -> Tensor:
-    """λ = ‖∇L_rec‖ / (‖∇L_GAN‖ + 1e-4), at most 1e4; ∇ with respect to the decoder's last layer, of the mean over all
-    processes' samples (Esser et al. 2021, eq. 7).
-
-    The last layer is a convolution, so its gradient is made from the layer's input and the gradient at its output;
-    the layer itself need not be whole on this process.
-
-    Args:
-        made: what the codec made.
-        of_error, of_g_loss: gradients of the summed terms with respect to the image, [B, C, H, W].
-        seen: how many images the run has seen, for the sentence.
-
-    Raises:
-        UserError: a gradient is not finite.
-    """
-    norms = [float(_last_layer_gradient(made, gradient).norm()) for gradient in (of_error, of_g_loss)]
-    if not all(math.isfinite(norm) for norm in norms):
-        raise UserError(
-            f"the adaptive weight is not a number after {seen:,} images: the last layer's gradient is {norms[0]:g} of "
-            f"the reconstruction and {norms[1]:g} of the discriminator's loss. Go back to an earlier checkpoint "
-            "with a lower learning rate, or start the discriminator later."
-        )
-    return of_error.new_tensor(min(norms[0] / (norms[1] + _SMALL), _MOST))
-
-
-def _last_layer_gradient(made: Reconstruction, gradient: Tensor) -> Tensor:
-    """The gradient of a mean over samples with respect to the last layer's 3×3 kernel, over all processes' samples."""
-    features = made.features.float()
-    if made.tanh:
-        gradient = gradient * (1 - made.image.detach().float().square())
-    shape = (gradient.shape[1], features.shape[1], 3, 3)
-    kernel = conv2d_weight(features, shape, gradient / len(gradient), padding=1)
-    return gather(kernel[None]).mean(0)
-
-
-def _gradient(value: Tensor, image: Tensor) -> Tensor:
-    """The gradient of the summed values with respect to the image; zeros where gradients are off."""
-    if not torch.is_grad_enabled():
-        return torch.zeros_like(image)
-    return torch.autograd.grad(value.sum(), image)[0]
-
-
-def _attached(image: Tensor, gradient: Tensor) -> Tensor:
-    """Zeros, [B], whose gradient with respect to the image is `gradient`."""
-    through = (image.float() * gradient).flatten(1).sum(1)
-    return through - through.detach()
-
-
 def _bare(module: nn.Module) -> nn.Module:
     """The module without the wrapper that joins its gradients over processes: for use in another player's turn."""
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
-def _spread(latent: Tensor) -> dict[str, Tensor]:
+def _moments(latent: Tensor) -> dict[str, Tensor]:
     """Mean and standard deviation of the unscaled latents over the batch, by channel where they are few."""
     channels = latent.float().transpose(0, 1).flatten(1)
     if len(channels) > _CHANNELS:
         return {"latent mean": channels.mean(), "latent std": channels.std()}
-    found: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     for number, values in enumerate(channels):
-        found |= {f"latent mean {number}": values.mean(), f"latent std {number}": values.std()}
-    return found
+        moments |= {f"latent mean {number}": values.mean(), f"latent std {number}": values.std()}
+    return moments

@@ -1,4 +1,4 @@
-"""Which noise levels a training step visits."""
+"""The distribution of training times."""
 
 from __future__ import annotations
 
@@ -31,26 +31,30 @@ class TimeSampler(ABC):
         """
 
     def observe(self, times: Tensor, losses: Tensor, positions: Sequence[int]) -> None:  # noqa: B027 (most do nothing)
-        """Note the losses of a batch, or of a part of one; `end_step` learns from them.
+        """Collect the losses of a batch, or of a part of one, for `end_step`.
 
         Args:
-            times: what `draw` gave, [B].
+            times: the times that `draw` returned, [B].
             losses: per sample, without the importance weights, detached, [B].
             positions: the samples' global positions in the run.
         """
 
     def end_step(self) -> None:  # noqa: B027
-        """Learn from what was noted since the last call: once a step, so that micro-batches change nothing. Every
-        process must call it."""
+        """Learn from the losses collected since the last call: once a step, so that micro-batches change nothing.
+        Every process must call it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned, for the checkpoint."""
+        """What was learned, as plain data for the checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         if state:
-            raise UserError(f"{type(self).__name__} remembers nothing, the checkpoint holds {sorted(state)}.")
+            raise UserError(
+                f"{type(self).__name__} keep no state, but the checkpoint has {sorted(state)}: it is another run's.",
+                key="objective.times",
+                code="mismatch",
+            )
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,8 @@ class LogitNormalTimes(TimeSampler):
     spread: float = 1.0
 
     def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        share = torch.sigmoid(self.mean + self.spread * torch.special.ndtri(uniform))
-        return _within(schedule, share * schedule.final_time)
+        fraction = torch.sigmoid(self.mean + self.spread * torch.special.ndtri(uniform))
+        return _within(schedule, fraction * schedule.final_time)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class LogNormalTimes(TimeSampler):
 
 
 class LossAwareTimes(TimeSampler):
-    """Visits the levels with large losses more often (Nichol & Dhariwal 2021, §3.3).
+    """Visits the levels with large losses more often (Nichol & Dhariwal 2021, eq. 18).
 
     p_t = (1 - ε)·w_t/Σw + ε/T with w_t = √E[L_t²] over the last losses of t, uniform until every level has
     enough of them; the importance weights 1/(p_t T) keep the expectation.
@@ -126,8 +130,8 @@ class LossAwareTimes(TimeSampler):
     Args:
         schedule: the noise levels.
         grid: the process that is trained, by default the whole table.
-        history: how many losses each level remembers.
-        uniform: ε, the share that is spread evenly.
+        history: how many of its last losses each level keeps.
+        uniform: ε, the fraction that is uniform.
         gather: joins the rows of all processes (`carrara.distributed.gather`), so that all know the same; by
             default there is one process.
     """
@@ -141,16 +145,23 @@ class LossAwareTimes(TimeSampler):
         gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if history < 1 or not 0 < uniform <= 1:
-            raise UserError("loss-aware times need a history of at least 1 and a uniform share above 0, at most 1.")
+            raise UserError(
+                "loss-aware times need a history of at least 1 and a uniform fraction above 0, at most 1.",
+                key="objective.times",
+            )
         if grid is None:
             if not schedule.discrete:
-                raise UserError("loss-aware times remember levels, a continuous schedule has none: name a grid.")
+                raise UserError(
+                    "loss-aware times keep losses by level, a continuous schedule has none: give a grid.",
+                    key="grid",
+                    code="missing",
+                )
             grid = grids.trailing(schedule, int(schedule.final_time))
         self.levels = grid.times[:-1].flip(0)
         self.uniform, self._gather = uniform, gather or (lambda rows: rows)
         self.history = torch.zeros(len(self.levels), history, dtype=torch.float64)
         self.counts = torch.zeros(len(self.levels), dtype=torch.int64)
-        self._noted: list[Tensor] = []
+        self._collected: list[Tensor] = []
 
     @property
     def warm(self) -> bool:
@@ -176,17 +187,17 @@ class LossAwareTimes(TimeSampler):
     def observe(self, times: Tensor, losses: Tensor, positions: Sequence[int]) -> None:
         index = torch.searchsorted(self.levels, times.cpu().double())
         local = torch.tensor(list(positions), dtype=torch.float64), index.double(), losses.detach().cpu().double()
-        self._noted.append(torch.stack(local, dim=1).to(losses.device))
+        self._collected.append(torch.stack(local, dim=1).to(losses.device))
 
     def end_step(self) -> None:
-        """Remember the noted losses, of all processes, in the order of their global positions.
+        """Add the collected losses of all processes to the history, in the order of their global positions.
 
-        A loss that is not finite is not remembered: it would be drawn for ever.
+        A loss that is not finite is left out: its level would be drawn for ever.
         """
-        if not self._noted:
+        if not self._collected:
             return
-        rows = self._gather(torch.cat(self._noted)).cpu()
-        self._noted.clear()
+        rows = self._gather(torch.cat(self._collected)).cpu()
+        self._collected.clear()
         rows = rows[rows[:, 0].argsort(stable=True)]
         for level, loss in zip(rows[:, 1].long().tolist(), rows[:, 2].tolist(), strict=True):
             if loss - loss != 0:  # NaN or infinity
@@ -199,11 +210,15 @@ class LossAwareTimes(TimeSampler):
         return {"history": self.history.clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
             UserError: a history of another size.
         """
         if state.keys() != {"history", "counts"} or state["history"].shape != self.history.shape:
-            raise UserError("the checkpoint's loss history does not fit: it was kept for other levels.")
+            raise UserError(
+                "the checkpoint's loss history does not fit: it is of other levels.",
+                key="objective.times",
+                code="mismatch",
+            )
         self.history, self.counts = state["history"].clone(), state["counts"].clone()

@@ -58,10 +58,14 @@ class Chain:
     def __post_init__(self) -> None:
         self.schedule.check(self.grid.times)
         if self.grid.ascending or float(self.grid.times[-1]) != 0:
-            raise UserError("the bound needs a grid that descends to the clean point, t = 0.")
+            raise UserError(
+                "the bound needs a grid that descends to the clean point, t = 0.", key="grid", code="unsupported"
+            )
         if self.variance is not None and self.variance not in get_args(ReverseVariance):
             raise UserError(
-                f"there is no variance '{self.variance}': {nearest(self.variance, get_args(ReverseVariance))}"
+                f"there is no variance '{self.variance}': {nearest(self.variance, get_args(ReverseVariance))}",
+                key="variance",
+                code="unknown",
             )
 
     def __len__(self) -> int:
@@ -76,7 +80,11 @@ class Chain:
         starts = self.grid.times[:-1].flip(0)
         place = torch.searchsorted(starts, times.cpu().double()).clamp(max=len(starts) - 1)
         if not torch.equal(starts[place], times.cpu().double()):
-            raise UserError("a time is none of the grid's, of whose pairs the bound consists: it does not visit it.")
+            raise UserError(
+                "a time is none of the grid's, of whose pairs the bound consists: it does not visit it.",
+                key="times",
+                code="mismatch",
+            )
         return len(starts) - 1 - place
 
     @cached_property

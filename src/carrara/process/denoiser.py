@@ -50,9 +50,17 @@ class NetworkDenoiser:
 
     def __post_init__(self) -> None:
         if self.predicts not in get_args(Predicts):
-            raise UserError(f"a network cannot predict '{self.predicts}': {nearest(self.predicts, get_args(Predicts))}")
+            raise UserError(
+                f"a network cannot predict '{self.predicts}': {nearest(self.predicts, get_args(Predicts))}",
+                key="predicts",
+                code="unknown",
+            )
         if self.predicts == "previous" and not isinstance(self.schedule, Discrete):
-            raise UserError("a network that predicts the previous image needs the discrete schedule it was trained on.")
+            raise UserError(
+                "a network that predicts the previous image needs the discrete schedule it was trained on.",
+                key="schedule",
+                code="unsupported",
+            )
 
     def raw(self, x: Tensor, t: Time, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """What the network predicts, in x's type: [B, …], and its raw variance fraction, if it has one."""
@@ -73,7 +81,9 @@ class NetworkDenoiser:
         if raw.shape[1] != expected:
             raise UserError(
                 f"the network gave {raw.shape[1]} channels for an image of {x.shape[1]}: {expected} are expected "
-                f"{'with' if self.learned_variance else 'without'} a learned variance."
+                f"{'with' if self.learned_variance else 'without'} a learned variance.",
+                key="network",
+                code="shape",
             )
         if not self.learned_variance:
             return raw, None

@@ -39,16 +39,17 @@ class Grid:
     def __post_init__(self) -> None:
         times = torch.as_tensor(self.times, dtype=torch.float64).cpu()
         if times.ndim != 1 or len(times) < 2:
-            raise UserError("a grid needs at least two times.")
+            raise UserError("a grid needs at least two times.", key="times")
         if not bool(torch.isfinite(times).all()) or float(times.min()) < 0:
-            raise UserError("a grid's times must be finite and not negative.")
+            raise UserError("a grid's times must be finite and not negative.", key="times")
         steps = times.diff() if self.ascending else -times.diff()
         if not bool((steps > 0).all()):
             at = int((steps <= 0).nonzero()[0, 0])
             direction = "ascend" if self.ascending else "descend"
             raise UserError(
                 f"a grid's times must strictly {direction}: "
-                f"{float(times[at]):g} is followed by {float(times[at + 1]):g}."
+                f"{float(times[at]):g} is followed by {float(times[at + 1]):g}.",
+                key="times",
             )
         object.__setattr__(self, "times", times)
 
@@ -88,7 +89,11 @@ def _steps(schedule: Schedule, steps: int) -> int:
 
 def _table(schedule: Schedule, spacing: str) -> int:
     if not isinstance(schedule, Discrete):
-        raise UserError(f"{spacing} spacing counts the entries of a table: use trailing, linspace, karras or log_snr.")
+        raise UserError(
+            f"{spacing} spacing counts the entries of a table: use trailing, linspace, karras or log_snr.",
+            key="spacing",
+            code="unsupported",
+        )
     return int(schedule.final_time)
 
 
@@ -100,7 +105,9 @@ def _finish(times: Iterable[float], name: str, terminal: Terminal = "clean") -> 
     elif values[-1] != 1:
         values.append(1.0)
     if len(values) < 2:
-        raise UserError("a grid of one step that starts at t = 1 can only end at the clean point.")
+        raise UserError(
+            "a grid of one step that starts at t = 1 can only end at the clean point.", key="terminal", code="conflict"
+        )
     return Grid(torch.tensor(values, dtype=torch.float64), name)
 
 
@@ -127,7 +134,8 @@ def leading(schedule: Schedule, steps: int, offset: int = 0, terminal: Terminal 
     times = [1 + offset + i * stride for i in reversed(range(steps))]
     if times[0] > final or times[-1] < 1:
         raise UserError(
-            f"offset {offset} with {steps} steps leads to t = {times[0]}, outside 1..{final}: use offset 0."
+            f"offset {offset} with {steps} steps leads to t = {times[0]}, outside 1..{final}: use offset 0.",
+            key="offset",
         )
     return _finish(times, f"leading{f' +{offset}' if offset else ''}", terminal)
 
@@ -188,7 +196,8 @@ def karras(
     high = _noise_to_signal(schedule, schedule.final_time) if sigma_max is None else sigma_max
     if not 0 < low < high < math.inf:
         raise UserError(
-            "Karras' grid needs 0 < sigma_min < sigma_max < ∞: name sigma_max where the schedule ends in pure noise."
+            "Karras' grid needs 0 < sigma_min < sigma_max < ∞: name sigma_max where the schedule ends in pure noise.",
+            key="sigma_max",
         )
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
@@ -249,7 +258,9 @@ def sections(schedule: Schedule, counts: str | Sequence[int]) -> Grid:
         try:
             counts = [int(part) for part in text.split(",")]
         except ValueError:
-            raise UserError(f"'{text}' is not a list of section counts such as '10,15,20' or 'ddim25'.") from None
+            raise UserError(
+                f"'{text}' is not a list of section counts such as '10,15,20' or 'ddim25'.", key="counts"
+            ) from None
     size, extra = divmod(final, max(len(counts), 1))
     indices: list[int] = []
     start = 0
@@ -257,7 +268,8 @@ def sections(schedule: Schedule, counts: str | Sequence[int]) -> Grid:
         length = size + (1 if i < extra else 0)
         if not 1 <= count <= length:
             raise UserError(
-                f"section {i + 1} holds {length} of the {final} levels: it cannot be covered in {count} steps."
+                f"section {i + 1} holds {length} of the {final} levels: it cannot be covered in {count} steps.",
+                key="counts",
             )
         stride = 1.0 if count == 1 else (length - 1) / (count - 1)
         position = 0.0
@@ -266,7 +278,7 @@ def sections(schedule: Schedule, counts: str | Sequence[int]) -> Grid:
             position += stride
         start += length
     if not indices:
-        raise UserError("sections need at least one count.")
+        raise UserError("sections need at least one count.", key="counts")
     return _finish([float(i + 1) for i in reversed(indices)], f"sections {','.join(map(str, counts))}")
 
 
@@ -282,6 +294,7 @@ def ddim(schedule: Schedule, steps: int) -> Grid:
     if n not in lengths:
         close = sorted(lengths, key=lambda length: abs(length - n))[:2]
         raise UserError(
-            f"no whole stride covers {final} levels in {n} steps: the nearest are {min(close)} and {max(close)}."
+            f"no whole stride covers {final} levels in {n} steps: the nearest are {min(close)} and {max(close)}.",
+            key="steps",
         )
     return _finish([float(i + 1) for i in reversed(range(0, final, lengths[n]))], f"ddim{n}")

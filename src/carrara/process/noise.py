@@ -117,14 +117,14 @@ class Noise:
         """
         numbers = tuple(int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids))
         if numbers and min(numbers) < 0:
-            raise UserError(f"sample numbers start at 0: there is no noise for sample {min(numbers)}.")
+            raise UserError(f"sample numbers start at 0: there is no noise for sample {min(numbers)}.", key="ids")
         toward = (self.toward[0].rows(numbers), self.toward[1]) if self.toward else None
         return replace(self, ids=numbers, toward=toward)
 
     def at(self, draw: int) -> Noise:
         """Another draw of the same samples."""
         if draw < 0:
-            raise UserError(f"draws start at 0: there is no draw {draw}.")
+            raise UserError(f"draws start at 0: there is no draw {draw}.", key="draw")
         return replace(self, draw=draw, toward=(self.toward[0].at(draw), self.toward[1]) if self.toward else None)
 
     def slerp(self, other: Noise, weight: float) -> Noise:
@@ -133,7 +133,7 @@ class Noise:
         A small weight toward a sub-seed varies a picture a little. Uniform numbers stay this noise's own.
         """
         if not 0 <= weight <= 1:
-            raise UserError(f"a slerp weight lies in 0..1, {weight:g} does not.")
+            raise UserError(f"a slerp weight lies in 0..1, {weight:g} does not.", key="weight")
         if weight == 0:
             return self
         return replace(self, toward=(replace(other, ids=self.ids, draw=self.draw), weight))
@@ -141,9 +141,11 @@ class Noise:
     def _runs(self, rows: int, count: int, sub: int) -> list[tuple[int, int, np.random.Philox]]:
         """Stretches of consecutive samples: (place in the batch, length, generator)."""
         if self.ids is not None and len(self.ids) != rows:
-            raise UserError(f"the noise is bound to {len(self.ids)} samples, not to a batch of {rows}.")
+            raise UserError(
+                f"the noise is bound to {len(self.ids)} samples, not to a batch of {rows}.", key="noise", code="shape"
+            )
         if not 0 <= sub < _SUBDRAWS:
-            raise UserError(f"a step may draw {_SUBDRAWS} times: there is no draw number {sub}.")
+            raise UserError(f"a step may draw {_SUBDRAWS} times: there is no draw number {sub}.", key="sub")
         if rows == 0 or count == 0:
             return []
         key = self.draw * _SUBDRAWS + sub
@@ -221,12 +223,16 @@ class GivenNoise(Noise):
         device: torch.device | str = "cpu",
     ) -> Tensor:
         if sub or self.draw >= len(self.tensors):
-            raise UserError(f"no noise was given for draw {self.draw}, number {sub} within it.")
+            raise UserError(
+                f"no noise was given for draw {self.draw}, number {sub} within it.", key="tensors", code="missing"
+            )
         value = self.tensors[self.draw]
         if self.ids is not None:
             value = value[list(self.ids)]
         if tuple(value.shape) != tuple(shape):
-            raise UserError(f"the given noise has the shape {tuple(value.shape)}, not {tuple(shape)}.")
+            raise UserError(
+                f"the given noise has the shape {tuple(value.shape)}, not {tuple(shape)}.", key="tensors", code="shape"
+            )
         return value.to(device=device, dtype=dtype)
 
 

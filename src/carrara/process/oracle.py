@@ -62,14 +62,18 @@ class GaussianMixture:
         self.weights = torch.as_tensor(weights, dtype=torch.float64)
         self.variances = torch.as_tensor(variances, dtype=torch.float64)
         if self.means.ndim < 2:
-            raise UserError("a mixture's means are [K, *shape], of at least one dimension.")
+            raise UserError("a mixture's means are [K, *shape], of at least one dimension.", key="means", code="shape")
         components = self.means.shape[0]
         own = torch.arange(components)
         self.labels = own if labels is None else torch.as_tensor(labels, dtype=torch.int64)
         if not self.weights.shape == self.variances.shape == self.labels.shape == (components,):
-            raise UserError(f"a mixture of {components} means needs as many weights, variances and labels.")
+            raise UserError(
+                f"a mixture of {components} means needs as many weights, variances and labels.",
+                key="weights",
+                code="shape",
+            )
         if not bool((self.weights > 0).all()) or not bool((self.variances >= 0).all()):
-            raise UserError("a mixture's weights must be positive and its variances not negative.")
+            raise UserError("a mixture's weights must be positive and its variances not negative.", key="weights")
         self.weights = self.weights / self.weights.sum()
         self.classes = int(self.labels.max()) + 1
         self.shape = tuple(self.means.shape[1:])
@@ -107,7 +111,9 @@ class GaussianMixture:
         label = condition.label.reshape(-1, 1)
         belongs = (label.cpu() == self.labels) | (label.cpu() == self.classes)
         if not bool(belongs.any(1).all()):
-            raise UserError(f"the mixture has the classes 0..{self.classes - 1} ({self.classes} is the null label).")
+            raise UserError(
+                f"the mixture has the classes 0..{self.classes - 1} ({self.classes} is the null label).", key="label"
+            )
         share = (belongs * self.weights).sum(1, keepdim=True)
         return torch.where(belongs, 0.0, -torch.inf).to(x) - share.log().to(x)
 

@@ -67,7 +67,11 @@ def posterior_coefficients(schedule: Schedule, t: Time, x: Tensor) -> tuple[Scal
     """
     times = torch.as_tensor(t, dtype=torch.float64)
     if times.device.type == "cpu" and bool((times != times.floor()).any()):
-        raise UserError("a network that predicts the previous image knows whole times only: use a grid of whole times.")
+        raise UserError(
+            "a network that predicts the previous image knows whole times only: use a grid of whole times.",
+            key="time",
+            code="unsupported",
+        )
     # In float64 until the end: σ²_{t|s} is a small difference of numbers near one.
     wide = x.new_empty((x.shape[0], *[1] * (x.ndim - 1)), dtype=torch.float64)
     transition = Transition.per_sample(schedule, times, times - 1, wide)

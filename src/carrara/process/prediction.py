@@ -49,7 +49,9 @@ def x0_of_eps(x: Tensor, eps: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
     if _vanishes(alpha):
         raise UserError(
             "ε-prediction is undefined where no signal is left (zero SNR): use a model that predicts v or x0, "
-            "or a grid that starts at a less noisy time."
+            "or a grid that starts at a less noisy time.",
+            key="predicts",
+            code="unsupported",
         )
     if isinstance(sigma, Tensor):
         return (x - sigma * eps) / alpha
@@ -63,7 +65,11 @@ def eps_of_x0(x: Tensor, x0: Tensor, alpha: Scale, sigma: Scale) -> Tensor:
         UserError: s = 0, where there is no noise to speak of.
     """
     if _vanishes(sigma):
-        raise UserError("there is no noise to predict at the clean point (t = 0): take a later time.")
+        raise UserError(
+            "there is no noise to predict at the clean point (t = 0): take a later time.",
+            key="time",
+            code="unsupported",
+        )
     if isinstance(alpha, Tensor):
         return (x - alpha * x0) / sigma
     return torch.sub(x, x0, alpha=alpha) / sigma

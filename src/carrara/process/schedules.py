@@ -111,10 +111,12 @@ class Discrete(Schedule):
     ) -> None:
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
         if table.ndim != 1 or len(table) < 2:
-            raise UserError("a discrete schedule needs at least two steps.")
+            raise UserError("a discrete schedule needs at least two steps.", key="schedule.alphas_cumprod")
         descends = bool((table.diff() < 0).all())
         if not descends or not 0 <= float(table[-1]) < float(table[0]) < 1:
-            raise UserError("alphas_cumprod must fall strictly and lie in [0, 1), noisiest last.")
+            raise UserError(
+                "alphas_cumprod must fall strictly and lie in [0, 1), noisiest last.", key="schedule.alphas_cumprod"
+            )
         self.alphas_cumprod = table
         self.final_time = float(len(table))
         self.network_scale = network_scale
@@ -149,12 +151,14 @@ class Discrete(Schedule):
     def _check_between(self, times: Tensor) -> None:
         if float(times.min()) < 1:
             raise UserError(
-                f"a discrete schedule has no level at t = {float(times.min()):g}, between the clean point and 1."
+                f"a discrete schedule has no level at t = {float(times.min()):g}, between the clean point and 1.",
+                key="time",
             )
         if float(self.alphas_cumprod[-1]) == 0 and float(times.max()) > self.final_time - 1:
             raise UserError(
                 f"t = {float(times.max()):g} lies next to the zero-SNR end of the schedule, where there is no log-SNR "
-                "to interpolate to: use whole times."
+                "to interpolate to: use whole times.",
+                key="time",
             )
 
     def alpha(self, t: Time) -> Tensor:
@@ -187,7 +191,7 @@ def from_betas(betas: Tensor | Sequence[float], network_scale: float = 1.0) -> D
     """A discrete schedule from β_1..β_T, each in (0, 1]: ᾱ_t = Π (1 - β_i)."""
     values = torch.as_tensor(betas, dtype=torch.float64)
     if values.numel() < 2 or not bool(((values > 0) & (values <= 1)).all()):
-        raise UserError("betas must be at least two numbers, each above 0 and at most 1.")
+        raise UserError("betas must be at least two numbers, each above 0 and at most 1.", key="schedule.betas")
     spec: dict[str, object] = {"kind": "from_betas", "betas": values.tolist()}
     return Discrete(torch.cumprod(1 - values, 0), spec, network_scale)
 
@@ -203,7 +207,9 @@ def linear(steps: int = 1000, network_scale: float = 1.0) -> Discrete:
         UserError: fewer than 21 steps, where the last β would reach 1.
     """
     if _count(steps) < 21:
-        raise UserError(f"the linear schedule needs at least 21 steps (its last β is 20/T), not {steps}.")
+        raise UserError(
+            f"the linear schedule needs at least 21 steps (its last β is 20/T), not {steps}.", key="schedule.steps"
+        )
     betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
     return Discrete(torch.cumprod(1 - betas, 0), {"kind": "linear", "steps": steps}, network_scale)
 
@@ -214,7 +220,7 @@ def scaled_linear(
     """β linear in its square root: the schedule of latent diffusion and Stable Diffusion, whose configuration
     files call it "linear" (Rombach et al. 2022)."""
     if not 0 < beta_start < beta_end < 1:
-        raise UserError("scaled_linear needs 0 < beta_start < beta_end < 1.")
+        raise UserError("scaled_linear needs 0 < beta_start < beta_end < 1.", key="schedule.beta_end")
     betas = torch.linspace(beta_start**0.5, beta_end**0.5, _count(steps), dtype=torch.float64) ** 2
     spec: dict[str, object] = {
         "kind": "scaled_linear",
@@ -240,7 +246,7 @@ def sigmoid(
     """ᾱ falls along a sigmoid from `start` to `end` at temperature `tau` (Jabri et al. 2022, algorithm 1),
     each β capped at 0.999 as for `cosine`."""
     if not (end > start and tau > 0):
-        raise UserError("the sigmoid schedule needs start < end and tau > 0.")
+        raise UserError("the sigmoid schedule needs start < end and tau > 0.", key="schedule.tau")
     t = torch.arange(_count(steps) + 1, dtype=torch.float64) / steps
     value = torch.sigmoid((t * (end - start) + start) / tau)
     alphas_cumprod = (value[-1] - value) / (value[-1] - value[0])
@@ -253,7 +259,9 @@ def zero_terminal_snr(schedule: Discrete) -> Discrete:
     """The schedule shifted and scaled so that nothing of the image is left at T (Lin et al. 2023, algorithm 1):
     √ᾱ' = (√ᾱ - √ᾱ_T)·√ᾱ_1/(√ᾱ_1 - √ᾱ_T). The network's times stay."""
     if not isinstance(schedule, Discrete):
-        raise UserError("only a discrete schedule can be rescaled to zero terminal SNR.")
+        raise UserError(
+            "only a discrete schedule can be rescaled to zero terminal SNR.", key="schedule", code="unsupported"
+        )
     root = schedule.alphas_cumprod.sqrt()
     rescaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
     spec: dict[str, object] = {"kind": "zero_terminal_snr", "schedule": schedule.spec}
@@ -267,7 +275,7 @@ class VarianceExploding(Schedule):
 
     def __init__(self, sigma_min: float, sigma_max: float) -> None:
         if not 0 < sigma_min < sigma_max < math.inf:
-            raise UserError("the EDM schedule needs 0 < sigma_min < sigma_max.")
+            raise UserError("the EDM schedule needs 0 < sigma_min < sigma_max.", key="schedule.sigma_max")
         self.first_time, self.final_time = sigma_min, sigma_max
         self.spec = {"kind": "edm", "sigma_min": sigma_min, "sigma_max": sigma_max}
 
@@ -297,7 +305,9 @@ class RectifiedFlow(Schedule):
 
     def __init__(self, shift: float, first_time: float) -> None:
         if not (shift > 0 and 0 < first_time < 1):
-            raise UserError("the flow schedule needs a positive shift and a first_time between 0 and 1.")
+            raise UserError(
+                "the flow schedule needs a positive shift and a first_time between 0 and 1.", key="schedule.shift"
+            )
         self.shift, self.first_time = shift, first_time
         self.spec = {"kind": "rectified_flow", "shift": shift, "first_time": first_time}
 
@@ -331,7 +341,10 @@ class ContinuousVP(Schedule):
 
     def __init__(self, beta_min: float, beta_max: float, first_time: float) -> None:
         if not (0 < beta_min < beta_max and 0 < first_time < 1):
-            raise UserError("the VP-SDE schedule needs 0 < beta_min < beta_max and a first_time between 0 and 1.")
+            raise UserError(
+                "the VP-SDE schedule needs 0 < beta_min < beta_max and a first_time between 0 and 1.",
+                key="schedule.beta_max",
+            )
         self.beta_min, self.beta_max, self.first_time = beta_min, beta_max, first_time
         self.spec = {"kind": "vp_sde", "beta_min": beta_min, "beta_max": beta_max, "first_time": first_time}
 
@@ -368,7 +381,7 @@ class Trigonometric(Schedule):
 
     def __init__(self, first_time: float) -> None:
         if not 0 < first_time < 1:
-            raise UserError("the trigonometric schedule needs a first_time between 0 and 1.")
+            raise UserError("the trigonometric schedule needs a first_time between 0 and 1.", key="schedule.first_time")
         self.first_time = first_time
         self.spec = {"kind": "trigonometric", "first_time": first_time}
 
@@ -418,11 +431,19 @@ def build(spec: dict[str, object]) -> Schedule:
         inner = arguments.pop("schedule", None)
         inner_schedule = build(inner) if isinstance(inner, dict) else None
         if not isinstance(inner_schedule, Discrete) or arguments:
-            raise UserError("zero_terminal_snr takes one argument, 'schedule', the discrete schedule to rescale.")
+            raise UserError(
+                "zero_terminal_snr takes one argument, 'schedule', the discrete schedule to rescale.", key="schedule"
+            )
         return zero_terminal_snr(inner_schedule)
     if kind not in constructors:
-        raise UserError(f"there is no schedule '{kind}': {nearest(kind, [*constructors, 'zero_terminal_snr'])}")
+        raise UserError(
+            f"there is no schedule '{kind}': {nearest(kind, [*constructors, 'zero_terminal_snr'])}",
+            key="schedule.kind",
+            code="unknown",
+        )
     try:
         return constructors[kind](**arguments)
     except TypeError as error:
-        raise UserError(f"the schedule '{kind}' cannot be made from {sorted(arguments)}: {error}.") from None
+        raise UserError(
+            f"the schedule '{kind}' cannot be made from {sorted(arguments)}: {error}.", key="schedule"
+        ) from None

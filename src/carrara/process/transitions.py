@@ -212,7 +212,7 @@ class Gaussian:
                 "tanh" approximation with its floor of 1e-12 (up to 1e-4 bits/dim apart).
         """
         if levels < 2:
-            raise UserError(f"an image has at least 2 levels, not {levels}.")
+            raise UserError(f"an image has at least 2 levels, not {levels}.", key="levels")
         half = 1 / (levels - 1)
         narrow = _exp(-0.5 * self.log_variance)
         above, below = (x - self.mean + half) * narrow, (x - self.mean - half) * narrow

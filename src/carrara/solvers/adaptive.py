@@ -40,7 +40,7 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         if not (self.rtol >= 0 and self.atol >= 0 and self.rtol + self.atol > 0):
-            raise UserError("the adaptive solver needs tolerances rtol, atol ≥ 0 that are not both 0.")
+            raise UserError("the adaptive solver needs tolerances rtol, atol ≥ 0 that are not both 0.", key="rtol")
 
     @property
     def convergence_order(self) -> int:
@@ -111,7 +111,9 @@ class _SubSteps:
             x0 = torch.where(rows, last.x0, x0)
         raise UserError(
             f"the adaptive solver needs more than {_MOST_SUBSTEPS} sub-steps down to t = {self.end:g}: "
-            "loosen rtol and atol, or integrate in float64."
+            "loosen rtol and atol, or integrate in float64.",
+            key="rtol",
+            code="not_finite",
         )
 
     def _substep(self, z: Tensor, tau: Tensor, size: Tensor, k1: Tensor) -> tuple[Tensor, Prediction, Tensor]:

@@ -34,9 +34,9 @@ class DDIM:
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
-            raise UserError(f"DDIM's eta lies in 0..1, {self.eta:g} does not.")
+            raise UserError(f"DDIM's eta lies in 0..1, {self.eta:g} does not.", key="eta")
         if self.noise not in ("matched", "large"):
-            raise UserError(f"DDIM's noise is 'matched' or 'large', not '{self.noise}'.")
+            raise UserError(f"DDIM's noise is 'matched' or 'large', not '{self.noise}'.", key="noise", code="unknown")
 
     @property
     def stochastic(self) -> bool:
@@ -50,7 +50,9 @@ class DDIM:
 
     def start(self, x: Tensor, grid: Grid) -> State:
         if grid.ascending and self.stochastic:
-            raise UserError("a reversed grid needs a deterministic solver: DDIM with eta=0.")
+            raise UserError(
+                "a reversed grid needs a deterministic solver: DDIM with eta=0.", key="solver", code="unsupported"
+            )
         return None
 
     def step(self, denoise: Denoise, transition: Transition[float], x: Tensor, state: State, noise: Noise) -> Step:

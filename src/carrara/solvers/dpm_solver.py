@@ -48,11 +48,15 @@ class DPMSolver:
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
-            raise UserError(f"DPM-Solver++ multistep has the orders 1, 2 and 3, not {self.order}.")
+            raise UserError(f"DPM-Solver++ multistep has the orders 1, 2 and 3, not {self.order}.", key="order")
         if not 0 <= self.eta <= 1:
-            raise UserError(f"DPM-Solver++'s eta lies in 0..1, {self.eta:g} does not.")
+            raise UserError(f"DPM-Solver++'s eta lies in 0..1, {self.eta:g} does not.", key="eta")
         if self.solver_type not in ("midpoint", "heun"):
-            raise UserError(f"DPM-Solver++'s solver_type is 'midpoint' or 'heun', not '{self.solver_type}'.")
+            raise UserError(
+                f"DPM-Solver++'s solver_type is 'midpoint' or 'heun', not '{self.solver_type}'.",
+                key="solver_type",
+                code="unknown",
+            )
 
     @property
     def convergence_order(self) -> int:
@@ -118,7 +122,7 @@ class DPMSolver2S:
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
-            raise UserError(f"DPM-Solver++(2S)'s eta lies in 0..1, {self.eta:g} does not.")
+            raise UserError(f"DPM-Solver++(2S)'s eta lies in 0..1, {self.eta:g} does not.", key="eta")
 
     @property
     def convergence_order(self) -> int:

@@ -57,7 +57,7 @@ class Euler:
 
     def __post_init__(self) -> None:
         if self.churn < 0 or not 0 <= self.s_min <= self.s_max or self.s_noise < 0:
-            raise UserError("churn needs churn ≥ 0, 0 ≤ s_min ≤ s_max and s_noise ≥ 0.")
+            raise UserError("churn needs churn ≥ 0, 0 ≤ s_min ≤ s_max and s_noise ≥ 0.", key="churn")
 
     @property
     def convergence_order(self) -> int:

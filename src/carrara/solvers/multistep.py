@@ -43,7 +43,7 @@ class LMS:
 
     def __post_init__(self) -> None:
         if self.order not in ADAMS_BASHFORTH:
-            raise UserError(f"LMS has the orders 1 to 4, not {self.order}.")
+            raise UserError(f"LMS has the orders 1 to 4, not {self.order}.", key="order")
 
     @property
     def convergence_order(self) -> int:

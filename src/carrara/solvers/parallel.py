@@ -43,7 +43,9 @@ class Picard:
 
     def __post_init__(self) -> None:
         if not (0 <= self.eta <= 1 and self.tolerance >= 0 and (self.window is None or self.window >= 1)):
-            raise UserError("parallel sampling needs eta in 0..1, a window of at least 1 and a tolerance ≥ 0.")
+            raise UserError(
+                "parallel sampling needs eta in 0..1, a window of at least 1 and a tolerance ≥ 0.", key="window"
+            )
 
     def coefficients(self, transition: Transition[float]) -> tuple[float, float, float]:
         """A, B and σ of the step x_s = A x_t + B x̂_0 + σ z."""

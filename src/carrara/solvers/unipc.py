@@ -42,9 +42,9 @@ class UniPC:
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
-            raise UserError(f"UniPC has the orders 1, 2 and 3, not {self.order}.")
+            raise UserError(f"UniPC has the orders 1, 2 and 3, not {self.order}.", key="order")
         if self.variant not in ("B1", "B2"):
-            raise UserError(f"UniPC's variant is 'B1' or 'B2', not '{self.variant}'.")
+            raise UserError(f"UniPC's variant is 'B1' or 'B2', not '{self.variant}'.", key="variant", code="unknown")
 
     @property
     def convergence_order(self) -> int:
