@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch
 from PIL import Image
 
 from carrara.evaluation import kernel_distance
+from carrara.evaluation.collect import collect_together
+from carrara.evaluation.features import Pixels
 from carrara.evaluation.manifold import density_coverage, precision_recall
 from carrara.evaluation.moments import LARGEST, Moments
-from carrara.evaluation.pictures import data_pictures
+from carrara.evaluation.pictures import Pictures, data_pictures
 from carrara.evaluation.protocol import reconstruction
 from carrara.evaluation.reference import read_statistics
 from carrara.evaluation.stamp import Measurement, Stamp, from_json, load, to_json
@@ -112,10 +116,49 @@ def test_a_folder_of_samples_has_one_truth(tmp_path: Path) -> None:
         assert picture.size == (8, 8)
 
 
-@pytest.mark.parametrize("shape", [(3, 256, 256), (1, 256, 256), (LARGEST + 1,)], ids=["rgb", "gray", "one more"])
-def test_a_covariance_that_no_memory_holds_is_refused_before_it_is_made(shape: tuple[int, ...]) -> None:
+def test_more_numbers_than_memory_has_are_refused_before_the_second_batch() -> None:
+    batches = []
+
+    def make(rows: range) -> torch.Tensor:
+        batches.append(rows)
+        return torch.zeros(len(rows), 3, 256, 256)
+
     with refused("resources", "features"):
-        Moments.of(torch.zeros(8, *shape))
+        collect_together(Pictures("large", 1366, make, batch_size=2), Pixels())
+    assert len(batches) == 1
+    with refused("resources", "features"):
+        Moments(LARGEST + 1, LARGEST + 1)
+    assert Moments(3 * 256 * 256, 1365).count == 0
+
+
+WIDE = """
+import resource, sys
+import torch
+from carrara.evaluation.features import Pixels
+from carrara.evaluation.pictures import Pictures
+from carrara.evaluation.protocol import collected_reference, evaluate
+
+def pictures(name, count, seed, shape):
+    images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    labels = [str(row % 2) for row in range(count)]
+    return Pictures(name, count, lambda rows: images[rows.start : rows.stop], labels=labels)
+
+shape, few = tuple(map(int, sys.argv[1:4])), int(sys.argv[4])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reference, train = (collected_reference(pictures(f"r{s}", 8, s, shape), Pixels()) for s in (0, 2))
+metrics = evaluate(pictures("s", few, 1, shape), reference, Pixels(), train, "svc", True).figures
+assert {"frechet_distance", "precision", "memorised_share", "frechet_distance[1]", "class_accuracy"} <= metrics.keys()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize("words", ["3 256 256 8", "3 64 64 8", "1 200 200 6"], ids=["rgb 256", "rgb 64", "gray 200"])
+def test_few_large_pictures_take_little_memory(words: str) -> None:
+    """A covariance of 3×256×256 values has 309 GB, one of 3×64×64 takes minutes to factor. Every metric of pairs, of
+    classes and of memorisation is measured."""
+    run = [sys.executable, "-c", WIDE, *words.split()]
+    used = int(subprocess.run(run, capture_output=True, text=True, check=True, timeout=120).stdout)
+    assert used < 2**29  # 8 pictures in float64 are 12 MiB; libraries that are imported on the way take 100
 
 
 @pytest.mark.parametrize("name", ["{:04}.png", "x-{:02}.png", "{:03}_out.png"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from carrara.errors import UserError
 from carrara.evaluation import Moments, Statistics, frechet_distance, frechet_interval
-from carrara.evaluation.frechet import _influence, _Side
+from carrara.evaluation.frechet import _influence, normal
 
 
 def features(n: int, d: int, seed: int, decay: float = 2.0, shift: float = 0.0) -> Tensor:
@@ -153,7 +153,7 @@ def test_the_interval_lies_around_the_value_and_depends_on_the_seed_alone() -> N
 def test_influence_is_the_derivative_by_a_rows_weight() -> None:
     """Doubling one row of many moves the distance by its influence over N, up to 1/N²."""
     x, reference = features(20000, 8, 1, shift=0.1), Moments.of(features(3000, 8, 0))
-    influence = _influence(x, _Side(x), _Side(reference))
+    influence = _influence(x, normal(x), normal(reference))
     assert float(influence.mean()) == pytest.approx(0, abs=1e-12)
     before = frechet_distance(x, reference)
     for row in (0, 7, int(influence.argmax())):

@@ -85,7 +85,7 @@ def test_spread_falls_with_collapse_and_its_interval_holds_it() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="bring them to one resolution"):
         memorisation(draw(4, 0), torch.zeros(4, 1, 2, 2), draw(4, 1))
-    with pytest.raises(UserError, match="held-out images hold NaN"):
+    with pytest.raises(UserError, match="held-out images contain NaN"):
         memorisation(draw(4, 0), draw(4, 1), draw(4, 2) * torch.nan)
     with pytest.raises(UserError, match="at least 2 training images"):
         memorisation(draw(4, 0), draw(1, 1), draw(4, 2))

@@ -84,7 +84,7 @@ def collect_together(
             if progress is not None:
                 progress(len(found.digests))
 
-    return _joined(seen(), rows)
+    return _joined(seen(), rows, pictures.count)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _see(
     return _Seen(features(images).cpu(), digests, tuple(images.shape[1:]), pixels[: max(0, shown)].clone(), classes)
 
 
-def _joined(batches: Iterable[_Seen], rows: int) -> Collected:
+def _joined(batches: Iterable[_Seen], rows: int, expected: int = 0) -> Collected:
     moments: Moments | None = None
     shape: tuple[int, ...] | None = None
     kept: list[Tensor] = []
@@ -122,7 +122,7 @@ def _joined(batches: Iterable[_Seen], rows: int) -> Collected:
                 "bring all to one resolution and number of channels."
             )
         digest.update(b"".join(seen.digests))
-        moments = (moments or Moments(seen.features.shape[1])).update(seen.features)
+        moments = (moments or Moments(seen.features.shape[1], expected)).update(seen.features)
         if (missing := rows - sum(map(len, kept))) > 0:
             kept.append(seen.features[:missing].float())
             read += [] if seen.read is None else [seen.read[:missing]]

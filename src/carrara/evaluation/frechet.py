@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,8 +18,6 @@ from torch import Tensor
 from carrara.errors import UserError
 from carrara.evaluation.bootstrap import Interval, mean_interval
 from carrara.evaluation.moments import Moments, Rows, Statistics, as_rows
-
-EPSILON = torch.finfo(torch.float64).eps
 
 Normal = Moments | Statistics
 """A normal distribution, by its mean and covariance."""
@@ -30,8 +27,7 @@ def frechet_distance(a: Normal | Rows, b: Normal | Rows) -> float:
     """The Fréchet distance between two sets, each given by its moments or by its features [N, D].
 
     Called FID only where the features are the 2015 Inception network's. It is biased upward by about 1/N:
-    compare only equal N. Features are exact also with N ≤ D; moments of so few rows are factored by their
-    eigenvectors instead, which costs some digits.
+    compare only equal N. No [D, D] matrix is made of a side that has no more rows than dimensions (docs/math.md §12).
 
     Returns:
         The squared distance d² of the paper (what everybody reports), ≥ 0, in float64.
@@ -44,8 +40,19 @@ def frechet_distance(a: Normal | Rows, b: Normal | Rows) -> float:
 
 def distance_to(reference: Normal | Rows) -> Callable[[Normal | Rows], float]:
     """The Fréchet distance to one reference, which is factored once for many samples."""
-    fixed = _Side(reference)
-    return lambda samples: _distance(_Side(samples), fixed)
+    fixed = normal(reference)
+    return lambda samples: _distance(normal(samples), fixed)
+
+
+def normal(given: Normal | Rows) -> Statistics:
+    """The normal distribution of moments or of features [N, D].
+
+    Raises:
+        UserError: fewer than 2 rows, NaN.
+    """
+    if isinstance(given, Statistics):
+        return given
+    return (given if isinstance(given, Moments) else Moments.of(as_rows(given))).statistics()
 
 
 def frechet_interval(
@@ -58,24 +65,24 @@ def frechet_interval(
     rows, so its distances are too large and, for N of a few D, spread twice as wide as those of fresh draws
     (the linearised ones 1.3 times: `tests/evaluation/test_frechet.py`).
     """
-    rows, fixed = as_rows(samples, "samples").cpu(), _Side(reference)
-    own = _Side(rows)
+    rows, fixed = as_rows(samples, "samples").cpu(), normal(reference)
+    own = normal(rows)
     value = _distance(own, fixed)
     found = mean_interval(value + _influence(rows, own, fixed), level, replicates, seed)
     return replace(found, low=max(0.0, found.low))
 
 
-def _influence(rows: Tensor, own: _Side, fixed: _Side) -> Tensor:
+def _influence(rows: Tensor, own: Statistics, fixed: Statistics) -> Tensor:
     """How the distance of rows [N, D] moves with the weight of each, float64 [N], of mean 0.
 
     With c = x - μ₁ it is 2 (μ₁ - μ₂)·c + |c|² - cᵀTc, less its mean, where T carries the first normal
     distribution onto the second: for Σ₂ = FFᵀ and FᵀΣ₁F = VΛVᵀ, T = F V Λ^-½ Vᵀ Fᵀ, so that cᵀTc = |Λ^-¼ VᵀFᵀc|².
     """
-    if own.covariance is not None:
-        within = fixed.factor.T @ own.covariance @ fixed.factor
-    else:
+    if own.wide:
         root = fixed.factor.T @ own.factor
         within = root @ root.T
+    else:
+        within = fixed.factor.T @ own.covariance @ fixed.factor
     values, vectors = torch.linalg.eigh(within)
     kept = values > 1e-12 * values.max().clamp_min(0) if len(values) else values > 0
     carry = fixed.factor @ (vectors[:, kept] * values[kept].pow(-0.25))
@@ -85,78 +92,21 @@ def _influence(rows: Tensor, own: _Side, fixed: _Side) -> Tensor:
     return influence - influence.mean()
 
 
-class _Side:
-    """One of the two normal distributions.
-
-    Attributes:
-        mean: [D].
-        covariance: [D, D]; None for no more rows than dimensions.
-        few: those rows, centred and scaled, [D, N]: Σ = few·fewᵀ.
-    """
-
-    def __init__(self, given: Normal | Rows) -> None:
-        self.few: Tensor | None = None
-        self.covariance: Tensor | None = None
-        if not isinstance(given, Moments | Statistics):
-            rows = as_rows(given).cpu()
-            count, dimension = rows.shape
-            if count < 2:
-                raise UserError(f"a Fréchet distance needs at least 2 images a side, here {count}: add images.")
-            if count <= dimension:
-                self.mean = rows.mean(0)
-                self.few = (rows - self.mean).T / (count - 1) ** 0.5
-                return
-            given = Moments.of(rows)
-        statistics = given.statistics() if isinstance(given, Moments) else given
-        self.mean, self.covariance = statistics.mean.double(), statistics.covariance.double()
-
-    @cached_property
-    def trace(self) -> float:
-        """Tr Σ."""
-        if self.covariance is not None:
-            return float(self.covariance.trace())
-        return float(self.factor.square().sum())
-
-    @cached_property
-    def cholesky(self) -> Tensor | None:
-        """The lower triangular factor of a well-posed Σ, else None."""
-        if self.covariance is None:
-            return None
-        from scipy.linalg import lapack
-
-        # A C-ordered matrix is its transpose in LAPACK's order: its upper factor is the lower one here.
-        upper, failed = lapack.dpotrf(self.covariance.numpy().T, lower=0)
-        lower = torch.from_numpy(upper.T)
-        floor = len(self.mean) * EPSILON * self.covariance.diagonal().max()
-        well_posed = failed == 0 and bool(lower.diagonal().square().min() > floor)
-        return lower if well_posed else None
-
-    @cached_property
-    def factor(self) -> Tensor:
-        """F [D, R] with Σ = FFᵀ, without the directions in which Σ is zero to rounding."""
-        if self.few is not None:
-            return self.few
-        if self.cholesky is not None:
-            return self.cholesky
-        values, vectors = torch.linalg.eigh(self.covariance)
-        kept = values > len(self.mean) * EPSILON * values[-1].clamp_min(0)
-        factor: Tensor = vectors[:, kept] * values[kept].sqrt()
-        return factor
-
-
-def _distance(a: _Side, b: _Side) -> float:
+def _distance(a: Statistics, b: Statistics) -> float:
     if a.mean.shape != b.mean.shape:
         raise UserError(
             f"features of dimensions {len(a.mean)} and {len(b.mean)} cannot be compared: "
-            "take both from one feature network at one image size."
+            "take both from one feature network at one image size.",
+            key="features",
+            code="shape",
         )
     shift = float((a.mean - b.mean).square().sum())
     return max(0.0, shift + a.trace + b.trace - 2 * _root_trace(a, b))
 
 
-def _root_trace(a: _Side, b: _Side) -> float:
+def _root_trace(a: Statistics, b: Statistics) -> float:
     """Tr (Σ₁Σ₂)^½."""
-    if a.covariance is not None and b.cholesky is not None:
+    if not a.wide and b.cholesky is not None:
         values = _congruent_eigenvalues(b.cholesky, a.covariance)
         # A root loses half the digits of an eigenvalue near rounding; such cases go the slower way below.
         if values[0] > 1e-12 * values[-1]:

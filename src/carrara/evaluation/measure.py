@@ -60,9 +60,7 @@ def measure_frechet(samples: Collected, reference: Collected | Statistics, stamp
     same_pictures(samples, reference)
     known = reference if isinstance(reference, Statistics) else reference.moments.statistics()
     whole = len(samples.rows) == samples.moments.count
-    few = samples.moments.count <= samples.moments.dimension
-    # With no more rows than dimensions the rows themselves are exact, their covariance only nearly so.
-    value = frechet_distance(samples.rows if whole and few else samples.moments, known)
+    value = frechet_distance(samples.moments, known)
     interval = frechet_interval(samples.rows, known, seed=seed) if whole else None
     name = frechet_name(stamp.features)
     note = _few(samples.moments.count, samples.moments.dimension)

@@ -12,6 +12,8 @@ from carrara.evaluation.bootstrap import Interval, around, mean_interval, weight
 from carrara.evaluation.moments import Rows, as_rows
 from carrara.evaluation.neighbours import nearest
 
+CHUNK = 1 << 14
+
 
 @dataclass(frozen=True)
 class Memorisation:
@@ -108,8 +110,9 @@ def class_spread_interval(
     for number, member in enumerate(members):
         own = rows[member] - rows[member].mean(0)
         w = weights(len(own), replicates, seed + number).to(own) / len(own)
-        variance = w @ own.square() - (w @ own).square()
-        total += variance.clamp_min(0).sqrt().mean(1).cpu()
+        for values in own.split(CHUNK, dim=1):  # [replicates, CHUNK] at once: large images have many pixels
+            variance = w @ values.square() - (w @ values).square()
+            total += variance.clamp_min(0).sqrt().sum(1).cpu() / own.shape[1]
     return around(class_spread(images, labels), total / len(members), level)
 
 

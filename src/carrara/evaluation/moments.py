@@ -1,20 +1,21 @@
 """Mean and covariance of features, streamed in float64.
 
-Rows are gathered into blocks of fixed length before they are summed, so the result is the same, bit for
-bit, however the stream was cut into batches. Each block is centred on its own mean and joined to the sums by
-the update of Chan, Golub & LeVeque (1979): no difference of large numbers, whatever the offset of the
-features. Memory is O(D²), independent of the number of rows.
+As long as there are no more rows than dimensions the rows themselves are kept: they are less than their covariance, and
+exact. More of them are gathered into blocks of fixed length before they are summed, so that the result is the same, bit
+for bit, however the stream was cut into batches. Each block is centred on its own mean and joined to the sums by the
+update of Chan, Golub & LeVeque (1979): no difference of large numbers, whatever the offset of the features. Memory is
+min(N, D)·D numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from carrara.distributed import gather
 from carrara.errors import UserError
 
 Rows = Tensor | np.ndarray
@@ -23,7 +24,9 @@ Rows = Tensor | np.ndarray
 BLOCK = 1024
 PANEL = 256
 LARGEST = 16_384
-"""Dimensions of which a covariance is kept: 2 GiB in float64. 64×64 RGB pixels have 12,288."""
+"""Dimensions of which a covariance is kept: 2 GiB in float64. 64×64 RGB pixels have 12,288. Of fewer rows than
+dimensions at most as many numbers are kept: 1,365 pictures of 256×256 RGB pixels."""
+EPSILON = torch.finfo(torch.float64).eps
 
 
 def as_rows(values: Rows, what: str = "features") -> Tensor:
@@ -39,31 +42,78 @@ def _checked(values: Rows, what: str = "features") -> Tensor:
     """The rows as a matrix [N, D] of their own number type, without NaN or infinite entries."""
     rows = torch.as_tensor(values)
     if rows.ndim < 2 or rows.shape[0] == 0:
-        raise UserError(f"the {what} have shape {list(rows.shape)}: give one row for each of at least one image.")
+        raise UserError(
+            f"the {what} have shape {list(rows.shape)}: give one row for each of at least one image.",
+            key=what,
+            code="shape",
+        )
     rows = rows.flatten(1)
     if not rows.sum(dtype=torch.float64).isfinite():  # one cheap pass; only then look closer
         good = torch.isfinite(rows).all(1)
         if not good.all():
             raise UserError(
-                f"the {what} hold NaN or infinite numbers, first in row {int((~good).nonzero()[0])}: "
-                "mend the images or the network that made them."
+                f"the {what} contain NaN or infinite numbers, first in row {int((~good).nonzero()[0])}: "
+                "fix the images or the network that made them.",
+                key=what,
+                code="not_finite",
             )
     return rows
 
 
-@dataclass(frozen=True)
 class Statistics:
-    """What the Fréchet distance needs to know of a set of features.
+    """A normal distribution fitted to features: all that the Fréchet distance needs to know of them.
 
     Attributes:
         mean: float64 [D].
-        covariance: float64 [D, D], ddof 1.
-        count: how many rows they were taken of; None where a file does not say (pytorch-fid, clean-fid, ADM).
+        count: how many rows it was fitted to; None where a file does not contain it (pytorch-fid, clean-fid, ADM).
+        factor: float64 [D, R] with Σ = factor·factorᵀ, without the directions in which Σ is zero to rounding.
+        wide: whether there are no more rows than dimensions, so that `factor` is the centred rows over √(N - 1) and no
+            [D, D] matrix is needed.
     """
 
-    mean: Tensor
-    covariance: Tensor
-    count: int | None = None
+    def __init__(
+        self, mean: Tensor, covariance: Tensor | None, count: int | None = None, factor: Tensor | None = None
+    ) -> None:
+        """Exactly one of the covariance, [D, D], and a factor of it, [D, N], is given."""
+        self.mean, self.count, self.wide = mean.double(), count, factor is not None
+        if factor is not None:
+            self.factor = factor
+        if covariance is not None:
+            self.covariance = covariance.double()
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Σ, float64 [D, D], ddof 1."""
+        return self.factor @ self.factor.T
+
+    @cached_property
+    def trace(self) -> float:
+        """Tr Σ."""
+        return float(self.factor.square().sum() if self.wide else self.covariance.trace())
+
+    @cached_property
+    def cholesky(self) -> Tensor | None:
+        """The lower triangular factor of a well-posed Σ; None of any other."""
+        if self.wide:
+            return None
+        from scipy.linalg import lapack
+
+        # A C-ordered matrix is its transpose in LAPACK's order: its upper factor is the lower one here.
+        upper, failed = lapack.dpotrf(self.covariance.numpy().T, lower=0)
+        lower = torch.from_numpy(upper.T)
+        floor = len(self.mean) * EPSILON * self.covariance.diagonal().max()
+        well_posed = failed == 0 and bool(lower.diagonal().square().min() > floor)
+        return lower if well_posed else None
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """F [D, R] with Σ = FFᵀ: Cholesky's, or of a singular Σ the scaled eigenvectors."""
+        if self.cholesky is not None:
+            return self.cholesky
+        values, vectors = torch.linalg.eigh(self.covariance)
+        positive = values > len(self.mean) * EPSILON * values[-1].clamp_min(0)
+        factor: Tensor = vectors[:, positive] * values[positive].sqrt()
+        return factor
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:
@@ -83,24 +133,21 @@ class Moments:
     moments.mean, moments.covariance, moments.count
     ```
 
+    Args:
+        dimension: D.
+        expected: how many rows will come, so that too many are refused before the first.
+
     Raises:
-        UserError: more than `LARGEST` dimensions.
+        UserError: more numbers than a covariance of `LARGEST` dimensions has, at once or as soon as they are too many.
     """
 
-    def __init__(self, dimension: int) -> None:
-        if dimension > LARGEST:
-            raise UserError(
-                f"the features have {dimension:,} dimensions, more than the {LARGEST:,} of which a covariance is kept: "
-                "choose a network with --features, or smaller images with --resolution.",
-                key="features",
-                code="resources",
-            )
-        self.dimension = dimension
-        self._count = 0
+    def __init__(self, dimension: int, expected: int = 0) -> None:
+        self.dimension, self.count = dimension, 0
+        self._refuse_too_many(expected)
+        self._summed = 0
         self._mean = torch.zeros(dimension, dtype=torch.float64)
-        self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64)  # its lower triangle is valid
-        self._block = torch.empty(0, dimension, dtype=torch.float64)
-        self._waiting = 0
+        self._scatter: Tensor | None = None  # its lower triangle is valid; None while the rows are kept
+        self._waiting: list[Tensor] = []
 
     @classmethod
     def of(cls, features: Rows) -> Moments:
@@ -112,67 +159,27 @@ class Moments:
         """Adds a batch [B, D]; returns itself.
 
         Raises:
-            UserError: another dimension than before, or NaN or infinite entries.
+            UserError: another dimension than before, NaN or infinite entries, or too many numbers.
         """
         rows = _checked(features)
         if rows.shape[1] != self.dimension:
             raise UserError(
                 f"features of dimension {rows.shape[1]} cannot join moments of dimension {self.dimension}: "
-                "use one feature network and one image size throughout."
+                "use one feature network and one image size throughout.",
+                key="features",
+                code="shape",
             )
-        if len(self._block) == 0:
-            self._block = torch.empty(BLOCK + 1, self.dimension, dtype=torch.float64)
-        taken = 0
-        while taken < len(rows):
-            part = rows[taken : taken + BLOCK - self._waiting]
-            self._block[self._waiting : self._waiting + len(part)] = part
-            self._waiting += len(part)
-            taken += len(part)
-            if self._waiting == BLOCK:
-                self._absorb()
+        self._refuse_too_many(self.count + len(rows))
+        self._waiting.append(rows.detach().cpu().clone())
+        self.count += len(rows)
+        if self.count > self.dimension and self.count - self._summed >= BLOCK:
+            self._sum_up(BLOCK)
         return self
-
-    def merge(self, other: Moments) -> Moments:
-        """Adds what another process or shard has gathered; returns itself.
-
-        Equal to one stream over all rows to about 1e-13 relative (the blocks lie elsewhere), not bit for bit.
-        """
-        if other.dimension != self.dimension:
-            raise UserError(f"moments of dimensions {self.dimension} and {other.dimension} cannot be merged.")
-        self._absorb()
-        other = other._settled()
-        if other._count:
-            _add_gram(self._scatter, self._join(other._mean, other._count)[None])
-            self._scatter += other._scatter
-        return self
-
-    def over_processes(self, device: torch.device | str = "cpu") -> Moments:
-        """The moments of all processes together, merged in rank order: the same on each, bit for bit.
-
-        Every process must call it; one process alone gets its own.
-
-        Args:
-            device: where the process group exchanges tensors (a GPU under NCCL).
-        """
-        own = self._settled()
-        state = torch.cat([torch.tensor([float(own._count)], dtype=torch.float64), own._mean, own._scatter.flatten()])
-        total = Moments(self.dimension)
-        for row in gather(state[None].to(device)).cpu():
-            part = Moments(self.dimension)
-            part._count, part._mean = int(row[0]), row[1 : 1 + self.dimension]
-            part._scatter = row[1 + self.dimension :].reshape(self.dimension, self.dimension)
-            total.merge(part)
-        return total
-
-    @property
-    def count(self) -> int:
-        """How many rows were seen."""
-        return self._count + self._waiting
 
     @property
     def mean(self) -> Tensor:
         """float64 [D]."""
-        return self._settled()._mean
+        return self.statistics().mean
 
     @property
     def covariance(self) -> Tensor:
@@ -186,36 +193,48 @@ class Moments:
             UserError: fewer than 2 rows.
         """
         if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, here {self.count}: add images.")
-        settled = self._settled()
-        lower = settled._scatter.tril().div_(self.count - 1)
-        return Statistics(settled._mean, lower + lower.tril(-1).T, self.count)
-
-    def _join(self, mean: Tensor, count: int) -> Tensor:
-        """Moves count and mean to those of the union; returns the row whose square the scatter must gain."""
-        total = self._count + count
-        shift = mean - self._mean
-        row: Tensor = shift * (self._count * count / total) ** 0.5
-        self._mean = self._mean + shift * (count / total)
-        self._count = total
-        return row
-
-    def _absorb(self) -> None:
-        """Adds the waiting rows, in place, to mean and scatter."""
-        if self._waiting:
-            rows = self._block[: self._waiting]
+            raise UserError(
+                f"a covariance needs at least 2 images, here {self.count}: add images.", key="n", code="missing"
+            )
+        if self.count <= self.dimension:
+            rows = torch.cat(self._waiting).double()
             mean = rows.mean(0)
-            rows -= mean
-            self._block[self._waiting] = self._join(mean, self._waiting)
-            _add_gram(self._scatter, self._block[: self._waiting + 1])
-            self._waiting = 0
+            return Statistics(mean, None, self.count, (rows - mean).T / (self.count - 1) ** 0.5)
+        summed = copy.copy(self)  # reading changes nothing
+        summed._scatter = None if self._scatter is None else self._scatter.clone()
+        summed._sum_up(1)
+        assert summed._scatter is not None
+        lower = summed._scatter.tril_().div_(self.count - 1)
+        return Statistics(summed._mean, lower + lower.tril(-1).T, self.count)
 
-    def _settled(self) -> Moments:
-        """Itself where nothing waits, else a copy that has absorbed the waiting rows: reading changes nothing."""
-        if not self._waiting:
-            return self
-        copy = Moments(self.dimension)
-        copy._count, copy._mean, copy._scatter = self._count, self._mean, self._scatter.clone()
-        copy._block, copy._waiting = self._block[: self._waiting + 1].clone(), self._waiting
-        copy._absorb()
-        return copy
+    def _refuse_too_many(self, count: int) -> None:
+        numbers = min(count, self.dimension) * self.dimension
+        if numbers > LARGEST**2:
+            raise UserError(
+                f"{count:,} images with features of {self.dimension:,} dimensions take more memory than the "
+                f"{LARGEST**2 * 8 / 2**30:g} GiB that are meant for them: choose a network with --features, or smaller "
+                "images with --resolution, or fewer with --n.",
+                key="features",
+                code="resources",
+            )
+
+    def _sum_up(self, fewest: int) -> None:
+        """Adds the waiting rows to mean and scatter, block by block; a last one of less than `fewest` rows waits on."""
+        if self._scatter is None:
+            self._scatter = torch.zeros(self.dimension, self.dimension, dtype=torch.float64)
+        rows, self._waiting = torch.cat(self._waiting) if self._waiting else torch.empty(0), []
+        for block in rows.split(BLOCK):
+            if len(block) < fewest:
+                self._waiting = [block.clone()]
+            elif len(block):
+                self._add(block.double())
+
+    def _add(self, rows: Tensor) -> None:
+        assert self._scatter is not None
+        mean = rows.mean(0)
+        total = self._summed + len(rows)
+        shift = mean - self._mean
+        row = shift * (self._summed * len(rows) / total) ** 0.5
+        self._mean = self._mean + shift * (len(rows) / total)
+        self._summed = total
+        _add_gram(self._scatter, torch.cat([rows - mean, row[None]]))
