@@ -22,7 +22,7 @@ ENCODERS: dict[str, type[TextEncoder]] = {Pretrained.kind: Pretrained, Vocabular
 """The kinds of encoder that saved models may name."""
 
 SETTINGS = ("dropout", "encoder", "length", "vocabulary", "layer", "final_norm", "mask", "pooled")
-"""What a recipe may choose: `encoder` is "trained" (with the network), a word of `carrara.text.PACKAGES` or a folder;
+"""What a recipe may choose: `encoder` is "trained" (with the network), a word of `carrara.text.WORDS` or a folder;
 `vocabulary` is the trained one's size; the others are those of `carrara.text.Reading`."""
 
 LONGEST = 64

@@ -2,12 +2,12 @@
 
 from carrara.text.chunks import Chunk, Format, chunks
 from carrara.text.encoder import TextEncoder
-from carrara.text.pretrained import PACKAGES, Pretrained, Reading, emphasise
+from carrara.text.pretrained import WORDS, Pretrained, Reading, emphasise
 from carrara.text.prompts import Span, parse
 from carrara.text.vocabulary import Vocabulary
 
 __all__ = [
-    "PACKAGES",
+    "WORDS",
     "Chunk",
     "Format",
     "Pretrained",

