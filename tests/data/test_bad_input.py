@@ -184,7 +184,7 @@ METADATA_FAULTS: dict[str, tuple[str, str]] = {
         jsonl(*({"file_name": f"00{i}.png", "width": 3} for i in (0, 1))),
         "neither a caption nor a label column",
     ),
-    "no label in a row": (jsonl(ROWS[0] | {"label": 1}, ROWS[1]), "leaves the column 'label' out of 1 row:"),
+    "no label in a row": (jsonl(ROWS[0] | {"label": 1}, ROWS[1]), "001.png: an empty cell is no class"),
 }
 
 

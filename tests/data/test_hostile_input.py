@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from carrara.data import Preprocess, open_source
-from carrara.data.tables import class_numbers
-from tests.data.builders import files, folder, jsonl
+from tests.data.builders import files, folder
 from tests.errors import refused
 
 
@@ -42,30 +41,6 @@ def test_an_npz_of_no_images(tmp_path: Path, labels: np.ndarray | None) -> None:
     np.savez(path, np.empty((0, 8, 8, 3), np.uint8), *([] if labels is None else [labels]))
     with refused("missing", key=str(path)):
         open_source(path)
-
-
-@pytest.mark.parametrize("bad", [True, None, [1], {"a": 1}, float("nan"), 1.5, ""])
-def test_a_value_that_is_no_class_is_refused_by_row(bad: object) -> None:
-    with refused("invalid", key="the data"):
-        class_numbers([0, 1, bad])
-
-
-@pytest.mark.parametrize("values", [[1, "1"], ["cat", 3]])
-def test_numbers_and_texts_are_not_mixed(values: list[object]) -> None:
-    with refused("mismatch", key="the data"):
-        class_numbers(values)
-
-
-def test_a_bad_label_in_json_lines(tmp_path: Path) -> None:
-    rows = [{"file_name": f"{i:03d}.png", "label": label} for i, label in enumerate([0, 1, True])]
-    with refused("invalid"):
-        open_source(folder(tmp_path, {**files(3), "metadata.jsonl": jsonl(*rows)}))
-
-
-def test_large_class_numbers_are_ordered_by_size() -> None:
-    numbers, names = class_numbers([100000, 99999, 100000])
-    assert names == ("99999", "100000")
-    assert numbers.tolist() == [1, 0, 1]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")

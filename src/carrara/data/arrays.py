@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from carrara.data.columns import class_numbers
 from carrara.data.source import Source
-from carrara.data.tables import class_numbers
 from carrara.errors import UserError
 
 
@@ -52,7 +52,7 @@ def open_npz(path: Path) -> Source:
         raise UserError(f"{path} holds no images: 'arr_0' must be uint8 [N, H, W, C] with C 1, 3 or 4.")
     if not len(array):
         raise UserError(f"{path} holds 0 images: 'arr_0' is empty.", key=str(path), code="missing")
-    if labels is not None and (labels.shape != (len(array),) or labels.dtype.kind not in "iuU"):
+    if labels is not None and (labels.shape != (len(array),) or labels.dtype.kind not in "iufbU"):
         raise UserError(f"the labels 'arr_1' of {path} must be one class for each of the {len(array)} images.")
     numbers, names = (None, None) if labels is None else class_numbers(labels.tolist(), where=str(path))
     classes = "" if names is None else f", {len(names)} classes in 'arr_1'"

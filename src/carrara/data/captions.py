@@ -14,9 +14,8 @@ from typing import overload
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from carrara.data.columns import LABELS, choose_caption, named, numbers_or_names
 from carrara.data.decode import IMAGE_SUFFIXES, UnreadablePicture
-from carrara.data.source import counted
-from carrara.data.tables import LABELS, choose_caption
 from carrara.data.trees import Tree, base_name, suffix_of
 from carrara.errors import UserError, nearest
 
@@ -160,8 +159,6 @@ def _from_rows(rows: Sequence[Row], caption_column: str | None, where: str) -> D
         )
     captions = None if caption is None else [_first(row.get(caption)) for row in rows]
     classes = None if label is None else [row.get(label) for row in rows]
-    if classes is not None and None in classes:
-        raise UserError(f"{where} leaves the column '{label}' out of {counted(classes.count(None), 'row')}: fill it.")
     notices = []
     if captions is not None and (empty := captions.count("")):
         notices.append(f"captions are empty in {where}: {empty} of {len(rows)}.")
@@ -206,13 +203,8 @@ def from_shard_files(tree: Tree, pictures: Sequence[str], limit: float, caption_
     if all(f"{stem}.cls" in tree.sizes for stem in stems):
         texts = [_text(tree, f"{stem}.cls").strip() for stem in stems]
         said = f"{described.sentence} and classes in .cls" if described.sentence else "classes in .cls"
-        described = replace(described, classes=_numbers_or_names(texts), sentence=said)
+        described = replace(described, classes=numbers_or_names(texts), sentence=said)
     return described if described.sentence else None
-
-
-def _numbers_or_names(texts: Sequence[str]) -> list[object]:
-    """Classes as numbers where all of them are written so."""
-    return [int(text) for text in texts] if all(map(str.isdecimal, texts)) else list(texts)
 
 
 def _json_row(tree: Tree, name: str) -> Row:
@@ -273,11 +265,9 @@ def _parquet_rows(tree: Tree, file: str) -> list[Row]:
 def _csv_rows(text: str) -> list[Row]:
     """Rows of texts; a label column of numbers becomes numbers, as it would be in JSON."""
     rows: list[Row] = [dict(row) for row in csv.DictReader(io.StringIO(text))]
-    for column in LABELS:
-        values = [row.get(column) for row in rows]
-        if rows and all(isinstance(value, str) and value.isdecimal() for value in values):
-            for row in rows:
-                row[column] = int(str(row[column]))
+    for column in named(LABELS, rows[0] if rows else ()):
+        for row, value in zip(rows, numbers_or_names([str(row[column] or "") for row in rows]), strict=True):
+            row[column] = value
     return rows
 
 

@@ -17,11 +17,12 @@ from carrara.data.captions import (
     from_side_files,
     misspelt_metadata,
 )
+from carrara.data.columns import class_numbers
 from carrara.data.decode import IMAGE_SUFFIXES
 from carrara.data.digits import open_digits
 from carrara.data.source import Source, counted
-from carrara.data.splits import Part, choose_split, files_of_split, part_of_tree
-from carrara.data.tables import class_numbers, open_arrow, open_parquet
+from carrara.data.splits import Part, files_of_split, part_of_tree
+from carrara.data.tables import open_arrow, open_parquet
 from carrara.data.trees import FolderTree, ShardTree, Tree, ZipTree, base_name, suffix_of
 from carrara.errors import UserError, nearest
 
@@ -97,14 +98,25 @@ def _opened(path: str | Path, split: str, limit: float, caption_column: str | No
     tree = FolderTree(path)
     files = list(tree.sizes)
     if any(file.endswith(".parquet") and base_name(file) not in METADATA for file in files):
-        own, others = _parquet_of_split(path, split)
-        return open_parquet(own, name, caption_column, others)
+        return _open_tables(tree, name, split, caption_column)
     shards = [file for file in files if file.endswith(".tar")]
     if shards:
         _refuse_packed(name, files)
-        of_split = [path / file for file in files_of_split(shards, split, name)]
-        return _open_shards(of_split, name, limit, caption_column)
+        of_split = files_of_split(shards, split, name)
+        source = _open_shards([path / file for file in of_split.own], name, limit, caption_column)
+        source.notices += of_split.notices
+        return source
     return _open_tree(tree, name, "a folder", split, limit, caption_column)
+
+
+def _open_tables(tree: FolderTree, name: str, split: str, caption_column: str | None) -> Source:
+    files = [file for file in tree.sizes if file.endswith(".parquet") and base_name(file) not in METADATA]
+    readme = tree.read("README.md").decode("utf-8", "replace") if "README.md" in tree.sizes else ""
+    of_split = files_of_split(files, split, name, readme)
+    own, others = ([tree.root / file for file in part] for part in (of_split.own, of_split.others))
+    source = open_parquet(own, name, caption_column, others)
+    source.notices += of_split.notices
+    return source
 
 
 def _open_shards(shards: Sequence[Path], name: str, limit: float, caption_column: str | None) -> Source:
@@ -178,7 +190,7 @@ def _open_tree(tree: Tree, name: str, kind: str, split: str, limit: float, capti
         described = Described(pictures, None, None, "no captions or classes", [])
     labels, class_names = None, None
     if described.classes is not None:
-        labels, class_names = class_numbers(described.classes, described.known_classes, name)
+        labels, class_names = class_numbers(described.classes, described.known_classes, name, described.names)
     below = f" in {part.folder}" if part.folder and not isinstance(tree, ShardTree) else ""
     classes = f", {len(class_names)} classes" if class_names else ""
     return Source(
@@ -281,20 +293,3 @@ def _gaps(shards: Sequence[Path]) -> list[str]:
             first = pattern.format(str(missing[0]).zfill(width))
             notices.append(f"shards missing from the running numbers: {len(missing)}, the first is {first}.")
     return notices
-
-
-def _parquet_of_split(path: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """The files of a split and those of the others, found as Hugging Face `datasets` finds them (README configs, file
-    names, folders)."""
-    import tempfile
-
-    import datasets
-
-    with tempfile.TemporaryDirectory() as scratch:  # it wants a place for locks; nothing is kept
-        try:
-            files = datasets.load_dataset_builder(str(path), cache_dir=scratch).config.data_files
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"{path} cannot be understood as a data set of parquet files: {error}.") from error
-    wanted = choose_split(split, [str(key) for key in files], path)
-    others = [Path(file) for key in files if str(key) != wanted for file in files[key]]
-    return [Path(file) for file in files[wanted]], others

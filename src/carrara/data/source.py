@@ -24,6 +24,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def printable(name: str) -> str:
+    """A name that can be printed and written as UTF-8: what of a file's name is no UTF-8 shows as "\\udce9"."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class Pictures(Protocol):
     """Where the encoded pictures lie: a folder, an archive, a table. Picklable; any thread may read."""
 

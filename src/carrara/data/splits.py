@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import yaml
 
 from carrara.errors import UserError, nearest
 
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev")
-"""Folder and file names taken for splits."""
+"""Folder names taken for splits."""
 
-_VALIDATION = {"validation", "valid", "val", "dev"}
+_SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""The words in names of files by which Hugging Face `datasets` finds splits."""
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_OF_WORD)})(?![a-z])")
+_PATTERN = re.compile(r"\*\*/?|\*|\?|\[[^]]*\]")
 
 
 def choose_split(split: str, known: Sequence[str], where: object) -> str:
@@ -20,45 +30,129 @@ def choose_split(split: str, known: Sequence[str], where: object) -> str:
     Raises:
         UserError: there is no such split.
     """
-    wanted = _VALIDATION if split in _VALIDATION else {split}
     for name in known:
-        if name.lower() in wanted:
+        if _split_of_word(name) == _split_of_word(split):
             return name
-    raise UserError(f"{where} has no split '{split}': {nearest(split, known)}")
+    raise UserError(f"{where} has no split '{split}': {nearest(split, known)}", key="data.split", code="unknown")
+
+
+def _split_of_word(word: str) -> str:
+    return _SPLIT_OF_WORD.get(word.lower(), word.lower())
 
 
 def refuse_split(split: str, where: object) -> None:
-    """Stop where a split other than "train" is asked of data that tell none.
-
-    Raises:
-        UserError: another split than "train".
-    """
+    """Raises UserError unless `split` is "train", the only one of data that are not split."""
     if split != "train":
-        raise UserError(f"{where} tells no splits by sub-folders or names, so it has no split '{split}'.")
+        raise UserError(
+            f"{where} is not split by sub-folders or names, so it has no split '{split}'.",
+            key="data.split",
+            code="unknown",
+        )
 
 
 def split_of_name(name: str) -> str | None:
-    """The split that a file tells by its folders or by how its own name begins ("val-003.tar"), if any."""
-    *folders, file = name.lower().split("/")
-    for split in SPLIT_NAMES:
-        if split in folders or re.match(rf"{split}(?![a-z])", file):
-            return split
-    return None
+    """The split that a word in a file's own name specifies ("cifar-val-003.tar"), else its innermost such folder."""
+    words = (_WORD.search(part) for part in reversed(name.lower().split("/")))
+    return next((_SPLIT_OF_WORD[word[1]] for word in words if word), None)
 
 
-def files_of_split(files: Sequence[str], split: str, where: object) -> list[str]:
-    """Those of some shards that belong to a split; all of them where none tells one.
+@dataclass(frozen=True)
+class FilesOfSplit:
+    """The tables or shards of one split.
+
+    Attributes:
+        own: their names, sorted.
+        others: those of the other splits.
+        notices: which files belong to no split.
+    """
+
+    own: list[str]
+    others: list[str]
+    notices: list[str]
+
+
+def files_of_split(files: Sequence[str], split: str, where: object, readme: str = "") -> FilesOfSplit:
+    """The files of a split: by the configuration in a data set's README, else by words in their names.
 
     Raises:
-        UserError: there is no such split.
+        UserError: there is no such split, or the README cannot be read.
     """
-    told = {name: split_of_name(name) for name in files}
-    known = sorted({name for name in told.values() if name is not None})
-    if not known:
+    splits = _configured(readme, files, f"{where}/README.md")
+    if not splits:
+        names = {file: split_of_name(file) for file in files}
+        splits = {name: [file for file in files if names[file] == name] for name in names.values() if name is not None}
+    if not splits:
         refuse_split(split, where)
-        return list(files)
-    wanted = choose_split(split, known, where)
-    return [name for name in files if told[name] == wanted]
+        return FilesOfSplit(list(files), [], [])
+    wanted = choose_split(split, sorted(splits), where)
+    own = splits[wanted]
+    others = [file for name in splits if name != wanted for file in splits[name] if file not in own]
+    rest = [file for file in files if file not in own and file not in others]
+    notices = [f"of no split, and left out: {len(rest)} of {len(files)} files, the first is {rest[0]}."] if rest else []
+    return FilesOfSplit(own, others, notices)
+
+
+def _configured(readme: str, files: Sequence[str], where: str) -> dict[str, list[str]]:
+    """The files of each split by the patterns in a README's YAML header; none where it has no such configuration.
+
+    The form is Hugging Face's: `configs`, a list of `config_name`, `data_files` (a pattern, several, a mapping by
+    split, or a list of `split` and `path`), `data_dir` and `default`.
+    """
+    header = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", readme.replace("\r\n", "\n"), re.DOTALL)
+    if header is None:
+        return {}
+    try:
+        data = yaml.safe_load(header[1]) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _unreadable(where, error) from error
+    try:
+        configs = data.get("configs") or []
+        default = [c for c in configs if c.get("default") or c.get("config_name") == "default"] or configs
+        patterns = [_patterns(config) for config in default]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _unreadable(where, error) from error
+    if len(patterns) > 1:
+        names = ", ".join(str(config.get("config_name")) for config in default)
+        raise UserError(f"{where} describes several data sets ({names}): give the folder of one.", key=where)
+    splits = {}
+    for split, wanted in (patterns[0] if patterns else {}).items():
+        splits[split] = list(dict.fromkeys(file for pattern in wanted for file in files if _fits(file, pattern)))
+        if not splits[split]:
+            raise UserError(f"no file here fits {wanted} of {where}: correct it.", key=where, code="missing")
+    return splits
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"the YAML header of {where} cannot be read ({reason}): correct it, or remove the file.",
+        key=where,
+        code="damaged",
+    )
+
+
+def _patterns(config: dict[str, Any]) -> dict[str, list[str]]:
+    """The patterns of each split, relative to the README."""
+    given = config.get("data_files")
+    base = f"{config['data_dir'].strip('/')}/" if config.get("data_dir") else ""
+    if given is None:
+        return {"train": [f"{base}**"]} if base else {}
+    if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):
+        given = {entry.get("split", "train"): entry["path"] for entry in given}
+    if not isinstance(given, dict):
+        given = {"train": given}
+    lists = {str(split): [paths] if isinstance(paths, str) else list(paths) for split, paths in given.items()}
+    return {split: [base + path.removeprefix("./") for path in paths] for split, paths in lists.items()}
+
+
+def _fits(file: str, pattern: str) -> bool:
+    """Whether a name fits a pattern, in which `*` stays within a folder and `**` does not; or is the pattern itself."""
+    signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts, end = "", 0
+    for sign in _PATTERN.finditer(pattern):
+        parts += re.escape(pattern[end : sign.start()]) + signs.get(sign[0], sign[0].replace("[!", "[^"))
+        end = sign.end()
+    return file == pattern or re.fullmatch(parts + re.escape(pattern[end:]), file) is not None
 
 
 @dataclass(frozen=True)

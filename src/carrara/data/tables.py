@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import bisect
+import glob
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.parquet as pq
+from PIL import Image
 
-from carrara.data.decode import UnreadablePicture
-from carrara.data.source import Source, counted
+from carrara.data.columns import CAPTIONS, LABELS, choose_caption, class_numbers, left_out, named
+from carrara.data.decode import IMAGE_SUFFIXES, UnreadablePicture
+from carrara.data.source import Source
 from carrara.data.splits import choose_split, refuse_split
-from carrara.errors import UserError, nearest
+from carrara.data.trees import suffix_of
+from carrara.errors import UserError
 
-LABELS = ("label", "labels", "class", "fine_label", "category")
-"""Column names taken for a class, in this order, where no column is declared as one."""
-CAPTIONS = ("text", "caption", "captions", "prompt", "description")
-"""Column names taken for a caption, in this order."""
-_NO_CAPTIONS = {*LABELS, "id", "key", "name", "file_name", "filename", "path", "url", "source", "license", "split"}
 _IN_MEMORY_BYTES = 2**30
-_LARGEST_NUMBER = 2**16 - 1
+_CELLS_LOOKED_AT = 4
+
+Folders = Sequence[tuple[int, Path]]
 
 
 class Column:
@@ -62,12 +68,17 @@ class Texts(Sequence[str]):
 
 
 class TablePictures:
-    """Pictures in a column of bytes, or of structs with `bytes` or `path`."""
+    """Pictures in a column of bytes, or of structs with `bytes` or `path`.
 
-    def __init__(self, column: pa.ChunkedArray, name: str, folder: Path) -> None:
+    Args:
+        folders: of each part of the table its number of rows and the folder from which its paths start.
+    """
+
+    def __init__(self, column: pa.ChunkedArray, name: str, folders: Folders) -> None:
         self._column = Column(column)
         self._name = name
-        self._folder = folder
+        self._ends = list(itertools.accumulate(rows for rows, _ in folders))
+        self._folders = [folder for _, folder in folders]
         self.encoded_bytes = int(column.nbytes)
 
     def __len__(self) -> int:
@@ -82,14 +93,14 @@ class TablePictures:
             path = cell.get("path")
             cell = cell.get("bytes")
             if cell is None and path:
-                return self._read_file(path)
+                return self._read_file(index, path)
         if cell is None:
             raise UnreadablePicture("the cell is empty")
         return bytes(cell)
 
-    def _read_file(self, path: str) -> bytes:
+    def _read_file(self, index: int, path: str) -> bytes:
         try:
-            return (self._folder / path).read_bytes()
+            return (self._folders[bisect.bisect_right(self._ends, index)] / path).read_bytes()
         except OSError as error:
             raise UnreadablePicture(f"{path}: {error.strerror}") from error
 
@@ -100,42 +111,133 @@ def open_parquet(
     """Parquet files as one data set, row after row.
 
     Up to 1 GiB is read into memory; beyond that Hugging Face `datasets` converts it once to Arrow in its own
-    cache and maps it.
+    cache and maps it. The files may differ in the order of columns and in the width of numbers.
 
     Args:
         other_splits: files whose classes are numbered with those of `files`.
 
     Raises:
-        UserError: a file is missing or damaged, or holds no column of images.
+        UserError: a file is missing or damaged, lacks a column that is needed, or holds no images.
     """
-    import pyarrow.parquet as pq
-
     kind = "a parquet file" if len(files) == 1 else f"{len(files)} parquet files"
-    folder = files[0].parent
+    schemas = {file: _schema(file) for file in (*files, *other_splits)}
+    schema, notices = _common_schema({file: schemas[file] for file in files}, caption_column)
+    declared = _declared(schemas)
 
     def known(label: str) -> set[object]:
-        tables = (pq.read_table(file, columns=[label]) for file in other_splits if label in pq.read_schema(file).names)
-        return {value for table in tables for value in table.column(label).unique().to_pylist()}
+        return _distinct(pq.read_table(file, columns=[label]) for file in other_splits if label in schemas[file].names)
 
+    sizes = [pq.read_metadata(file) for file in files]
+    folders = [(size.num_rows, file.parent) for size, file in zip(sizes, files, strict=True)]
+    if sum(size.row_group(i).total_byte_size for size in sizes for i in range(size.num_row_groups)) <= _IN_MEMORY_BYTES:
+        try:
+            table = pa.concat_tables([_read(file, schema) for file in files])
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(name, error) from error
+    else:
+        import datasets
+
+        features = datasets.Features.from_arrow_schema(schema)
+        data = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files], features=features)
+        table = data.data.table
+        notices.append(f"the parquet lies converted to Arrow in {Path(data.cache_files[0]['filename']).parent}.")
+    return _from_table(table, declared, name, kind, folders, caption_column, known, notices)
+
+
+def _schema(file: Path) -> pa.Schema:
+    """The columns of a file, dictionaries and views as the types that they stand for."""
     try:
-        if sum(_uncompressed_bytes(file) for file in files) <= _IN_MEMORY_BYTES:
-            table = pa.concat_tables([pq.read_table(file, memory_map=True) for file in files])
-            return _from_table(table, name, kind, folder, caption_column, known)
+        schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"the parquet of {name} is missing, damaged or of several schemas: {error}.") from error
-    import datasets
+        raise _damaged(file, error) from error
+    double = [name for name, count in Counter(schema.names).items() if count > 1]
+    if double:
+        raise UserError(
+            f"{file} has several columns '{double[0]}': rename all but one.", key=str(file), code="conflict"
+        )
+    return _plain_schema(schema)
 
-    data = datasets.Dataset.from_parquet([str(file) for file in files])
-    source = _from_table(data.data.table, name, kind, folder, caption_column, known)
-    source.notices.append(f"the parquet lies converted to Arrow in {Path(data.cache_files[0]['filename']).parent}.")
-    return source
+
+def _plain_schema(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field.with_type(_plain(field.type)) for field in schema], schema.metadata)
 
 
-def _uncompressed_bytes(file: Path) -> int:
-    import pyarrow.parquet as pq
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(_plain(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind.fields])
+    return pa.large_binary() if pa.types.is_binary_view(kind) else kind
 
-    metadata = pq.read_metadata(file)
-    return sum(int(metadata.row_group(i).total_byte_size) for i in range(metadata.num_row_groups))
+
+def _read(file: Path, schema: pa.Schema) -> pa.Table:
+    return pq.read_table(file, columns=schema.names, memory_map=True).select(schema.names).cast(schema)
+
+
+def _damaged(where: object, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"the parquet of {where} is missing or damaged: {reason}.", key=str(where), code="damaged")
+
+
+def _common_schema(schemas: Mapping[Path, pa.Schema], caption_column: str | None) -> tuple[pa.Schema, list[str]]:
+    """The columns that all files have, in types that hold the values of all, and a notice for each other column.
+
+    Raises:
+        UserError: another column has the name or the type of pictures, classes or captions.
+    """
+    fields, notices = [], []
+    for name in dict.fromkeys(name for schema in schemas.values() for name in schema.names):
+        kinds = {file: schema.field(name).type for file, schema in schemas.items() if name in schema.names}
+        columns = [pa.schema([(name, kind)]) for kind in kinds.values()]
+        if len(kinds) < len(schemas):
+            odd = next(file for file in schemas if file not in kinds)
+            problem = f"{odd} has no column '{name}', other files have"
+        else:
+            try:
+                fields.append(pa.unify_schemas(columns, promote_options="permissive").field(0))
+                continue
+            except pa.ArrowException:
+                first, *others = kinds
+                odd = next(file for file in others if kinds[file] != kinds[first])
+                problem = f"column '{name}' is {kinds[odd]} in {odd} and {kinds[first]} in {first}"
+        if named([*LABELS, *CAPTIONS], [name]) or name == caption_column or any(map(_holds_bytes, kinds.values())):
+            raise UserError(f"{problem}: give all files the same columns.", key=str(odd), code="mismatch")
+        notices.append(f"{problem}: it is not read.")
+    metadata = next((schema.metadata for schema in schemas.values() if schema.metadata), None)
+    return pa.schema(fields, metadata), notices
+
+
+def _declared(schemas: Mapping[Path, pa.Schema]) -> dict[str, dict[str, Any]]:
+    """What Hugging Face `datasets` wrote about each column into the schemas: `_type`, for classes also `names`.
+
+    Raises:
+        UserError: two files name the classes of one column differently.
+    """
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for file, schema in schemas.items():
+        try:
+            features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+            declared = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+        except (KeyError, TypeError, AttributeError, ValueError):
+            continue
+        for name, feature in declared.items():
+            first, earlier = found.setdefault(name, (file, feature))
+            if earlier.get("names") != feature.get("names"):
+                raise UserError(
+                    f"{file} names the classes of column '{name}' otherwise than {first}: write both with one list.",
+                    key=str(file),
+                    code="mismatch",
+                )
+    return {name: feature for name, (_, feature) in found.items()}
+
+
+def _distinct(tables: Iterable[pa.Table]) -> set[object]:
+    """The values in the only column of some tables."""
+    return {value for table in tables for value in table.column(0).unique().to_pylist()}
 
 
 def open_arrow(path: Path, split: str, name: str, caption_column: str | None = None) -> Source:
@@ -149,68 +251,115 @@ def open_arrow(path: Path, split: str, name: str, caption_column: str | None = N
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, pa.ArrowException, KeyError) as error:
-        raise UserError(f"{path} cannot be loaded as a saved data set: {error}.") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be loaded as a saved data set: {reason}.", key=name, code="damaged") from error
     splits = data if isinstance(data, datasets.DatasetDict) else {}
     if splits:
         data = data[choose_split(split, tuple(data), path)]
     elif str(data.split) != split:
         refuse_split(split, path)
+    declared = _declared({path / part: data.data.table.schema for part, data in (splits or {"": data}).items()})
     if data._indices is not None:  # rows were selected or shuffled before saving
         data = data.flatten_indices()
 
     def known(label: str) -> set[object]:
-        return {value for part in splits.values() if label in part.column_names for value in part.unique(label)}
+        return _distinct(part.data.table.select([label]) for part in splits.values() if label in part.column_names)
 
-    return _from_table(data.data.table, name, "a data set saved by Hugging Face datasets", path, caption_column, known)
+    table = data.data.table.cast(_plain_schema(data.data.table.schema))
+    kind = "a data set saved by Hugging Face datasets"
+    return _from_table(table, declared, name, kind, [(len(table), path)], caption_column, known)
 
 
 def _from_table(
     table: pa.Table,
+    declared: Mapping[str, Mapping[str, Any]],
     name: str,
     kind: str,
-    folder: Path,
+    folders: Folders,
     caption_column: str | None,
     known: Callable[[str], set[object]],
+    notices: Sequence[str] = (),
 ) -> Source:
     """A table as a data set; `known` gives the classes that other splits have in a column."""
-    features = _features(table)
-    image = _image_column(table, features, name)
-    label, class_names = _label_column(table, features)
-    caption = _caption_column(table, caption_column, name)
+    pictures, several = _picture_columns(table, declared, name)
     if len(table) == 0:
-        raise UserError(f"{name} has no rows.")
-    labels = None
+        raise UserError(f"{name} has no rows.", key=name, code="missing")
+    class_columns = [c for c in table.column_names if declared.get(c, {}).get("_type") == "ClassLabel"]
+    class_columns += named(LABELS, [field.name for field in table.schema if _may_be_class(field.type)])
+    texts = [field.name for field in table.schema if _is_text(field.type)]
+    label = class_columns[0] if class_columns else None
+    caption = choose_caption([c for c in texts if c != label], table.column_names, caption_column, name)
+    labels, class_names = None, None
     if label is not None:
-        others = set() if class_names else known(label)
-        labels, class_names = _labels(table.column(label), class_names, f"column '{label}' of {name}", others)
-    used = [f"images in '{image}'"]
+        declared_names = declared.get(label, {}).get("names")
+        labels, class_names = class_numbers(
+            _valid(table, label, name).to_pylist(),
+            () if declared_names else known(label),
+            f"column '{label}' of {name}",
+            names=tuple(declared_names) if declared_names else None,
+        )
+    others = [c for c in table.column_names if c not in (pictures, *class_columns, *texts)]
+    used = [f"images in '{pictures}'"]
     used += [f"{len(class_names)} classes in '{label}'"] if class_names else []
     used += [f"captions in '{caption}'"] if caption else []
     return Source(
         name=name,
         layout=f"{kind}: {len(table)} rows, {', '.join(used)}",
-        pictures=TablePictures(table.column(image), Path(name).name, folder),
+        pictures=TablePictures(table.column(pictures), Path(name).name, folders),
         labels=labels,
-        captions=None if caption is None else Texts(table.column(caption)),
+        captions=None if caption is None else Texts(_valid(table, caption, name)),
         class_names=class_names,
+        notices=[*notices, *several, *left_out(others, label, caption, name)],
     )
 
 
-def _features(table: pa.Table) -> dict[str, Any]:
-    """What Hugging Face `datasets` wrote about the columns into the schema."""
-    import datasets
+def _valid(table: pa.Table, column: str, name: str) -> pa.ChunkedArray:
+    """A column whose texts are UTF-8.
 
-    return dict(datasets.Features.from_arrow_schema(table.schema))
+    Raises:
+        UserError: they are not.
+    """
+    try:
+        table.column(column).validate(full=True)
+    except pa.ArrowException as error:
+        where = f"column '{column}' of {name}"
+        raise UserError(f"{where} is damaged: {str(error).splitlines()[0]}.", key=where, code="damaged") from error
+    return table.column(column)
 
 
-def _image_column(table: pa.Table, features: dict[str, Any], name: str) -> str:
-    declared = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
-    by_type = [field.name for field in table.schema if _holds_bytes(field.type)]
-    found = declared or by_type
-    if not found:
+def _picture_columns(table: pa.Table, declared: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, list[str]]:
+    """The column of pictures: one declared so, else one in whose first cells pictures lie, else one that may hold them.
+
+    Of several "image" or the first one is taken, with a notice.
+
+    Raises:
+        UserError: no column may hold encoded pictures.
+    """
+    encoded = [field.name for field in table.schema if _holds_bytes(field.type)]
+    if not encoded:
         columns = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
-        raise UserError(f"{name} has no column of encoded images; its columns are: {columns}.")
-    return "image" if "image" in found else found[0]
+        raise UserError(
+            f"{name} has no column of encoded images; its columns are: {columns}.", key=name, code="missing"
+        )
+    found = [column for column in encoded if declared.get(column, {}).get("_type") == "Image"]
+    found = found or [column for column in encoded if _shows_pictures(table.column(column))]
+    taken = [*named(["image"], found or encoded), *(found or encoded)][0]
+    if len(found) < 2:
+        return taken, []
+    return taken, [f"{name} has {len(found)} columns of images ({', '.join(found)}): '{taken}' is taken."]
+
+
+def _shows_pictures(column: pa.ChunkedArray) -> bool:
+    for cell in column.drop_null().slice(0, _CELLS_LOOKED_AT).to_pylist():
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        try:
+            if data is None and suffix_of(str(path)) in IMAGE_SUFFIXES:
+                return True
+            Image.open(io.BytesIO(data or b"")).close()
+            return True
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue
+    return False
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -219,102 +368,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _label_column(table: pa.Table, features: dict[str, Any]) -> tuple[str | None, tuple[str, ...] | None]:
-    for key, feature in features.items():
-        if type(feature).__name__ == "ClassLabel":
-            return key, tuple(feature.names)
-    for key in LABELS:
-        if key in table.column_names and _is_class(table.schema.field(key).type):
-            return key, None
-    return None, None
-
-
-def _is_class(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _labels(
-    column: pa.ChunkedArray, names: tuple[str, ...] | None, what: str, known: set[object]
-) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    values = column.to_pylist()
-    if any(value is None for value in values):
-        raise UserError(f"{what} has {counted(values.count(None), 'empty cell')}: every image needs its class.")
-    if names is None:
-        return class_numbers(values, known - {None}, what)
-    labels = np.asarray(values, dtype=np.int64)
-    if labels.min() < 0 or labels.max() >= len(names):
-        raise UserError(f"{what} holds the label {labels.max()} but names only {len(names)} classes.")
-    return labels, names
-
-
-def class_numbers(
-    values: Sequence[object], known: Iterable[object] = (), where: str = "the data"
-) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """The number of each sample's class, and the names of the classes.
-
-    Integers from 0 up are the numbers themselves, so that a split that lacks a class does not shift the others;
-    other integers are numbered by size, texts in alphabetical order.
-
-    Args:
-        values: the class of each sample.
-        known: classes of other splits, to be numbered with them.
-        where: the data set, for messages.
-
-    Raises:
-        UserError: a class is neither an integer nor a text that is not empty, or both kinds are mixed; the first such
-            row is named.
-    """
-    kind = type(values[0]) if len(values) else int
-    for row, value in enumerate((*values, *known)):
-        place = f"row {row}" if row < len(values) else "another split"
-        if type(value) not in (int, str) or value == "":
-            raise UserError(f"{where}, {place}: {value!r} is no class: a class is a whole number or a name.", key=where)
-        if type(value) is not kind:
-            raise UserError(
-                f"{where}, {place}: the class {value!r} is a {'number' if kind is str else 'text'}, the first one is "
-                "not: write all classes in one way.",
-                key=where,
-                code="mismatch",
-            )
-    every = {*values, *known}
-    if all(isinstance(value, int) and 0 <= value <= _LARGEST_NUMBER for value in every):
-        numbers = np.asarray(values, dtype=np.int64)
-        return numbers, tuple(map(str, range(max(int(str(value)) for value in every) + 1)))
-    ordered = sorted(every, key=_class_order)
-    number_of = {name: i for i, name in enumerate(ordered)}
-    return np.array([number_of[value] for value in values], dtype=np.int64), tuple(map(str, number_of))
-
-
-def _class_order(value: object) -> tuple[int, str]:
-    """Numbers by size, texts in alphabetical order."""
-    return (value, "") if isinstance(value, int) else (0, str(value))
-
-
-def _caption_column(table: pa.Table, wanted: str | None, name: str) -> str | None:
-    texts = [field.name for field in table.schema if _is_text(field.type)]
-    return choose_caption(texts, table.column_names, wanted, name)
+def _may_be_class(kind: pa.DataType) -> bool:
+    tests = pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_floating
+    return any(test(kind) for test in tests)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def choose_caption(texts: Sequence[str], columns: Sequence[str], wanted: str | None, name: str) -> str | None:
-    """The caption column: the one asked for, else the first known name, else the only text column.
-
-    Raises:
-        UserError: the column asked for is absent or holds no text.
-    """
-    if wanted is not None:
-        if wanted not in columns:
-            raise UserError(f"{name} has no caption column '{wanted}': {nearest(wanted, columns)}")
-        if wanted not in texts:
-            raise UserError(f"column '{wanted}' of {name} holds no text: text columns are {', '.join(texts)}.")
-        return wanted
-    named = [key for key in CAPTIONS if key in texts]
-    if named:
-        return named[0]
-    free = [key for key in texts if key.lower() not in _NO_CAPTIONS]
-    return free[0] if len(free) == 1 else None
