@@ -13,19 +13,21 @@ from carrara.codecs import Codec
 from carrara.devices import resolve_device
 from carrara.errors import UserError, nearest
 from carrara.model import DiffusionModel
+from carrara.scorer import Scorer
 
-Loaded = DiffusionModel | Classifier | Codec
+Loaded = DiffusionModel | Classifier | Codec | Scorer
 
 LOADERS: dict[str, Callable[[Path, torch.device | str], Loaded]] = {
     "diffusion": DiffusionModel.load,
     "classifier": Classifier.load,
     "codec": codecs.load,
+    "scorer": Scorer.load,
 }
 """By the `kind` of `config.json`."""
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
-    """The model, classifier or codec in a folder, or in the `model/` folder of a run.
+    """The model, classifier, codec or scorer in a folder, or in the `model/` folder of a run.
 
     Args:
         device: a device, its name, or "auto" (`carrara.devices`).
