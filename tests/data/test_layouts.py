@@ -271,16 +271,6 @@ def test_the_order_of_files_does_not_depend_on_the_disk(tmp_path: Path) -> None:
     assert [source[i].name for i in range(3)] == ["a.png", "b.png", "c.png"]
 
 
-def test_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
-    here, there = (folder(tmp_path / name, CAPTIONED) for name in ("here", "there"))
-    assert open_source(here).fingerprint() == open_source(there).fingerprint()
-    (there / "1.txt").write_text("another caption")
-    assert open_source(here).fingerprint() != open_source(there).fingerprint()
-    (there / "1.txt").write_text("picture 1\n")
-    picture(77).save(there / "2.png")
-    assert open_source(here).fingerprint() != open_source(there).fingerprint()
-
-
 def test_mixed_endings_and_cases(tmp_path: Path) -> None:
     names = {"a.PNG": "png", "b.Jpg": "jpeg", "c.webp": "webp", "d.bmp": "bmp", "e.tiff": "tiff", "f.gif": "gif"}
     for name, kind in names.items():

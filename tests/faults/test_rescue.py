@@ -114,7 +114,9 @@ def test_classes_may_move_where_nothing_is_trained_on_them(tmp_path: Path) -> No
     words = (f"data.path={data}", "training.batch_size=8", "conditioning.kind=none", "sampling.guidance=1")
     train(tiny_recipe(*QUIET, *words), tmp_path / "run")
     (data / "apple").rename(data / "zebra")
-    Trainer(tiny_recipe(*QUIET, *words), tmp_path / "run").run.close()
+    with refused("mismatch", "data.path"):  # the images come in another order
+        Trainer(tiny_recipe(*QUIET, *words), tmp_path / "run")
+    Trainer(tiny_recipe(*QUIET, *words), tmp_path / "run", accept_changes=True).run.close()
 
 
 @pytest.mark.parametrize("moved", ["zebra", "ape"])

@@ -24,7 +24,7 @@ class TrainRequest(Request):
         what: a shipped recipe, a YAML file, or a folder (or file) of images.
         out: the run folder; None is runs/NAME. A run that is there is resumed.
         changes: `section.key=value` assignments to the recipe, later ones winning.
-        accept_changes: resume although the folder's recipe differs.
+        accept_changes: resume although the folder's recipe or the data changed.
         device: "auto" or a device.
         precision: "auto", fp32, bf16 or fp16; None leaves the recipe's.
     """

@@ -36,7 +36,7 @@ def train(
         str, Option("--resume-from-checkpoint", help="Only 'latest', which is what happens anyway.")
     ] = "latest",
     accept_changes: Annotated[
-        bool, Option("--accept-changes", help="Resume although the run folder's recipe differs.")
+        bool, Option("--accept-changes", help="Resume although the run folder's recipe or the data changed.")
     ] = False,
     overfit: Annotated[
         bool, Option("--overfit-one-batch", help="Self-test: can this recipe learn one batch by heart?")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from PIL import Image
 from carrara.data.decode import UnreadablePicture, decode
 from carrara.errors import UserError
 
-_HASHED_BYTES = 2**30
 _NAMES_SHOWN = 5
 
 
@@ -169,22 +167,3 @@ class Source:
         more = len(self.unreadable) - len(bad)
         names = ", ".join(bad) + (f" and {more} more" if more else "")
         return f"{len(self.unreadable)} of {len(self)} images in {self.name} cannot be read: {names};"
-
-    def fingerprint(self) -> str:
-        """A hash of names, labels, captions and encoded pictures, for stamps and caches: 32 hexadecimal digits.
-
-        Beyond 1 GiB only evenly spaced pictures of about that much are read.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((len(self), self.pictures.encoded_bytes, self.class_names, self.levels)).encode())
-        if self.labels is not None:
-            digest.update(self.labels.tobytes())
-        stride = max(1, self.pictures.encoded_bytes // _HASHED_BYTES)
-        for index in range(0, len(self), stride):
-            caption = None if self.captions is None else self.captions[index]
-            digest.update(repr((self.pictures.name(index), caption)).encode())
-            try:
-                digest.update(self.pictures.read(index))
-            except UnreadablePicture:
-                digest.update(b"unreadable")
-        return digest.hexdigest()

@@ -26,6 +26,7 @@ import carrara
 from carrara import codecs, distributed
 from carrara import images as pictures
 from carrara.data import Batch, LatentBatch, one_ahead
+from carrara.data.identity import identity
 from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.objectives import Examples
@@ -38,7 +39,7 @@ from carrara.training.micro_batch import largest_micro_batch, refuse_sharded
 from carrara.training.phases import Phases, Timing, Watchdog, passed
 from carrara.training.progress import Outcome, Progress, Window
 from carrara.training.rates import learning_rate
-from carrara.training.resume import changes, check, restore
+from carrara.training.resume import changes, check, check_data, restore
 from carrara.training.run import Run
 from carrara.training.state import copied, put_weights
 from carrara.training.step import LossScale, Stepper, autocast
@@ -61,7 +62,7 @@ class Trainer:
     Args:
         recipe: what to train.
         folder: the run folder.
-        accept_changes: resume although the folder's recipe differs.
+        accept_changes: resume although the folder's recipe or the data changed.
         device: as of `distributed.start`.
 
     Raises:
@@ -92,14 +93,15 @@ class Trainer:
         self.run = Run(folder, recipe)
         distributed.first_tells(lambda: self.run.claim(accept_changes))
         try:
-            self._prepare()
+            self._prepare(accept_changes)
             distributed.first_tells(self.run.write_recipe)
         except BaseException:
             self.run.close()
             raise
 
-    def _prepare(self) -> None:
+    def _prepare(self, accept_changes: bool) -> None:
         """What takes time or room: only once the folder is ours."""
+        self._data = distributed.first_tells(lambda: identity(self.source))
         training = self.recipe.training
         self.size = sum(p.numel() for module in self.task.modules.values() for p in module.parameters())
         distributed.first_tells(self._refuse_full_disk)
@@ -117,7 +119,7 @@ class Trainer:
             self.objective, training, self.recipe.seed, self.processes, self.micro_batch, self.phases
         )
         if found:
-            self._take_up(weights, state)
+            self._take_up(weights, state, accept_changes)
 
     def _refuse_full_disk(self) -> None:
         checkpoint.tidy(self.run.checkpoints)
@@ -431,6 +433,7 @@ class Trainer:
             "objective": self._copy["objective"],
             "codec": self._codec,
             "classes": self.class_names,
+            "data": self._data,
             "recipe": self.recipe.to_yaml(),
         }
 
@@ -476,8 +479,9 @@ class Trainer:
         codec = self.task.codec
         return None if codec is None else {"kind": codec.kind, "hash": codecs.content_hash(codec)}
 
-    def _take_up(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
+    def _take_up(self, weights: dict[str, Any], state: dict[str, Any], accept_changes: bool) -> None:
         """Continue from a checkpoint."""
+        self.notices += check_data(state, self._data, self.run.folder, accept_changes)
         check(state, self.recipe, self.run.folder, self.class_names, self.task.codec)
         restore(state, weights, self._modules, self.stepper.optimisers, self.run.folder)
         self.objective.load_state_dict(state["objective"])

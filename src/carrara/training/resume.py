@@ -19,16 +19,13 @@ from carrara.training.state import put_optimiser, put_weights
 def check(
     state: Mapping[str, Any], recipe: Recipe, folder: Path, class_names: Sequence[str], codec: Codec | None
 ) -> None:
-    """Refuse a checkpoint of another length, of other classes or of another codec.
+    """Raises UserError where a checkpoint is of another length, of other classes or of another codec.
 
     Args:
         state: of the checkpoint.
         folder: of the run, for the messages.
         class_names: of the data.
         codec: whose latents the run works in, if any.
-
-    Raises:
-        UserError: it does not fit.
     """
     _check_classes(state, recipe, folder, class_names)
     if state["step"] > recipe.training.steps:
@@ -41,6 +38,36 @@ def check(
     if state.get("codec") and codec is not None:
         before = state["codec"]
         codecs.check_same(codec, before["kind"], before["hash"], f"the run {folder}")
+
+
+def check_data(
+    state: Mapping[str, Any], data: Mapping[str, int | str], folder: Path, accept_changes: bool
+) -> Iterator[str]:
+    """A sentence where the data are others than a checkpoint's, and that is accepted.
+
+    Args:
+        state: of the checkpoint; the first edition's do not have the data's identity.
+        data: the `identity` of the data.
+        folder: of the run, for the messages.
+        accept_changes: resume nevertheless.
+
+    Raises:
+        UserError: they are others, and that is not accepted.
+    """
+    before = state.get("data") or {}
+    changed = [key for key, value in before.items() if data.get(key) != value]
+    if not changed:
+        return
+    counts = {key: f" ({before[key]:,} then, {data[key]:,} now)" for key in changed if isinstance(before[key], int)}
+    what = ", ".join(key + counts.get(key, "") for key in changed)
+    sentence = f"the data of {folder} changed since step {state['step']} in the {what}"
+    if not accept_changes:
+        raise UserError(
+            f"{sentence}: bring them back, or pass --accept-changes to resume with the data as they are.",
+            key="data.path",
+            code="mismatch",
+        )
+    yield f"{sentence}."
 
 
 def restore(
