@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carrara.errors import UserError
 from carrara.interop import compvis_model, compvis_unet, heads
 from carrara.networks import UNet, UNetParams
 from carrara.process import schedules
 from carrara.process.schedules import Discrete
+from tests.errors import refused
 
 
 def stored(schedule: Discrete) -> dict[str, torch.Tensor]:
@@ -49,9 +49,9 @@ def test_the_arguments_say_it_where_there_is_no_table() -> None:
     assert told(beta_schedule="sqrt_linear", linear_start=1e-4, linear_end=0.02) == {"kind": "linear", "steps": 1000}
     assert told(beta_schedule="sqrt_linear", linear_start=1e-3, linear_end=0.02)["kind"] == "from_betas"
     assert told(beta_schedule="cosine", timesteps=40) == {"kind": "cosine", "steps": 40}
-    with pytest.raises(UserError, match="holds no 'betas' to read its schedule from"):
+    with refused("missing", key="betas"):
         compvis_model.schedule({}, {})
-    with pytest.raises(UserError, match=r"which is not the scaled_linear\("):
+    with refused("mismatch", key="betas"):
         compvis_model.schedule(stored(schedules.cosine(40)), {"linear_start": 0.0015, "linear_end": 0.0195})
 
 
@@ -91,10 +91,10 @@ def test_a_class_embedder_lies_beside_the_u_net() -> None:
 def test_heads_that_the_rule_chose_are_named() -> None:
     """The rule gives 128 channels heads of 64; at 32 and 64 channels heads have no width in common."""
     chosen = UNetParams(channels=64, channel_mult=(1, 2), attention=(2,))
-    assert heads.told(chosen).head_channels == 64
+    assert heads.with_width(chosen).head_channels == 64
     varying = UNetParams(channels=32, channel_mult=(1, 1, 2), attention=(2, 4))
-    assert heads.told(varying) == varying
+    assert heads.with_width(varying) == varying
     said = UNetParams(channels=64, heads=2, channel_mult=(1, 2), attention=(2,))
-    assert heads.told(said) is said
-    with pytest.raises(UserError, match="heads of varying width"):
+    assert heads.with_width(said) is said
+    with refused("unsupported", key="network.heads"):
         compvis_unet.constructor_arguments(varying)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from carrara.errors import UserError
 from carrara.interop import diffusers_scheduler
 from carrara.process import schedules
 from carrara.process.schedules import Discrete
+from tests.errors import refused
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "DDPM": {},
@@ -65,12 +65,12 @@ def test_a_learned_variance_asks_for_the_scheduler_that_can_use_it() -> None:
 
 
 def test_what_cannot_be_expressed_is_refused() -> None:
-    for config, sentence in (
-        ({"_class_name": "KarrasVeScheduler"}, "whose noise levels are no table of β"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "makes a flow of it"),
-        ({"_class_name": "DDIMScheduler", "beta_schedule": "scaled"}, "did you mean 'scaled_linear'"),
+    for config, key in (
+        ({"_class_name": "KarrasVeScheduler"}, "_class_name"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "scaled"}, "beta_schedule"),
     ):
-        with pytest.raises(UserError, match=sentence):
+        with refused("unsupported", key=key):
             diffusers_scheduler.read(config)
-    with pytest.raises(UserError, match="tables of whole times"):
+    with refused("unsupported", key="schedule"):
         diffusers_scheduler.config(schedules.rectified_flow(), "v", pixels=True, learned_variance=False)

@@ -24,7 +24,7 @@ def test_spatial_transformer() -> None:
     a = spec["config"]["kwargs"]
     layer = SpatialTransformer("here", a["in_channels"], a["context_dim"], a["n_heads"], depth=a["depth"])
     ours = {"norm": "norm", "project_in": "proj_in", "project_out": "proj_out"}
-    ours |= {f"blocks.0.{mine}": f"transformer_blocks.0.{theirs}" for mine, theirs in TRANSFORMER_BLOCK}
+    ours |= {f"blocks.0.{mine}": f"transformer_blocks.0.{theirs}" for mine, theirs in TRANSFORMER_BLOCK.items()}
     own = layer.state_dict()
     for key in own:
         module, _, name = key.rpartition(".")

@@ -1,13 +1,12 @@
 """Checkpoints of latent diffusion, Stable Diffusion and taming-transformers: first stages, and whole models.
 
 Their programs keep the arguments of a model in a YAML file. Published models are known by their shapes; of others the
-YAML is read where it is named, or lies beside the checkpoint under its name, which is how models are written here.
+YAML is read where it is named, or has the checkpoint's name and folder, which is how models are written here.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from carrara.codecs import DiscreteAutoencoder, LearnedCodec, VQAutoencoder
 from carrara.conditioning import ClassLabels
+from carrara.convert import recognise
 from carrara.convert.imported import (
     DROPOUT,
     MARK,
@@ -33,9 +33,10 @@ from carrara.convert.imported import (
 )
 from carrara.convert.parity import fingerprint, own_network
 from carrara.convert.record import KEY, record, restore
+from carrara.entries import IGNORED, Entry, fixed, read_entries, typed
 from carrara.errors import UserError, nearest
 from carrara.files import write_whole
-from carrara.interop import compvis, compvis_model, taming
+from carrara.interop import compvis, compvis_model, layout, taming
 from carrara.interop.compvis_unet import CLASSES, MEAN, PART, unet_weights
 from carrara.interop.layout import check_tensor, strip_prefixes
 from carrara.model import DiffusionModel
@@ -55,20 +56,16 @@ STABLE = {
 }
 """The first stages of Stable Diffusion's models: their shapes are latent diffusion's, their latent scale is not."""
 
-WORDS = (
-    "beta_schedule",
-    "linear_start",
-    "linear_end",
-    "timesteps",
-    "parameterization",
-    "image_size",
-    "scale_factor",
-    "unet_config",
-    "first_stage_config",
-    "classes",
-    "null_label",
-    KEY,
-)
+SETTINGS = dict.fromkeys(compvis_model.SCHEDULE, IGNORED) | {  # the schedule's are read with the checkpoint's table
+    "parameterization": fixed(*compvis_model.PREDICTS),
+    "image_size": Entry(int | tuple[int, int] | None, None),
+    "scale_factor": IGNORED,
+    "unet_config": IGNORED,
+    "first_stage_config": IGNORED,
+    "classes": Entry(tuple[Any, ...] | None, None),
+    "null_label": Entry(bool | None, None),
+    KEY: Entry(dict, {}),
+}
 """The settings of a whole model that are read; the last three are ours."""
 
 Settings = dict[str, Any]
@@ -95,61 +92,75 @@ def quantises(contents: Contents) -> bool:
 def import_compvis(contents: Contents, hints: Hints) -> Imported:
     """A first stage as a codec, or a latent diffusion model with its first stage.
 
-    A model that is told nothing or a class comes whole. What another is told (a text, an image beside) nothing here can
-    tell it yet: of it the first stage is taken, and the report says so.
+    An unconditional or class-conditional model comes whole. Of one that is conditioned on something else (a text, a
+    concatenated image) the first stage is taken, as the report notes.
 
     Args:
         contents: the checkpoint.
         hints: the `name` is a published first stage's, or for a whole model a published U-Net's; by the shapes where
             it is left out. `config` or `arguments` describe others, in the words of the originals' YAML files: those
-            of `model.params`, beside `classes` (their names) and `null_label` (the last class means "no class").
+            of `model.params`, and `classes` (their names) and `null_label` (the last class means "no class").
 
     Raises:
         UserError: the checkpoint fits no model, or leaves something open that must be named.
     """
     whole = is_whole(contents)
     if hints.last_weights and not whole:
-        raise UserError(f"{contents.path} holds a first stage, which has no running mean: leave out --last-weights.")
-    for word in hints.arguments:
-        if whole and word not in WORDS:
-            raise UserError(f"a latent diffusion model is not described by '{word}': {nearest(word, WORDS)}")
+        raise UserError(
+            f"{contents.path} contains a first stage, which has no running mean: leave out --last-weights.",
+            key="--last-weights",
+            code="conflict",
+        )
+    for key in hints.arguments:
+        if whole and key not in SETTINGS:
+            raise UserError(
+                f"a latent diffusion model has no setting '{key}': {nearest(key, SETTINGS)}", key=key, code="unknown"
+            )
     settings = _settings(contents.path, hints)
     if not whole:
         return _codec(contents, hints.name, settings)
     checkpoint = strip_prefixes(contents.tensors)
-    waits = _waits_for(checkpoint)
-    if waits is None:
+    condition = _unknown_condition(checkpoint)
+    if condition is None:
         return _model(contents.path, checkpoint, hints, settings)
-    if not _holds_first_stage(checkpoint):
-        raise UserError(f"the U-Net in {contents.path} waits for {waits}, and there is no first stage beside it.")
-    unets = compvis_published.recognise(checkpoint)
-    name = None if hints.name in compvis_published.PUBLISHED else hints.name
+    if not _has_first_stage(checkpoint):
+        raise UserError(
+            f"the U-Net in {contents.path} is conditioned on {condition}, and the file has no first stage to take.",
+            key=str(contents.path),
+            code="unsupported",
+        )
+    unets = recognise.latent_unet(checkpoint)
+    name: str | None = None if hints.name in compvis_published.PUBLISHED else hints.name
     if name is None and not _first_stage_arguments(settings):
         name = next((STABLE[unet] for unet in unets if unet in STABLE), None)
     imported = _codec(contents, name, settings)
-    note = f"only the first stage was imported: the U-Net waits for {waits}"
+    note = f"only the first stage was imported: the U-Net is conditioned on {condition}"
     return replace(imported, report={**imported.report, "u_net": list(unets), "note": note})
 
 
 def export_compvis(model: Convertible, path: Path) -> dict[str, Any]:
-    """Write a KL or VQ codec, or a whole diffusion model, under CompVis' keys, and beside it `NAME.yaml` with the
-    config that makes the original build it.
+    """Write a KL or VQ codec, or a whole diffusion model, under CompVis' keys, and `NAME.yaml` with the config that
+    makes the original build it.
 
     Args:
-        model: a codec, or a diffusion model that is told nothing or a class.
+        model: a codec, or a diffusion model, unconditional or class-conditional.
         path: `.ckpt` or `.pt` (under `state_dict`), or `.safetensors`.
 
     Returns:
         The report: the config's name, the tensors, fingerprints.
 
     Raises:
-        UserError: the original does not know something of the model, or the name has another ending.
+        UserError: the model has something that the original has not, or the name has another ending.
     """
     if isinstance(model, LearnedCodec):
         return _export_codec(model, path, "ldm.models.autoencoder")
     network = own_network(model)
     if not isinstance(model, DiffusionModel) or not isinstance(network, UNet):
-        raise UserError("CompVis' programs know no noisy classifier: write it in the layout guided-diffusion.")
+        raise UserError(
+            "CompVis' programs have no noisy classifier: write it in the layout guided-diffusion.",
+            key="layout",
+            code="unsupported",
+        )
     codec = model.codec if isinstance(model.codec, LearnedCodec) else None
     scale = 1.0 if codec is None else _one_scale(codec)
     config = compvis_model.config(network, codec, model.schedule, model.predicts, scale)
@@ -163,10 +174,13 @@ def export_compvis(model: Convertible, path: Path) -> dict[str, Any]:
 
 
 def export_taming(model: Convertible, path: Path) -> dict[str, Any]:
-    """Write a VQ codec, or a discrete one, under taming-transformers' keys, and its config beside it; see
-    `export_compvis`."""
+    """Write a VQ codec, or a discrete one, under taming-transformers' keys, and its config; see `export_compvis`."""
     if not isinstance(model, VQAutoencoder | DiscreteAutoencoder):
-        raise UserError("taming-transformers knows codecs with a codebook only: write this in the layout compvis.")
+        raise UserError(
+            "taming-transformers has codecs with a codebook only: write this in the layout compvis.",
+            key="layout",
+            code="unsupported",
+        )
     return _export_codec(model, path, "taming.models.vqgan")
 
 
@@ -181,7 +195,7 @@ def _codec(contents: Contents, name: str | None, settings: Settings) -> Imported
 
 
 def _first_stage(tensors: StateDict, name: str | None, settings: Settings) -> tuple[LearnedCodec, list[str]]:
-    """A first stage, of which published ones it may be the names are told.
+    """A first stage, and the names of the published ones that it may be.
 
     Args:
         tensors: its own, or a whole model's.
@@ -195,13 +209,17 @@ def _first_stage(tensors: StateDict, name: str | None, settings: Settings) -> tu
     recognised: list[str] = []
     arguments = _first_stage_arguments(settings)
     if arguments and name is not None:
-        raise UserError(f"'{name}' names the whole first stage: leave out {', '.join(arguments)}.")
+        raise UserError(
+            f"'{name}' names the whole first stage: leave out {', '.join(arguments)}.", key="--as", code="conflict"
+        )
     if not arguments:
-        recognised = [name] if name is not None else list(published_codecs.recognise(tensors))
+        recognised = [name] if name is not None else list(recognise.first_stage(tensors))
         if recognised[0] not in known:
-            raise UserError(f"there is no published first stage '{name}': {nearest(str(name), known)}")
+            raise UserError(
+                f"there is no published first stage '{name}': {nearest(str(name), known)}", key="--as", code="unknown"
+            )
         arguments = dict(known[recognised[0]])
-    scale = _number(settings, "scale_factor", arguments.pop("scale_factor", 1.0))
+    scale = typed(settings.get("scale_factor", arguments.pop("scale_factor", 1.0)), float, "scale_factor")
     load = taming.load_vq if "n_embed" in arguments else compvis.load_autoencoder
     codec = load(tensors, **arguments)
     stored = tensors.get("scale_factor")
@@ -209,20 +227,20 @@ def _first_stage(tensors: StateDict, name: str | None, settings: Settings) -> tu
         check_tensor("scale_factor", stored)
         near = torch.isclose(stored.double(), torch.tensor(scale).double(), rtol=torch.finfo(stored.dtype).eps)
         scale = scale if stored.dtype in HALF and bool(near) else float(stored)
-    if not math.isfinite(scale) or scale == 0:
-        raise UserError(f"scale_factor is {scale}: it must be a finite number other than 0.", key="scale_factor")
+    if scale == 0:
+        raise UserError("scale_factor is 0: it must be a finite number other than 0.", key="scale_factor")
     codec.set_latent_scale(scale)
     return codec, recognised
 
 
 def _first_stage_arguments(settings: Settings) -> dict[str, Any]:
-    """What the settings say of the first stage: it stands within a model, or alone."""
+    """The settings of the first stage: it stands within a model, or alone."""
     if "first_stage_config" in settings:
         return _params(settings, "first_stage_config")
-    return {word: value for word, value in settings.items() if word not in WORDS}
+    return {name: value for name, value in settings.items() if name not in SETTINGS}
 
 
-def _holds_first_stage(checkpoint: StateDict) -> bool:
+def _has_first_stage(checkpoint: StateDict) -> bool:
     return any(key.startswith(compvis.PART) for key in checkpoint)
 
 
@@ -243,8 +261,10 @@ def _one_scale(codec: LearnedCodec) -> float:
     scales = set(codec.latent_scale.tolist())
     if len(scales) > 1 or any(codec.latent_shift.tolist()):
         raise UserError(
-            "latent diffusion knows one number as its latent scale, and this codec has a scale and a shift for each "
-            "channel: measure it as one, or write the codec in the layout diffusers."
+            "latent diffusion has one number as its latent scale, and this codec has a scale and a shift for each "
+            "channel: measure it as one, or write the codec in the layout diffusers.",
+            key="latent_scale",
+            code="unsupported",
         )
     return float(scales.pop())
 
@@ -252,40 +272,39 @@ def _one_scale(codec: LearnedCodec) -> float:
 # Whole models
 
 
-def _waits_for(checkpoint: StateDict) -> str | None:
-    """What the U-Net is told that nothing here can tell it yet; None where there is no such thing."""
-    found = {key: tuple(value.shape) for key, value in unet_weights(checkpoint).items()}
+def _unknown_condition(checkpoint: StateDict) -> str | None:
+    """What the U-Net is conditioned on, other than a class; None where there is no such thing."""
+    found = layout.shapes(unet_weights(checkpoint))
     if not {"input_blocks.0.0.weight", "out.2.weight"} <= found.keys():
-        raise UserError(f"the checkpoint's U-Net ('{PART}…') is no CompVis U-Net: it lacks its first or last layer.")
+        raise UserError(
+            f"the checkpoint's U-Net ('{PART}…') is no CompVis U-Net: it lacks its first or last layer.",
+            key=PART,
+            code="unsupported",
+        )
     if found["input_blocks.0.0.weight"][1] != found["out.2.weight"][0]:
-        return "an image beside the noisy one"
+        return "a concatenated image"
     if "label_emb.0.0.weight" in found or "label_emb.bias" in found:
         return "the embedding of an image"
     if "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in found and CLASSES not in checkpoint:
-        return "text conditioning"
+        return "text"
     return None
 
 
 def _model(path: Path, checkpoint: StateDict, hints: Hints, settings: Settings) -> Imported:
-    """A model that is told nothing, or a class."""
+    """A model, unconditional or class-conditional."""
+    choices = read_entries({name: settings[name] for name in SETTINGS if name in settings}, SETTINGS, "the config")
     arguments, recognised = _unet_arguments(checkpoint, hints.name, settings)
-    codec, first = _first_stage(checkpoint, None, settings) if _holds_first_stage(checkpoint) else (None, [])
+    codec, first = _first_stage(checkpoint, None, settings) if _has_first_stage(checkpoint) else (None, [])
     schedule = compvis_model.schedule(checkpoint, settings)
-    predicts = settings.get("parameterization", "eps")
-    if predicts not in compvis_model.PREDICTS:
-        raise UserError(f"parameterization is '{predicts}': {nearest(str(predicts), compvis_model.PREDICTS)}")
     mean = not hints.last_weights and any(key.startswith(f"{MEAN}diffusion_model") for key in checkpoint)
     tokens = CLASSES in checkpoint
-    labels, null = _labels(checkpoint, tokens, settings, NULLED in recognised)
+    labels, null = _labels(checkpoint, tokens, choices, NULLED in recognised)
     network = compvis.load_unet(checkpoint, class_tokens=tokens, null_label=null, ema=mean, **arguments).eval()
-    size = settings.get("image_size", arguments.get("image_size"))
-    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    if len(size) != 2 or not all(isinstance(side, int) for side in size):
-        raise UserError(f"image_size is {size}: it must be the side of the latents, or their height and width.")
-    model = assembled(network, schedule, predicts, labels, codec, size, path)
-    kept = settings.get(KEY)
-    if isinstance(kept, Mapping) and not hints.arguments:
-        restore(model, kept, path.with_suffix(".yaml"))
+    side = choices["image_size"] or network.params.image_size
+    size = side if isinstance(side, tuple) else (side, side)
+    model = assembled(network, schedule, choices["parameterization"], labels, codec, size, path)
+    if choices[KEY] and not hints.arguments:
+        restore(model, choices[KEY], path.with_suffix(".yaml"))
     whole = unet_weights(checkpoint, mean)
     theirs = {PART + key: value for key, value in whole.items()}
     theirs |= {key: value for key, value in checkpoint.items() if tokens and key == CLASSES}
@@ -307,35 +326,48 @@ def _unet_arguments(checkpoint: StateDict, name: str | None, settings: Settings)
     known = compvis_published.PUBLISHED
     named = _params(settings, "unet_config")
     if named and name is not None:
-        raise UserError(f"'{name}' names the whole U-Net: leave out unet_config.")
-    recognised = [name] if name is not None else [] if named else list(compvis_published.recognise(checkpoint))
+        raise UserError(f"'{name}' names the whole U-Net: leave out unet_config.", key="--as", code="conflict")
+    recognised = [name] if name is not None else [] if named else list(recognise.latent_unet(checkpoint))
     if recognised and recognised[0] not in known:
-        raise UserError(f"there is no published latent diffusion model '{name}': {nearest(str(name), known)}")
+        raise UserError(
+            f"there is no published latent diffusion model '{name}': {nearest(str(name), known)}",
+            key="--as",
+            code="unknown",
+        )
     if not named and not recognised:
         raise UserError(
             "the checkpoint's U-Net is none of the published ones: name the original's config with --config, or its "
-            "heads with --set unet_config.params.num_heads=N (or num_head_channels)."
+            "heads with --set unet_config.params.num_heads=N (or num_head_channels).",
+            key="unet_config",
+            code="missing",
         )
     arguments = dict(named or known[recognised[0]])
     if "image_size" not in arguments and "image_size" not in settings:
-        raise UserError("shapes do not tell the size of the latents: name it with --set image_size=N.")
+        raise UserError(
+            "shapes do not show the size of the latents: name it with --set image_size=N.",
+            key="image_size",
+            code="missing",
+        )
     return arguments, recognised
 
 
 def _labels(
-    checkpoint: StateDict, tokens: bool, settings: Settings, published: bool
+    checkpoint: StateDict, tokens: bool, choices: Mapping[str, Any], published: bool
 ) -> tuple[ClassLabels | None, bool]:
     """The classes, and whether the table's last row means that there is none."""
     table = checkpoint.get(CLASSES if tokens else f"{PART}label_emb.weight")
     if table is None:
         return None, False
-    names = settings.get("classes")
-    null = bool(settings.get("null_label", published if names is None else len(names) == len(table) - 1))
+    names, null = choices["classes"], choices["null_label"]
+    if null is None:
+        null = published if names is None else len(names) == len(table) - 1
     count = len(table) - null
-    if names is not None and len(names) != count:
-        raise UserError(f"{len(names)} classes are named, and the checkpoint knows {count}.")
-    told = tuple(map(str, names if names is not None else range(count)))
-    return ClassLabels(told, DROPOUT if null else 0.0), null
+    names = tuple(map(str, range(count))) if names is None else tuple(map(str, names))
+    if len(names) != count:
+        raise UserError(
+            f"{len(names)} classes are named, and the checkpoint has {count}.", key="classes", code="mismatch"
+        )
+    return ClassLabels(names, DROPOUT if null else 0.0), null
 
 
 def _weights(network: UNet, codec: LearnedCodec | None) -> dict[str, Tensor]:
@@ -351,13 +383,13 @@ def _weights(network: UNet, codec: LearnedCodec | None) -> dict[str, Tensor]:
 
 
 def _settings(path: Path, hints: Hints) -> Settings:
-    """What the config beside the checkpoint says, and over it what was hints.
+    """The settings in the config of the checkpoint, and over them those of the user.
 
     Raises:
         UserError: the config cannot be read, or describes no model.
     """
-    beside = path.with_suffix(".yaml")
-    config = hints.config or (beside if beside.is_file() and hints.name is None else None)
+    config_file = path.with_suffix(".yaml")
+    config = hints.config or (config_file if config_file.is_file() and hints.name is None else None)
     if config is None:
         return dict(hints.arguments)
     try:
@@ -366,25 +398,20 @@ def _settings(path: Path, hints: Hints) -> Settings:
         own = {key: described[key] for key in ("classes", "scale_factor", KEY) if key in described}
         return _merged({**model.get("params", {}), **own}, hints.arguments)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{config} cannot be read: {str(error).splitlines()[0]}.") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{config} cannot be read: {reason}.", key=str(config), code="damaged") from None
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{config} describes no model of CompVis' programs: it has no model.params.") from None
+        raise UserError(
+            f"{config} describes no model of CompVis' programs: it has no model.params.",
+            key=str(config),
+            code="unsupported",
+        ) from None
 
 
 def _params(settings: Settings, part: str) -> dict[str, Any]:
     """The arguments of a part of the model."""
-    told = settings.get(part, {})
-    params = told.get("params", {}) if isinstance(told, Mapping) else None
-    if not isinstance(params, Mapping):
-        raise UserError(f"{part} is {told!r}: it must hold the arguments of the original as params.")
-    return dict(params)
-
-
-def _number(settings: Settings, word: str, default: float) -> float:
-    value = settings.get(word, default)
-    if not isinstance(value, int | float):
-        raise UserError(f"{word} is {value!r}: it must be a number.")
-    return float(value)
+    described: Settings = typed(settings.get(part, {}), dict, part)
+    return dict(typed(described.get("params", {}), dict, f"{part}.params"))
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
@@ -397,9 +424,9 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
 
 
 def _write(path: Path, config: Mapping[str, Any], weights: StateDict) -> dict[str, Any]:
-    beside = path.with_suffix(".yaml")
+    config_file = path.with_suffix(".yaml")
     plain = json.loads(json.dumps(config))  # without tuples, which YAML would mark as Python's
     text = f"# {MARK}\n" + yaml.safe_dump(plain, sort_keys=False)
     write_weights(path, weights, nested=True)
-    write_whole(beside, text.encode())
-    return {"config": str(beside), "tensors": len(weights)}
+    write_whole(config_file, text.encode())
+    return {"config": str(config_file), "tensors": len(weights)}

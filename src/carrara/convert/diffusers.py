@@ -1,4 +1,4 @@
-"""Folders of diffusers: codecs, and pipelines that are told nothing or a class."""
+"""Folders of diffusers: codecs, and pipelines, unconditional or class-conditional."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from carrara.convert.imported import (
 )
 from carrara.convert.parity import fingerprint, own_network
 from carrara.convert.record import KEY, record, restore
+from carrara.entries import read_entries
 from carrara.errors import UserError
 from carrara.interop import diffusers_codec, diffusers_scheduler, diffusers_unet2d
 from carrara.interop.diffusers_folder import CONFIG, read_json, read_weights, write_json
@@ -42,7 +43,7 @@ def import_diffusers(contents: Contents, hints: Hints) -> Imported:
     """A codec's folder as a codec, a pipeline's as a diffusion model with its codec.
 
     A pipeline whose U-Net is a `UNet2DModel` comes whole, with the schedule and prediction of its scheduler; the
-    scheduler's sampler is not taken over. Of one that waits for a text the first stage is taken, as the report says.
+    scheduler's sampler is not taken over. Of one conditioned on text the first stage is taken, as the report notes.
 
     Raises:
         UserError: a part is missing, damaged or of a kind that is not known.
@@ -51,7 +52,11 @@ def import_diffusers(contents: Contents, hints: Hints) -> Imported:
     if kind in (diffusers_codec.KL, diffusers_codec.VQ):
         return _codec(folder, kind)
     if kind == diffusers_unet2d.CLASS:
-        raise UserError(f"{folder} is a U-Net alone: name the pipeline's folder around it, which has its schedule.")
+        raise UserError(
+            f"{folder} is a U-Net alone: name the pipeline's folder around it, which has its schedule.",
+            key=str(folder),
+            code="unsupported",
+        )
     parts = {
         name: part[1] for name, part in contents.config.items() if isinstance(part, list) and len(part) == 2 and part[0]
     }
@@ -59,30 +64,36 @@ def import_diffusers(contents: Contents, hints: Hints) -> Imported:
     if parts.get("unet") == diffusers_unet2d.CLASS and "scheduler" in parts:
         unknown = sorted(parts.keys() - {"unet", "scheduler", first})
         if unknown:
-            raise UserError(f"{folder} is a {kind} with a '{unknown[0]}', of which nothing is known here.")
+            raise UserError(
+                f"{folder} is a {kind} with a '{unknown[0]}', which cannot be imported.",
+                key=str(folder),
+                code="unsupported",
+            )
         return _model(contents, first)
     if first is None:
         raise UserError(
             f"{folder} is a {kind}: pipelines of a {diffusers_unet2d.CLASS} and a scheduler, and first stages of the "
-            f"kinds {diffusers_codec.KL} and {diffusers_codec.VQ}, can be imported."
+            f"kinds {diffusers_codec.KL} and {diffusers_codec.VQ}, can be imported.",
+            key=str(folder),
+            code="unsupported",
         )
     imported = _codec(folder / first, parts[first])
     network = next((name for name in ("unet", "transformer") if name in parts), "network")
-    note = f"only the first stage was imported: the {network} of a {kind} waits for text conditioning"
+    note = f"only the first stage was imported: the {network} of a {kind} is conditioned on text"
     return Imported(imported.model, {**imported.report, "note": note})
 
 
 def export_diffusers(model: Convertible, folder: Path) -> dict[str, Any]:
     """Write a codec's folder, or a pipeline's: `unet`, `scheduler`, and of a latent model `vqvae`.
 
-    diffusers has no pipeline that tells a class: of a class-conditional model the parts load as they are, and the names
-    of the classes stand in `model_index.json` as `id2label`.
+    diffusers' pipelines take no class: of a class-conditional model the parts load as they are, and the names of the
+    classes are in `model_index.json` as `id2label`.
 
     Returns:
         The report: the pipeline's class, the tensors, a fingerprint.
 
     Raises:
-        UserError: diffusers does not know something of the model, or the folder is there already.
+        UserError: the model has something that diffusers has not, or the folder exists.
     """
     if isinstance(model, LearnedCodec):
         with whole_folder(folder) as new:
@@ -90,7 +101,11 @@ def export_diffusers(model: Convertible, folder: Path) -> dict[str, Any]:
         return {"kind": diffusers_codec.config(model)["_class_name"], "fingerprint": fingerprint(model)}
     network = own_network(model)
     if not isinstance(model, DiffusionModel) or not isinstance(network, UNet):
-        raise UserError("diffusers has no noisy classifier: write it in the layout guided-diffusion.")
+        raise UserError(
+            "diffusers has no noisy classifier: write it in the layout guided-diffusion.",
+            key="layout",
+            code="unsupported",
+        )
     codec = model.codec if isinstance(model.codec, LearnedCodec) else None
     scheduler = diffusers_scheduler.config(
         model.schedule, model.predicts, pixels=codec is None, learned_variance=network.params.learned_variance
@@ -124,8 +139,10 @@ def _pipeline_codec(codec: LearnedCodec) -> str:
     config = diffusers_codec.config(codec)
     if config.get("shift_factor") is not None or config.get("latents_std") is not None:
         raise UserError(
-            "diffusers' LDMPipeline knows one number as its latent scale, and this codec has a scale and a shift for "
-            "each channel: measure it as one, or write the codec alone."
+            "diffusers' LDMPipeline has one number as its latent scale, and this codec has a scale and a shift for "
+            "each channel: measure it as one, or write the codec alone.",
+            key="latent_scale",
+            code="unsupported",
         )
     return str(config["_class_name"])
 
@@ -146,8 +163,10 @@ def _model(contents: Contents, first: str | None) -> Imported:
     schedule, predicts = diffusers_scheduler.read(scheduler)
     if network.params.learned_variance and scheduler.get("variance_type") != "learned_range":
         raise UserError(
-            f"the U-Net in {folder} tells a variance, and its scheduler's variance_type is "
-            f"'{scheduler.get('variance_type')}': only 'learned_range' is known here."
+            f"the U-Net in {folder} predicts a variance, and its scheduler's variance_type is "
+            f"'{scheduler.get('variance_type')}': only 'learned_range' is supported.",
+            key="variance_type",
+            code="unsupported",
         )
     imported = None if first is None else _codec(folder / first, str(contents.config[first][1]))
     codec = None if imported is None else imported.model
@@ -168,13 +187,25 @@ def _model(contents: Contents, first: str | None) -> Imported:
 
 def _labels(folder: Path, names: Any) -> ClassLabels | None:
     """The classes of a pipeline's U-Net, of which one without a name means "no class"."""
-    config = read_json(folder / "unet" / CONFIG, "pipeline")
-    if not config.get("sample_size"):
-        raise UserError(f"{folder / 'unet' / CONFIG} lacks sample_size, the side of what the U-Net makes: add it.")
-    rows = config.get("num_class_embeds")
+    config = read_entries(read_json(folder / "unet" / CONFIG, "pipeline"), diffusers_unet2d.ENTRIES, CONFIG)
+    if config["sample_size"] is None:
+        raise UserError(
+            f"{folder / 'unet' / CONFIG} lacks sample_size, the side of what the U-Net makes: add it.",
+            key="sample_size",
+            code="missing",
+        )
+    rows = config["num_class_embeds"]
     if rows is None:
         return None
-    told = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else [str(n) for n in range(rows)]
-    if len(told) not in (rows, rows - 1):
-        raise UserError(f"{folder / INDEX} names {len(told)} classes, and its U-Net knows {rows}.")
-    return ClassLabels(tuple(told), DROPOUT if len(told) < rows else 0.0)
+    if names is None:
+        return ClassLabels(tuple(map(str, range(rows))))
+    if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
+        raise UserError(
+            f"{folder / INDEX}: id2label is {names!r}: the names of the classes by number are expected.", key="id2label"
+        )
+    if len(names) not in (rows, rows - 1):
+        raise UserError(
+            f"{folder / INDEX} names {len(names)} classes, and its U-Net has {rows}.", key="id2label", code="mismatch"
+        )
+    ordered = tuple(str(names[key]) for key in sorted(names, key=int))
+    return ClassLabels(ordered, DROPOUT if len(names) < rows else 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from carrara.classifier import Classifier
 from carrara.conditioning import ClassLabels
+from carrara.convert import recognise
 from carrara.convert.imported import MARK, Contents, Convertible, Hints, Imported, there_and_back, write_weights
 from carrara.convert.parity import fingerprint, own_network
 from carrara.convert.record import KEY, Record, record, restore
@@ -21,7 +22,7 @@ from carrara.interop import guided_diffusion
 from carrara.interop.layout import strip_prefixes
 from carrara.model import DiffusionModel
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
-from carrara.presets.published import PUBLISHED, Published, recognise
+from carrara.presets.published import PUBLISHED, Published
 from carrara.process import schedules
 from carrara.process.schedules import Discrete
 
@@ -38,50 +39,70 @@ def import_guided_diffusion(contents: Contents, hints: Hints) -> Imported:
     Args:
         contents: the weights.
         hints: the `name` is one of `PUBLISHED`; by the shapes where it is left out. `arguments` are the original
-            constructor's own, for a checkpoint that is none of the published ones: those that its shapes do not tell
-            (`num_head_channels`, `image_size`, …). The process goes with them: linear, of 1000 steps unless said.
+            constructor's own, for a checkpoint that is none of the published ones: those that its shapes do not show
+            (`num_head_channels`, `image_size`, …). The process goes with them: by default linear, of 1000 steps.
 
     Raises:
         UserError: the checkpoint fits no model, or leaves something open that must be named.
     """
-    checkpoint, name = contents.tensors, hints.name
-    recognised: tuple[str, ...]
-    if name is not None and hints.arguments:
-        raise UserError(f"'{name}' names the whole network: leave out {', '.join(hints.arguments)}.")
-    beside = contents.path.with_suffix(".json")
-    kept = None if hints != Hints() else _recorded(beside)
-    if kept is not None:
-        params = recorded_network(kept, beside).params
-        if not isinstance(params, UNetParams | EncoderClassifierParams):
-            raise UserError(f"{beside} describes no network of guided-diffusion.", key=str(beside), code="damaged")
-        found, recognised = Published(params=params, schedule="linear", files=()), ()
-    elif hints.arguments:
-        found = _described(checkpoint, hints)
-        recognised = ()
-    else:
-        if hints.schedule or hints.diffusion_steps or hints.rescaled_time:
-            raise UserError("a published model has its own schedule: --schedule and its like go with --set only.")
-        recognised = (name,) if name is not None else recognise(checkpoint)
-        if recognised[0] not in PUBLISHED:
-            raise UserError(f"there is no published model '{name}': {nearest(str(name), PUBLISHED)}")
-        found = PUBLISHED[recognised[0]]
+    checkpoint, config_file = contents.tensors, contents.path.with_suffix(".json")
+    written = None if hints != Hints() else _recorded(config_file)
+    published, recognised = _from_record(written, config_file) if written is not None else _chosen(checkpoint, hints)
     network: UNet | EncoderClassifier
-    if isinstance(found.params, EncoderClassifierParams):
-        network = guided_diffusion.load(EncoderClassifier, found.params, checkpoint)
+    if isinstance(published.params, EncoderClassifierParams):
+        network = guided_diffusion.load(EncoderClassifier, published.params, checkpoint)
     else:
-        network = guided_diffusion.load(UNet, found.params, checkpoint)
-    network.eval()
-    model = _assembled(network, found, f"{contents.path.name}, imported")
-    if kept is not None:
-        restore(model, kept, beside, weights_only=True)
+        network = guided_diffusion.load(UNet, published.params, checkpoint)
+    model = _assembled(network, published, f"{contents.path.name}, imported")
+    if written is not None:
+        restore(model, written, config_file, weights_only=True)
     weights = there_and_back(strip_prefixes(checkpoint), guided_diffusion.state_dict(network))
-    described = {"config": str(beside)} if kept is not None else {}
+    described = {"config": str(config_file)} if written is not None else {}
     report = {"recognised": list(recognised), **described, **weights, "fingerprint": fingerprint(network)}
     return Imported(model, report)
 
 
+Choice = tuple[Published, tuple[str, ...]]
+"""A network with its process, and the published models that it may be."""
+
+
+def _chosen(checkpoint: Mapping[str, Tensor], hints: Hints) -> Choice:
+    """By the user's name or arguments, else by the shapes."""
+    name = hints.name
+    if hints.arguments:
+        if name is not None:
+            raise UserError(
+                f"'{name}' names the whole network: leave out {', '.join(hints.arguments)}.",
+                key="--as",
+                code="conflict",
+            )
+        return _described(checkpoint, hints), ()
+    if hints.schedule or hints.diffusion_steps or hints.rescaled_time:
+        raise UserError(
+            "a published model has its own schedule: --schedule and its like need --set.",
+            key="--schedule",
+            code="conflict",
+        )
+    recognised = (name,) if name is not None else recognise.network(checkpoint)
+    if recognised[0] not in PUBLISHED:
+        raise UserError(
+            f"there is no published model '{name}': {nearest(str(name), PUBLISHED)}", key="--as", code="unknown"
+        )
+    return PUBLISHED[recognised[0]], recognised
+
+
+def _from_record(written: Record, config_file: Path) -> Choice:
+    """By what an export wrote."""
+    params = recorded_network(written, config_file).params
+    if not isinstance(params, UNetParams | EncoderClassifierParams):
+        raise UserError(
+            f"{config_file} describes no network of guided-diffusion.", key=str(config_file), code="damaged"
+        )
+    return Published(params=params, schedule="linear", files=()), ()
+
+
 def _recorded(path: Path) -> Record | None:
-    """What an export wrote beside the weights; None where there is no such file."""
+    """What an export wrote with the weights; None where there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -91,8 +112,8 @@ def _recorded(path: Path) -> Record | None:
 
 
 def export_guided_diffusion(model: Convertible, path: Path) -> dict[str, Any]:
-    """Write the weights under guided-diffusion's keys, and beside them `NAME.json` with the arguments that make the
-    original constructor build the network.
+    """Write the weights under guided-diffusion's keys, and `NAME.json` with the arguments that make the original
+    constructor build the network.
 
     Args:
         model: a diffusion model of pixels, or a classifier.
@@ -102,23 +123,26 @@ def export_guided_diffusion(model: Convertible, path: Path) -> dict[str, Any]:
         The report: the tensors, the arguments, a fingerprint.
 
     Raises:
-        UserError: the network has something that the original does not know, or the name has another ending.
+        UserError: the network has something that the original has not, or the name has another ending.
     """
     if not isinstance(model, DiffusionModel | Classifier) or (
         isinstance(model, DiffusionModel) and not model.codec.bounded
     ):
-        raise UserError("guided-diffusion knows no codecs: write this in the layout compvis or diffusers.")
+        raise UserError(
+            "guided-diffusion has no codecs: write this in the layout compvis or diffusers.",
+            key="layout",
+            code="unsupported",
+        )
     network = own_network(model)
     weights = guided_diffusion.state_dict(network)
     arguments = guided_diffusion.constructor_arguments(network.params)
     report = {"arguments": arguments, "tensors": len(weights), "fingerprint": fingerprint(network)}
-    beside = path.with_suffix(".json")
+    config_file = path.with_suffix(".json")
     write_weights(path, weights)
-    kept = record(model)
-    write_whole(beside, (json.dumps({"note": MARK, **report, KEY: kept}, indent=2) + "\n").encode())
+    write_whole(config_file, (json.dumps({"note": MARK, **report, KEY: record(model)}, indent=2) + "\n").encode())
     unknown = _unknown_there(model)
-    note = f"guided-diffusion knows no {' and no '.join(unknown)}: {beside.name} keeps it for `carrara import`"
-    return {**report, "config": str(beside), **({"note": note} if unknown else {})}
+    note = f"guided-diffusion has no {' and no '.join(unknown)}: {config_file.name} keeps it for `carrara import`"
+    return {**report, "config": str(config_file), **({"note": note} if unknown else {})}
 
 
 def _unknown_there(model: DiffusionModel | Classifier) -> list[str]:
@@ -138,7 +162,7 @@ def _described(checkpoint: Mapping[str, Tensor], hints: Hints) -> Published:
     params: UNetParams | EncoderClassifierParams
     if "pool" in arguments:
         params = guided_diffusion.classifier_params(**arguments)
-    elif arguments["in_channels"] == 6:  # a small image beside one of three channels
+    elif arguments["in_channels"] == 6:  # a low-resolution image concatenated to one of three channels
         params = guided_diffusion.super_resolution_params(**{**arguments, "in_channels": 3})
     else:
         params = guided_diffusion.unet_params(**arguments)
@@ -154,7 +178,11 @@ def _described(checkpoint: Mapping[str, Tensor], hints: Hints) -> Published:
 def _assembled(network: UNet | EncoderClassifier, found: Published, origin: str) -> DiffusionModel | Classifier:
     kinds = {"linear": schedules.linear, "cosine": schedules.cosine}
     if found.schedule not in kinds:
-        raise UserError(f"these programs know no schedule '{found.schedule}': {nearest(found.schedule, kinds)}")
+        raise UserError(
+            f"these programs have no schedule '{found.schedule}': {nearest(found.schedule, kinds)}",
+            key="--schedule",
+            code="unknown",
+        )
     scale = 1000 / found.steps if found.rescaled_time else 1.0
     schedule: Discrete = kinds[found.schedule](found.steps, network_scale=scale)
     classes = network.params.num_classes

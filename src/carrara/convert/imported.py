@@ -35,12 +35,12 @@ INDEX = "model_index.json"
 FILES = (".ckpt", ".pt", ".pth", ".safetensors")
 """The endings of the weight files that are written."""
 DROPOUT = 0.1
-"""The share of labels that training dropped, as in the published models: other layouts say only that some were."""
+"""The fraction of labels that training dropped, as in the published models: others record only that some were."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies at a path: the tensors of a file, or what a folder's config says of it.
+    """What lies at a path: the tensors of a file, or a folder's config.
 
     Attributes:
         path: where it lies.
@@ -145,7 +145,9 @@ def assembled(
         if codec.params.latent_channels != channels:
             raise UserError(
                 f"the U-Net in {path} works on {channels} channels, its first stage makes "
-                f"{codec.params.latent_channels}: the two do not belong together."
+                f"{codec.params.latent_channels}: the two do not belong together.",
+                key=str(path),
+                code="mismatch",
             )
         channels, factor = codec.params.in_channels, codec.reduction
     shape = (channels, size[0] * factor, size[1] * factor)
@@ -178,17 +180,18 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, folder)
     except OSError as error:
-        raise UserError(f"{folder} could not be written ({error.strerror or error}).") from None
+        reason = error.strerror or error
+        raise UserError(f"{folder} could not be written ({reason}).", key=str(folder), code="resources") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 MARK = "written by carrara"
-"""Stands in every config that is written beside weights, so that a later export knows its own files."""
+"""Stands in every config that is written with weights, so that a later export recognises its own files."""
 
 
 def refuse_foreign(path: Path, config: Path) -> None:
-    """Raises UserError unless weights and the config beside them are free, or from an earlier export.
+    """Raises UserError unless weights and their config are free to be written, or from an earlier export.
 
     Args:
         path: the weight file.

@@ -97,17 +97,17 @@ OPTIONS = {
 
 
 def import_model(path: str | Path, hints: Hints | None = None) -> Imported:
-    """A model of another program, whose layout is told by its keys, or by its folder's config.
+    """A model of another program, whose layout is recognised by its keys, or by its folder's config.
 
     Args:
         path: a weight file (read, never run), or a folder of diffusers.
-        hints: what its contents do not tell.
+        hints: what its contents do not specify.
 
     Returns:
         The model, and a report that begins with its `layout`.
 
     Raises:
-        UserError: no layout fits, something was told that means nothing to it, or it cannot be read.
+        UserError: no layout fits, a hint means nothing to it, or it cannot be read.
     """
     hints = hints or Hints()
     contents = Contents.of(path, last=hints.last_weights)
@@ -132,9 +132,9 @@ def _unknown(contents: Contents) -> str:
     if "format" in contents.config:
         return f"{contents.path} is a folder of Carrara already: there is nothing to import."
     if contents.config:
-        return f"{contents.path} is a folder of neither diffusers nor any other program that is known here."
+        return f"{contents.path} is a folder of no program whose models can be imported."
     if any(".resnets." in key or key.startswith("down_blocks.") for key in contents.tensors):
-        return f"{contents.path} holds weights of diffusers, whose config lies beside them: name the folder instead."
+        return f"{contents.path} holds weights of diffusers, whose config is in their folder: name the folder instead."
     first = next(iter(contents.tensors))
     names = ", ".join(layout.name for layout in LAYOUTS)
     return f"{contents.path} fits no known layout ({names}): its first key is '{first}'."
@@ -157,16 +157,22 @@ def export_model(model: Convertible, path: str | Path, layout: str | None = None
     path = Path(path)
     known = {row.name: row for row in LAYOUTS}
     if layout is not None and layout not in known:
-        raise UserError(f"there is no layout '{layout}': {nearest(layout, known)}")
+        raise UserError(f"there is no layout '{layout}': {nearest(layout, known)}", key="layout", code="unknown")
     folder = path.suffix == ""
     natural = next((row for row in LAYOUTS if row.folder == folder and row.holds(model)), None)
     chosen = natural if layout is None else known[layout]
     if chosen is None:
         if not any(row.holds(model) for row in LAYOUTS):
             raise UserError(
-                "no other program's layout holds what this model is: copy its own folder, which Carrara reads."
+                "no other program has such a model: copy its own folder, which Carrara reads.",
+                key="layout",
+                code="unsupported",
             )
-        raise UserError(f"no layout of a folder holds this model: name a file, such as {path}.safetensors.")
+        raise UserError(
+            f"no layout of a folder can hold this model: name a file, such as {path}.safetensors.",
+            key="out",
+            code="unsupported",
+        )
     if not chosen.folder:
         refuse_foreign(path, path.with_suffix(chosen.config))
     return {"layout": chosen.name, **chosen.write(model, path)}
@@ -181,7 +187,7 @@ def load(path: str | Path) -> Convertible:
     model = loading.load(path)
     if not isinstance(model, DiffusionModel | Classifier | LearnedCodec):
         raise UserError(
-            f"{path} contains a codec of the kind '{model.kind}', which no other program knows.",
+            f"{path} contains a codec of the kind '{model.kind}', which no other program has.",
             key=str(path),
             code="unsupported",
         )

@@ -1,4 +1,4 @@
-"""Whether a converted model answers as the original did."""
+"""Whether a converted model gives the original's outputs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from carrara.errors import UserError
 from carrara.networks import EncoderClassifier, UNet, UNetParams
 
 PARITY = 1e-5
-"""The largest difference, as a share of the largest output, that float32 rounding explains."""
+"""The largest difference, as a fraction of the largest output, that float32 rounding explains."""
 
 
 @torch.no_grad()
 def fingerprint(part: UNet | EncoderClassifier | LearnedCodec) -> dict[str, Any]:
-    """What a network answers to x_i = sin(i) over one image, at network time 10, label 0, with the small image of an
-    up-sampler x_i = sin(i) too; of a codec, what it makes of such an image: easily computed in the original program.
+    """A network's output for x_i = sin(i) over one image, at network time 10, label 0, with the low-resolution image of
+    an up-sampler x_i = sin(i) too; a codec's reconstruction of such an image: easily computed in the original program.
 
     Returns:
         `mean`, `std` and the `first` four values of the output.
@@ -54,7 +54,7 @@ def _reconstructed(codec: LearnedCodec) -> Tensor:
 
 @torch.no_grad()
 def check_outputs(model: Convertible, path: str | Path) -> dict[str, Any]:
-    """Compare a network, or a codec, with what the original program answered.
+    """Compare the outputs of a network, or of a codec, with those of the original program.
 
     Args:
         model: of a diffusion model its network is compared.
@@ -171,7 +171,9 @@ def own_network(model: Convertible) -> UNet | EncoderClassifier:
     """
     network = None if isinstance(model, LearnedCodec) else model.network
     if not isinstance(network, UNet | EncoderClassifier):
-        raise UserError("only models around Carrara's own networks can be converted.")
+        raise UserError(
+            "only models around Carrara's own networks can be converted.", key="network.kind", code="unsupported"
+        )
     return network
 
 

@@ -1,5 +1,5 @@
-"""What a model is beyond the weights: written beside them where another program's layout has no place for it, and read
-back, so that a model that goes out and comes in again is the same."""
+"""Everything of a model but its weights: written with them where another program's layout has no place for it, and read
+back, so that a model that is exported and imported again is the same."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a whole latent diffusion checkpoint (CompVis) holds beside first stage and U-Net: the tables of its schedule, in
-and out, and the config that makes the original build it.
+"""What a whole latent diffusion checkpoint (CompVis) contains in addition to first stage and U-Net: the tables of its
+schedule, in and out, and the config that makes the original build it.
 
 The originals' `LatentDiffusion` keeps its schedule as buffers of twelve names, its class embedder under
-`cond_stage_model`, and its other choices in a YAML file beside the checkpoint.
+`cond_stage_model`, and its other choices in a YAML file next to the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from carrara.codecs.discrete import DiscreteAutoencoder
 from carrara.codecs.kl import KLAutoencoder
 from carrara.codecs.learned import LearnedCodec
-from carrara.errors import UserError, nearest
+from carrara.entries import Entry, fixed, read_entries
+from carrara.errors import UserError
 from carrara.interop import compvis, compvis_unet
-from carrara.interop.entries import check_entries
 from carrara.interop.layout import to_theirs
 from carrara.interop.unet_keys import places
 from carrara.networks import UNet, UNetParams
@@ -32,6 +32,13 @@ SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosi
 """Our names of the originals' `beta_schedule`: what they call linear is linear in √β."""
 PREDICTS = ("eps", "x0", "v")
 """What `parameterization` may be; the words are ours, too."""
+SCHEDULE = {
+    "beta_schedule": fixed(*SCHEDULES),
+    "linear_start": Entry(float, 1e-4),
+    "linear_end": Entry(float, 2e-2),
+    "timesteps": Entry(int, None),
+}
+"""The arguments of the original `LatentDiffusion` about its schedule, with its defaults."""
 LEAST_LINEAR = 20
 """DDPM's linear schedule needs more steps: its last β is 20/T."""
 ROUNDING = 1e-6
@@ -47,38 +54,40 @@ def schedule(checkpoint: StateDict, arguments: Mapping[str, Any]) -> Discrete:
         arguments: of the original `LatentDiffusion`: `beta_schedule`, `linear_start`, `linear_end`, `timesteps`.
 
     Raises:
-        UserError: neither says it, they contradict each other, or the kind is unknown.
+        UserError: neither is there, they contradict each other, or the kind is unknown.
     """
     table = checkpoint.get("betas")
-    said = {"beta_schedule", "linear_start", "linear_end", "timesteps"} & arguments.keys()
-    if table is None and not said:
+    given = {name: value for name, value in arguments.items() if name in SCHEDULE}
+    if table is None and not given:
         raise UserError(
-            "the checkpoint holds no 'betas' to read its schedule from: name the original's config, or linear_start "
-            "and linear_end."
+            "the checkpoint contains no 'betas' to read its schedule from: name the original's config, or linear_start "
+            "and linear_end.",
+            key="betas",
+            code="missing",
         )
-    if not said:
+    if table is not None and (table.ndim != 1 or not bool(((table > 0) & (table <= 1)).all())):
+        raise UserError("the checkpoint's 'betas' are no noise levels in (0, 1].", key="betas", code="damaged")
+    if not given:
         assert table is not None
         return _of_table(table)
-    named = _named(arguments, 1000 if table is None else len(table))
+    named = _named(given, 1000 if table is None else len(table))
     if table is not None and not _same(named.betas, table):
         raise UserError(
             f"the checkpoint's 'betas' run from {float(table[0]):.3g} to {float(table[-1]):.3g} in {len(table)} steps, "
-            f"which is not the {named} of the arguments: leave those of the schedule out."
+            f"which is not the {named} of the arguments: leave those of the schedule out.",
+            key="betas",
+            code="mismatch",
         )
     return named
 
 
 def _named(arguments: Mapping[str, Any], length: int) -> Discrete:
-    kind, steps = arguments.get("beta_schedule", "linear"), arguments.get("timesteps", length)
-    start, end = arguments.get("linear_start", 1e-4), arguments.get("linear_end", 2e-2)
-    check_entries(arguments, {"timesteps": 1000, "linear_start": 1e-4, "linear_end": 2e-2})
-    if kind not in SCHEDULES:
-        raise UserError(f"beta_schedule is '{kind}': {nearest(str(kind), SCHEDULES)}")
-    if SCHEDULES[kind] == "cosine":
+    a = read_entries(arguments, SCHEDULE, "the config")
+    kind, steps = SCHEDULES[a["beta_schedule"]], a["timesteps"] or length
+    if kind == "cosine":
         return schedules.cosine(steps)
-    if SCHEDULES[kind] == "scaled_linear":
-        return schedules.scaled_linear(steps, start, end)
-    return _linear(steps, start, end)
+    make = schedules.scaled_linear if kind == "scaled_linear" else _linear
+    return make(steps, a["linear_start"], a["linear_end"])
 
 
 def _linear(steps: int, start: float, end: float) -> Discrete:
@@ -91,11 +100,9 @@ def _of_table(betas: Tensor) -> Discrete:
     """The schedule of a table, by its formula where one gives these numbers.
 
     Raises:
-        UserError: a table in half precision that no formula gives, or no β at all.
+        UserError: a table in half precision that no formula gives.
     """
     steps = len(betas)
-    if betas.ndim != 1 or not bool(((betas > 0) & (betas <= 1)).all()):
-        raise UserError("the checkpoint's 'betas' are no noise levels in (0, 1].", key="betas", code="damaged")
     formulas: list[Discrete] = [schedules.cosine(steps)]
     for digits in range(1, 7):  # of the ends; the fewest that give the table
         start, end = (float(f"{float(beta):.{digits}g}") for beta in (betas[0], betas[-1]))
@@ -145,7 +152,7 @@ def tables(schedule: Discrete) -> dict[str, Tensor]:
     return {name: value.float() for name, value in found.items()}
 
 
-# The config beside the checkpoint
+# The config of the checkpoint
 
 
 def weights(network: UNet) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -153,7 +160,7 @@ def weights(network: UNet) -> tuple[dict[str, Tensor], Tensor | None]:
     context.
 
     Raises:
-        UserError: the network has something that the original does not know.
+        UserError: the network has something that the original does not have.
     """
     compvis_unet.check_exportable(without_classes(network.params))
     theirs = to_theirs(network, places(network))
@@ -180,16 +187,20 @@ def config(
         scale: the latent scale.
 
     Raises:
-        UserError: the model has something that the original does not know.
+        UserError: the model has something that the original does not have.
     """
     p = network.params
     if predicts not in PREDICTS:
-        raise UserError(f"latent diffusion knows no prediction of '{predicts}', so this model cannot be written.")
+        raise UserError(
+            f"latent diffusion knows no prediction of '{predicts}', so this model cannot be written.",
+            key="predicts",
+            code="unsupported",
+        )
     conditioning: dict[str, Any] = {"conditioning_key": None, "cond_stage_config": "__is_unconditional__"}
     if p.label_tokens:
         embedder = {"n_classes": p.labels, "embed_dim": p.context_channels, "key": "class_label"}
-        told = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": embedder}
-        conditioning = {"conditioning_key": "crossattn", "cond_stage_config": told}
+        described = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": embedder}
+        conditioning = {"conditioning_key": "crossattn", "cond_stage_config": described}
     elif p.labels:
         conditioning = {"conditioning_key": "adm", "cond_stage_config": {"target": "torch.nn.Identity"}}
     conditioning |= {"cond_stage_key": "class_label"} if p.labels else {}
@@ -218,7 +229,7 @@ def first_stage_config(codec: LearnedCodec | None, package: str = "ldm.models.au
         package: where the original's classes are: that, or `taming.models.vqgan`.
 
     Raises:
-        UserError: the codec has something that the original does not know.
+        UserError: the codec has something that the original does not have.
     """
     if codec is None:
         return {"target": "ldm.models.autoencoder.IdentityFirstStage"}
@@ -243,7 +254,9 @@ def _schedule_arguments(schedule: Schedule) -> dict[str, Any]:
     if spec["kind"] not in kinds or not isinstance(schedule, Discrete) or schedule.network_scale != 1:
         raise UserError(
             f"latent diffusion cannot make the schedule {schedule}: {', '.join(kinds)} are what it knows, with whole "
-            "times."
+            "times.",
+            key="schedule",
+            code="unsupported",
         )
     steps = len(schedule.alphas_cumprod)
     arguments: dict[str, Any] = {"beta_schedule": kinds[str(spec["kind"])], "timesteps": steps}

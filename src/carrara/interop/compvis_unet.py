@@ -9,36 +9,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from carrara.errors import UserError, nearest
-from carrara.interop import guided_diffusion, heads
-from carrara.interop.guided_diffusion import REQUIRED, Shapes, StateDict, difference, shapes
-from carrara.interop.layout import WRAPPERS, strip_prefixes, to_theirs
+from carrara.entries import IGNORED, Entry, fixed, read_entries
+from carrara.errors import UserError
+from carrara.interop import guided_diffusion, heads, layout
+from carrara.interop.guided_diffusion import OWNER, REQUIRED, StateDict, common_limits, encoder_params, shapes
+from carrara.interop.layout import WRAPPERS, Shapes, check_expressible, difference, first_difference, strip_prefixes
 from carrara.interop.unet_keys import places
 from carrara.networks import UNet, UNetParams
 from carrara.networks.backbone import cast_torso
 
-DEFAULTS: dict[str, Any] = guided_diffusion.DEFAULTS | {
-    "num_classes": None,
-    "num_heads": -1,
-    "use_bf16": False,
-    "use_spatial_transformer": False,
-    "transformer_depth": 1,
-    "context_dim": None,
-    "n_embed": None,
-    "legacy": True,
-    "disable_self_attentions": None,
-    "num_attention_blocks": None,
-    "disable_middle_self_attn": False,
-    "use_linear_in_transformer": False,
-    "adm_in_channels": None,
+ARGUMENTS = guided_diffusion.UNET | {
+    "num_classes": Entry(int | Literal["continuous", "sequential"] | None, None),
+    "num_heads": Entry(int, -1),
+    "use_bf16": Entry(bool, False),
+    "use_spatial_transformer": Entry(bool, False),
+    "transformer_depth": Entry(int, 1),
+    "context_dim": Entry(int | tuple[int, ...] | None, None),
+    "n_embed": fixed(None),
+    "legacy": Entry(bool, True),
+    "disable_self_attentions": Entry(tuple[bool, ...] | None, None),
+    "num_attention_blocks": fixed(None),
+    "disable_middle_self_attn": Entry(bool, False),
+    "use_linear_in_transformer": Entry(bool, False),
+    "adm_in_channels": Entry(int | None, None),
+    "spatial_transformer_attn_type": IGNORED,  # chooses a kernel, whose results are the same
 }
-KERNELS = ("spatial_transformer_attn_type",)
-"""Arguments in published configs that only choose a kernel, whose results are the same."""
+"""The constructor's arguments, with the original's defaults."""
 PART = "model.diffusion_model."
 """Where a latent diffusion model's checkpoint keeps its U-Net."""
 MEAN = "model_ema."
@@ -63,13 +64,13 @@ def load_unet(
 
     Args:
         state_dict: the U-Net's own, or that of a whole latent diffusion model, of which its part is taken.
-        concat_channels: how many of `in_channels` are laid beside x (mask, small image, depth); they then come from
-            `Condition.concat`. The original's U-Net does not know: its caller joins them.
-        class_tokens: take the class embedder of a whole model, too: `Condition.label` is then what is told, in place
-            of the context.
+        concat_channels: how many of `in_channels` are concatenated to x (mask, low-resolution image, depth); they come
+            from `Condition.concat`. In the original the U-Net's caller joins them.
+        class_tokens: take the class embedder of a whole model, too: `Condition.label` then takes the place of the
+            context.
         null_label: the last class means "no class".
         ema: take the running mean of the weights that a whole model's checkpoint may hold.
-        arguments: the original constructor's; where they say less than it needs, the rest is read from the shapes
+        arguments: the original constructor's; where some that it needs are left out, they are read from the shapes
             (see `infer_arguments`). With an int as `num_classes`, its `y` is `Condition.label`; with
             "continuous" or "sequential" it is `Condition.vector`. `image_size` may be left out.
 
@@ -95,7 +96,11 @@ def load_unet(
 def _class_table(checkpoint: StateDict) -> Tensor:
     table = strip_prefixes(checkpoint).get(CLASSES)
     if table is None:
-        raise UserError(f"the checkpoint holds no class embedder ('{CLASSES}'): load it without class_tokens.")
+        raise UserError(
+            f"the checkpoint contains no class embedder ('{CLASSES}'): load it without class_tokens.",
+            key=CLASSES,
+            code="missing",
+        )
     return table
 
 
@@ -103,10 +108,10 @@ def unet_state_dict(network: UNet) -> dict[str, Tensor]:
     """The network's weights under the original's keys, for its own `load_state_dict`.
 
     Raises:
-        UserError: the network has something that the original does not know.
+        UserError: the network has something that the original does not have.
     """
     check_exportable(network.params)
-    return to_theirs(network, places(network))
+    return layout.to_theirs(network, places(network))
 
 
 def unet_weights(checkpoint: StateDict, ema: bool = False) -> dict[str, Tensor]:
@@ -147,76 +152,64 @@ def _without_wrappers(key: str) -> str:
 
 def unet_params(*, concat_channels: int = 0, **arguments: Any) -> UNetParams:
     """`UNetModel`'s arguments as our params; for `concat_channels` see `load_unet`."""
-    a = _complete(arguments)
-    classes = a["num_classes"]
-    told: dict[str, Any] = {"num_classes": classes}
-    if classes == "continuous":
-        told = {"vector_channels": 1}
-    elif classes == "sequential":
+    a = read_entries(arguments, ARGUMENTS, OWNER)
+    if a["num_heads"] == -1 and a["num_head_channels"] == -1:
+        raise UserError(f"{OWNER} needs num_heads or num_head_channels.", key="num_heads", code="missing")
+    conditions: dict[str, Any] = {"num_classes": a["num_classes"]}
+    if a["num_classes"] == "continuous":
+        conditions = {"vector_channels": 1}
+    elif a["num_classes"] == "sequential":
         if a["adm_in_channels"] is None:
-            raise UserError('num_classes = "sequential" needs the argument adm_in_channels.')
-        told = {"vector_channels": a["adm_in_channels"], "vector_layers": 2}
-    elif isinstance(classes, str):
-        raise UserError(f"num_classes is '{classes}': {nearest(classes, ('continuous', 'sequential'))}")
+            raise UserError(
+                'num_classes = "sequential" needs the argument adm_in_channels.', key="adm_in_channels", code="missing"
+            )
+        conditions = {"vector_channels": a["adm_in_channels"], "vector_layers": 2}
     in_channels = a["in_channels"] - concat_channels
     if concat_channels < 0 or in_channels < 1:
-        raise UserError(f"concat_channels = {concat_channels} of in_channels = {a['in_channels']} leave no x.")
-    up_heads = a["num_heads_upsample"]
-    by_count = a["num_head_channels"] == -1 and a["legacy"] and not a["use_spatial_transformer"]
-    base = guided_diffusion.unet_params(
-        **{name: a[name] for name in (*REQUIRED, *guided_diffusion.DEFAULTS)} | {"num_heads_upsample": -1}
+        raise UserError(
+            f"concat_channels = {concat_channels} of in_channels = {a['in_channels']} leave no x.",
+            key="concat_channels",
+        )
+    by_count = a["legacy"] and not a["use_spatial_transformer"]
+    return UNetParams(
+        **encoder_params(a)
+        | conditions
+        | _transformer_params(a, len(a["channel_mult"]))
+        | {
+            "in_channels": in_channels,
+            "concat_channels": concat_channels,
+            "out_channels": None if a["out_channels"] == in_channels else a["out_channels"],
+            "up_heads": guided_diffusion.other_heads(a) if by_count else None,
+        }
     )
-    return replace(
-        base,
-        **told,
-        **_transformer_params(a, len(base.channel_mult)),
-        in_channels=in_channels,
-        concat_channels=concat_channels,
-        out_channels=None if a["out_channels"] == in_channels else a["out_channels"],
-        learned_variance=False,  # six channels out of three in are a prediction of six here
-        up_heads=up_heads if by_count and up_heads not in (-1, a["num_heads"]) else None,
-    )
-
-
-def _complete(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    known = {*REQUIRED, *DEFAULTS}
-    for name in arguments:
-        if name not in known and name not in KERNELS:
-            raise UserError(f"the original's constructor has no argument '{name}': {nearest(name, known)}")
-    missing = [name for name in REQUIRED if name not in arguments]
-    if missing:
-        raise UserError(f"the argument {missing[0]} is missing: it stands in the model's own config.")
-    a = {**DEFAULTS, **arguments}
-    if a["num_heads"] == -1 and a["num_head_channels"] == -1:
-        raise UserError("the original's constructor needs num_heads or num_head_channels.")
-    if not isinstance(a["num_res_blocks"], int):
-        a["num_res_blocks"] = tuple(a["num_res_blocks"])
-    for name in ("n_embed", "num_attention_blocks"):
-        if a[name] is not None:
-            raise UserError(f"{name} = {a[name]} is not supported: no published model has it.")
-    return a
 
 
 def _transformer_params(a: Mapping[str, Any], levels: int) -> dict[str, Any]:
-    """The params of the attention places, where they are transformers."""
+    """The params of what attends, where it is a transformer."""
     context = a["context_dim"]
     if not a["use_spatial_transformer"]:
         if context is not None:
-            raise UserError("context_dim needs use_spatial_transformer = True.")
+            raise UserError(
+                "context_dim needs use_spatial_transformer = True.", key="use_spatial_transformer", code="missing"
+            )
         return {}
     if a["dims"] != 2:
-        raise UserError("use_spatial_transformer needs dims = 2, as in the original.")
-    widths = set(context) if isinstance(context, list | tuple) else {context}
+        raise UserError("use_spatial_transformer needs dims = 2, as in the original.", key="dims", code="unsupported")
+    widths = set(context) if isinstance(context, tuple) else {context}
     if len(widths) != 1 or None in widths:
-        raise UserError(f"context_dim is {context}: a transformer needs one width of the context.")
-    disabled = tuple(a["disable_self_attentions"] or (False,) * levels)
+        raise UserError(f"context_dim is {context}: a transformer needs one width of the context.", key="context_dim")
+    disabled = a["disable_self_attentions"] or (False,) * levels
     if len(disabled) != levels:
-        raise UserError(f"disable_self_attentions has {len(disabled)} entries for {levels} levels.")
+        raise UserError(
+            f"disable_self_attentions has {len(disabled)} entries for {levels} levels.",
+            key="disable_self_attentions",
+            code="mismatch",
+        )
     return {
         "transformer_depth": a["transformer_depth"],
         "context_channels": widths.pop(),
         "context_only": tuple(2**level for level, only in enumerate(disabled) if only),
-        "context_only_middle": bool(a["disable_middle_self_attn"]),
+        "context_only_middle": a["disable_middle_self_attn"],
         "projection": "linear" if a["use_linear_in_transformer"] else "convolution",
     }
 
@@ -227,10 +220,10 @@ def constructor_arguments(params: UNetParams) -> dict[str, Any]:
     Its `in_channels` hold `concat_channels` too.
 
     Raises:
-        UserError: the network has something that the original does not know.
+        UserError: the network has something that the original does not have.
     """
     check_exportable(params)
-    params = heads.told(params)
+    params = heads.with_width(params)
     plain = replace(
         params,
         transformer_depth=0,
@@ -262,38 +255,28 @@ def constructor_arguments(params: UNetParams) -> dict[str, Any]:
 
 
 def check_exportable(params: UNetParams) -> None:
-    """Whether the original's constructor can build a network of these params.
-
-    Raises:
-        UserError: the network has something that the original does not know.
-    """
-    unknown = None
-    if params.norm_groups != 32 or any(width % 32 for width in params.widths):
-        unknown = "group norms of other than 32 groups"
-    elif params.heads is None and heads.told(params).head_channels is None:
-        unknown = "heads of varying width"
-    elif len(set(params.depths)) > 1:
-        unknown = "transformers of varying depth"
-    elif any(params.depths) and not params.context_channels:
-        unknown = "transformers without a context"
-    elif any(params.depths) and params.up_heads is not None:
-        unknown = "other heads in the decoder's transformers"
-    elif params.label_tokens:
-        unknown = "classes as context (its class embedder is a model of its own)"
-    elif params.upsample_concat:
-        unknown = "a concatenated condition of another size"
-    elif params.vector_channels and (params.labels or (params.vector_layers == 1 and params.vector_channels > 1)):
-        unknown = "such a condition vector"
-    elif params.learned_variance:
-        unknown = "a learned variance"
-    if unknown:
-        raise UserError(f"CompVis' U-Net knows no {unknown}, so this network cannot be written in its layout.")
+    """Raises UserError unless the original's constructor can build the network."""
+    p, attends = params, any(params.depths)
+    vector = p.vector_channels and (p.labels or (p.vector_layers == 1 and p.vector_channels > 1))
+    check_expressible(
+        "CompVis' U-Net",
+        (
+            *common_limits(p),
+            ("network.transformer_depth", len(set(p.depths)) > 1, "transformers of varying depth"),
+            ("network.context_channels", attends and not p.context_channels, "transformers without a context"),
+            ("network.up_heads", attends and p.up_heads is not None, "other heads in the decoder's transformers"),
+            ("network.label_tokens", bool(p.label_tokens), "classes as context (its class embedder is another model)"),
+            ("network.upsample_concat", p.upsample_concat, "concatenated condition of another size"),
+            ("network.vector_channels", bool(vector), "such condition vector"),
+            ("network.learned_variance", p.learned_variance, "learned variance"),
+        ),
+    )
 
 
 def infer_arguments(checkpoint: StateDict, **named: Any) -> dict[str, Any]:
-    """The constructor's arguments, read from a checkpoint's shapes, and `named` for what these do not tell.
+    """The constructor's arguments, read from a checkpoint's shapes, and `named` for what these do not show.
 
-    Shapes tell neither the heads, which have to be named (`num_heads` or `num_head_channels`), nor the order in
+    Shapes show neither the heads, which have to be named (`num_heads` or `num_head_channels`), nor the order in
     which plain attention counts its channels (`use_new_attention_order`), nor what is no part of the weights
     (`image_size`, `dropout`, `use_checkpoint`). Where a level is as wide as the context, nobody can see whether its
     self-attention is disabled: it is taken not to be.
@@ -301,17 +284,27 @@ def infer_arguments(checkpoint: StateDict, **named: Any) -> dict[str, Any]:
     Raises:
         UserError: the heads are not named, or the shapes fit no arguments or contradict a named one.
     """
-    found = {key: tuple(value.shape) for key, value in unet_weights(checkpoint).items()}
+    found = layout.shapes(unet_weights(checkpoint))
     if not {"time_embed.0.weight", "input_blocks.0.0.weight", "output_blocks.0.0.in_layers.2.weight"} <= found.keys():
-        raise UserError("this is no checkpoint of a CompVis U-Net: it lacks 'time_embed', 'input_blocks' or such.")
+        raise UserError(
+            "this is no checkpoint of a CompVis U-Net: it lacks 'time_embed', 'input_blocks' or such.",
+            key="input_blocks",
+            code="unsupported",
+        )
     if not {"num_heads", "num_head_channels"} & named.keys():
-        raise UserError("shapes do not tell the heads of attention: name num_heads or num_head_channels.")
+        raise UserError(
+            "shapes do not show the heads of attention: name num_heads or num_head_channels.",
+            key="num_heads",
+            code="missing",
+        )
     arguments = _read_shape(found) | _read_label(found) | _read_transformers(found) | named
     with torch.device("meta"):
         expected = shapes(UNet(unet_params(**arguments)))
     if expected != found:
         raise UserError(
-            f"the checkpoint does not fit the arguments that were named or read: {difference(found, expected)}."
+            f"the checkpoint does not fit the arguments that were named or read: {difference(found, expected)}.",
+            key=first_difference(found, expected),
+            code="mismatch",
         )
     return arguments
 

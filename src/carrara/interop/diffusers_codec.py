@@ -10,52 +10,89 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from carrara.codecs.kl import KLAutoencoder
 from carrara.codecs.learned import LearnedCodec
-from carrara.codecs.quantiser import QuantiserParams
 from carrara.codecs.vq import VQAutoencoder
+from carrara.entries import IGNORED, Entry, fixed, read_entries
 from carrara.errors import UserError, nearest
-from carrara.interop.compvis import filled
-from carrara.interop.diffusers_folder import CONFIG, SKIP, attention, read_json, read_weights, write_model
-from carrara.interop.entries import check_entries, check_numbers
-from carrara.interop.layout import Place, leaf, residual_block, to_ours, to_theirs
-from carrara.networks.autoencoder import AutoencoderParams, Level
-from carrara.networks.backbone import Middle
+from carrara.interop import layout
+from carrara.interop.compvis import quantiser
+from carrara.interop.diffusers_folder import CONFIG, read_json, read_weights, write_model
+from carrara.interop.layout import Place, Table, check_expressible
+from carrara.interop.unet_keys import DIFFUSERS, multiples
+from carrara.networks.autoencoder import AutoencoderParams
 
 KL, VQ = "AutoencoderKL", "VQModel"
 
-DEFAULTS: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownEncoderBlock2D",),
-    "up_block_types": ("UpDecoderBlock2D",),
-    "block_out_channels": (64,),
-    "layers_per_block": 1,
-    "act_fn": "silu",
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "scaling_factor": 0.18215,
-    "mid_block_add_attention": True,
+BLOCKS = {
+    "DownEncoderBlock2D": False,
+    "AttnDownEncoderBlock2D": True,
+    "UpDecoderBlock2D": False,
+    "AttnUpDecoderBlock2D": True,
 }
-"""What `config.json` may leave out."""
-KL_DEFAULTS = DEFAULTS | {
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
+"""Whether a block of a type attends."""
+ENTRIES = {
+    "_class_name": IGNORED,
+    "_diffusers_version": IGNORED,
+    "_name_or_path": IGNORED,
+    "sample_size": IGNORED,
+    "force_upcast": IGNORED,
+    "in_channels": Entry(int, 3),
+    "out_channels": Entry(int, 3),
+    "down_block_types": Entry(tuple[str, ...], ("DownEncoderBlock2D",)),
+    "up_block_types": Entry(tuple[str, ...], ("UpDecoderBlock2D",)),
+    "block_out_channels": Entry(tuple[int, ...], (64,)),
+    "layers_per_block": Entry(int, 1),
+    "act_fn": fixed("silu"),
+    "norm_num_groups": Entry(int, 32),
+    "scaling_factor": Entry(float | None, 0.18215, zero=False),
+    "mid_block_add_attention": Entry(bool, True),
 }
-VQ_DEFAULTS = DEFAULTS | {
-    "latent_channels": 3,
-    "num_vq_embeddings": 256,
-    "vq_embed_dim": None,
-    "norm_type": "group",
-    "lookup_from_codebook": False,
+KL_ENTRIES = ENTRIES | {
+    "latent_channels": Entry(int, 4),
+    "shift_factor": Entry(float | None, None),
+    "latents_mean": Entry(tuple[float, ...] | None, None),
+    "latents_std": Entry(tuple[float, ...] | None, None, zero=False),
+    "use_quant_conv": Entry(bool, True),
+    "use_post_quant_conv": Entry(bool, True),
 }
-ASIDE = ("sample_size", "force_upcast")
-"""Entries that concern pipelines and not the codec."""
+VQ_ENTRIES = ENTRIES | {
+    "latent_channels": Entry(int, 3),
+    "num_vq_embeddings": Entry(int, 256),
+    "vq_embed_dim": Entry(int | None, None),
+    "norm_type": fixed("group"),
+    "lookup_from_codebook": fixed(False),
+}
+"""What `config.json` may contain, with diffusers' defaults."""
+
+TABLE: Table = DIFFUSERS | {
+    LearnedCodec: {
+        "encoder.stem": "encoder.conv_in",
+        "encoder.levels.{i}.blocks.{j}": "encoder.down_blocks.{i}.resnets.{j}",
+        "encoder.levels.{i}.attentions.{j}": "encoder.down_blocks.{i}.attentions.{j}",
+        "encoder.levels.{i}.resample": "encoder.down_blocks.{i}.downsamplers.0",
+        "encoder.middle.block_in": "encoder.mid_block.resnets.0",
+        "encoder.middle.attention": "encoder.mid_block.attentions.0",
+        "encoder.middle.block_out": "encoder.mid_block.resnets.1",
+        "encoder.norm": "encoder.conv_norm_out",
+        "encoder.out": "encoder.conv_out",
+        "encoder.map": "quant_conv",
+        "decoder.map": "post_quant_conv",
+        "decoder.stem": "decoder.conv_in",
+        "decoder.middle.block_in": "decoder.mid_block.resnets.0",
+        "decoder.middle.attention": "decoder.mid_block.attentions.0",
+        "decoder.middle.block_out": "decoder.mid_block.resnets.1",
+        "decoder.levels.{i}.blocks.{j}": "decoder.up_blocks.{i}.resnets.{j}",
+        "decoder.levels.{i}.attentions.{j}": "decoder.up_blocks.{i}.attentions.{j}",
+        "decoder.levels.{i}.resample": "decoder.up_blocks.{i}.upsamplers.0",
+        "decoder.norm": "decoder.conv_norm_out",
+        "decoder.out": "decoder.conv_out",
+        "quantiser.codebook": "quantize.embedding.weight",
+    },
+}
 
 
 def load_codec(folder: str | Path) -> KLAutoencoder | VQAutoencoder:
@@ -65,14 +102,16 @@ def load_codec(folder: str | Path) -> KLAutoencoder | VQAutoencoder:
         folder: of the model itself, as the `vae` or `vqvae` within a pipeline's folder.
 
     Raises:
-        UserError: a file is missing or damaged, the config is of another class or asks for what is not supported, or
+        UserError: a file is missing or damaged, the config is of another class or needs what is not supported, or
             the weights do not fit it.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG, "codec")
     kind = config.get("_class_name")
     if kind not in (KL, VQ):
-        raise UserError(f"{folder / CONFIG} describes a {kind}: {KL} or {VQ} is expected.")
+        raise UserError(
+            f"{folder / CONFIG} describes a {kind}: {KL} or {VQ} is expected.", key="_class_name", code="unsupported"
+        )
     return from_state_dict(read_weights(folder), vq=kind == VQ, **config)
 
 
@@ -87,15 +126,14 @@ def from_state_dict(state_dict: Mapping[str, Tensor], *, vq: bool, **config: Any
     Raises:
         UserError: see `load_codec`.
     """
-    c = _complete(config, VQ_DEFAULTS if vq else KL_DEFAULTS)
+    c = read_entries(config, VQ_ENTRIES if vq else KL_ENTRIES, CONFIG)
+    params = _params(c, c.get("vq_embed_dim"))
     codec: KLAutoencoder | VQAutoencoder
     if vq:
-        quantiser = QuantiserParams(codes=c["num_vq_embeddings"], legacy=True, decay=None, restart=0.0)
-        params = _params(c, c["vq_embed_dim"])
-        codec = filled(lambda: VQAutoencoder(params, quantiser), lambda made: to_ours(state_dict, made, places(made)))
+        codes = quantiser(c["num_vq_embeddings"])
+        codec = layout.filled(lambda: VQAutoencoder(params, codes), state_dict, places)
     else:
-        params = _params(c, None)
-        codec = filled(lambda: KLAutoencoder(params), lambda made: to_ours(state_dict, made, places(made)))
+        codec = layout.filled(lambda: KLAutoencoder(params), state_dict, places)
     _set_scale(codec, c)
     return codec
 
@@ -104,7 +142,7 @@ def save_codec(codec: LearnedCodec, folder: str | Path) -> None:
     """Write a folder that diffusers loads: `config.json` and the weights, each whole or not at all.
 
     Raises:
-        UserError: the codec has something that diffusers does not know.
+        UserError: the codec has something that diffusers does not have.
     """
     described = config(codec)
     write_model(Path(folder), described, state_dict(codec))
@@ -114,10 +152,10 @@ def state_dict(codec: LearnedCodec) -> dict[str, Tensor]:
     """The codec's weights under diffusers' keys.
 
     Raises:
-        UserError: the codec has something that diffusers does not know.
+        UserError: the codec has something that diffusers does not have.
     """
     _check_exportable(codec)
-    return to_theirs(codec, places(codec))
+    return layout.to_theirs(codec, places(codec))
 
 
 # The config
@@ -127,7 +165,7 @@ def config(codec: LearnedCodec) -> dict[str, Any]:
     """The `config.json` that makes diffusers build this codec.
 
     Raises:
-        UserError: the codec has something that diffusers does not know.
+        UserError: the codec has something that diffusers does not have.
     """
     _check_exportable(codec)
     p = codec.params
@@ -152,45 +190,31 @@ def config(codec: LearnedCodec) -> dict[str, Any]:
     return {"_class_name": KL, **shared, **maps, **_scale_of(codec)}
 
 
-def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    given = {key: value for key, value in config.items() if not key.startswith("_") and key not in ASIDE}
-    for key in given:
-        if key not in defaults:
-            raise UserError(f"config.json has the entry '{key}', which is not supported: {nearest(key, defaults)}")
-    check_entries(given, defaults, optional={"scaling_factor": float, "shift_factor": float, "vq_embed_dim": int})
-    check_numbers(given.get("latents_std"), "latents_std", zero=False)
-    check_numbers(given.get("latents_mean"), "latents_mean")
-    if given.get("scaling_factor") == 0:
-        raise UserError(
-            "the config's scaling_factor is 0: a finite number other than 0 is expected.", key="scaling_factor"
-        )
-    c = {**defaults, **given}
-    for key, fixed in (("act_fn", "silu"), ("norm_type", "group"), ("lookup_from_codebook", False)):
-        if key in c and c[key] != fixed:
-            raise UserError(f"config.json has {key} = {c[key]!r}: only {fixed!r} is supported.")
-    return c
-
-
 def _params(c: Mapping[str, Any], embedded: int | None) -> AutoencoderParams:
     widths = c["block_out_channels"]
-    known = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
-    known |= {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
-    for name in (*c["down_block_types"], *c["up_block_types"]):
-        if name not in known:
-            raise UserError(f"config.json has a block of the type '{name}': {nearest(name, known)}")
-    down = [known[name] for name in c["down_block_types"]]
-    if not len(widths) == len(down) == len(c["up_block_types"]):
+    for half in ("down_block_types", "up_block_types"):
+        for name in c[half]:
+            if name not in BLOCKS:
+                raise UserError(f"{half} has '{name}': {nearest(name, BLOCKS)}", key=half, code="unknown")
+        if len(c[half]) != len(widths):
+            raise UserError(
+                f"{half} has {len(c[half])} entries for the {len(widths)} levels of block_out_channels.",
+                key=half,
+                code="mismatch",
+            )
+    down = [BLOCKS[name] for name in c["down_block_types"]]
+    if down != [BLOCKS[name] for name in reversed(c["up_block_types"])]:
         raise UserError(
-            "config.json must give down_block_types, up_block_types and block_out_channels alike in length."
+            "encoder and decoder attend at different levels, which is not supported.",
+            key="up_block_types",
+            code="unsupported",
         )
-    if down != [known[name] for name in reversed(c["up_block_types"])]:
-        raise UserError("config.json lets encoder and decoder attend at different levels, which is not supported.")
     latent = embedded or c["latent_channels"]
     return AutoencoderParams(
         in_channels=c["in_channels"],
         out_channels=None if c["out_channels"] == c["in_channels"] else c["out_channels"],
         channels=widths[0],
-        channel_mult=tuple(_plain(width / widths[0]) for width in widths),
+        channel_mult=multiples(widths),
         blocks_per_level=c["layers_per_block"],
         latent_channels=latent,
         hidden_channels=None if latent == c["latent_channels"] else c["latent_channels"],
@@ -202,24 +226,15 @@ def _params(c: Mapping[str, Any], embedded: int | None) -> AutoencoderParams:
     )
 
 
-def _plain(value: float) -> float:
-    return int(value) if value == int(value) else value
-
-
 def _set_scale(codec: LearnedCodec, c: Mapping[str, Any]) -> None:
-    """z = (latent - mean)·factor/std, or (latent - shift)·factor: diffusers' two ways of saying it."""
+    """z = (latent - mean)·factor/std, or (latent - shift)·factor: diffusers' two forms of it."""
     factor = 1.0 if c["scaling_factor"] is None else float(c["scaling_factor"])
     if c.get("latents_std") is not None:
         scale = [factor / std for std in c["latents_std"]]
-        codec.set_latent_scale(_tensor(scale), _tensor(c.get("latents_mean") or [0.0]))
+        means = c["latents_mean"] or (0.0,)
+        codec.set_latent_scale(*(torch.tensor(values, dtype=torch.float64) for values in (scale, means)))
     else:
         codec.set_latent_scale(factor, c.get("shift_factor") or 0.0)
-
-
-def _tensor(values: list[float]) -> Tensor:
-    import torch
-
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def _scale_of(codec: LearnedCodec) -> dict[str, Any]:
@@ -229,59 +244,26 @@ def _scale_of(codec: LearnedCodec) -> dict[str, Any]:
     return {"scaling_factor": 1.0, "latents_mean": shift, "latents_std": [1 / value for value in scale]}
 
 
-def _check_exportable(codec: LearnedCodec) -> None:
-    p = codec.params
-    unknown = None
-    if not isinstance(codec, KLAutoencoder | VQAutoencoder):
-        unknown = f"codec of the kind '{codec.kind}'"
-    elif any(width % p.norm_groups for width in p.widths):
-        unknown = f"group norms of {p.norm_groups} groups over {list(p.widths)} channels"
-    elif p.widths[0] != p.channels:
-        unknown = "first level of another width than the first convolution's"
-    elif p.tanh or not p.learned_resampling:
-        unknown = "closing tanh" if p.tanh else "resampling without convolutions"
-    elif p.hidden != p.latent_channels and isinstance(codec, KLAutoencoder):
-        unknown = "KL latents of other than the hidden channels"
-    elif isinstance(codec, VQAutoencoder) and not (p.encoder_map and p.decoder_map):
-        unknown = "VQ model without 1×1 maps beside the latent"
-    elif isinstance(codec, VQAutoencoder) and len(_scale_of(codec)) != 2:
-        unknown = "latent scale per channel of a VQ model"
-    elif isinstance(codec, VQAutoencoder) and any(codec.latent_shift.tolist()):
-        unknown = "latent shift of a VQ model"
-    if unknown:
-        raise UserError(f"diffusers knows no {unknown}, so this codec cannot be written in its layout.")
-
-
-# Keys
-
-
 def places(codec: LearnedCodec) -> Iterator[Place]:
     """Where the codec's parameters lie in diffusers' state dict."""
-    for half, blocks, resample in (("encoder", "down_blocks", "downsamplers"), ("decoder", "up_blocks", "upsamplers")):
-        yield from leaf(codec, f"{half}.stem", f"{half}.conv_in")
-        yield from _middle(codec, half)
-        # Theirs count as ours do: from what comes first.
-        for number, level in enumerate(codec.get_submodule(f"{half}.levels").children()):
-            assert isinstance(level, Level)
-            mine, theirs = f"{half}.levels.{number}", f"{half}.{blocks}.{number}"
-            for index in range(len(level.blocks)):
-                yield from residual_block(codec, f"{mine}.blocks.{index}", f"{theirs}.resnets.{index}", SKIP)
-            for index in range(len(level.attentions)):
-                yield from attention(codec, f"{mine}.attentions.{index}", f"{theirs}.attentions.{index}")
-            if level.resample is not None:
-                yield from leaf(codec, f"{mine}.resample.conv", f"{theirs}.{resample}.0.conv")
-        yield from leaf(codec, f"{half}.norm", f"{half}.conv_norm_out")
-        yield from leaf(codec, f"{half}.out", f"{half}.conv_out")
-    yield from leaf(codec, "encoder.map", "quant_conv")
-    yield from leaf(codec, "decoder.map", "post_quant_conv")
-    if isinstance(codec, VQAutoencoder):
-        yield Place("quantiser.codebook", ("quantize.embedding.weight",))
+    return layout.places(codec, TABLE)
 
 
-def _middle(codec: LearnedCodec, half: str) -> Iterator[Place]:
-    middle = codec.get_submodule(f"{half}.middle")
-    assert isinstance(middle, Middle)
-    yield from residual_block(codec, f"{half}.middle.block_in", f"{half}.mid_block.resnets.0", SKIP)
-    if middle.attention is not None:
-        yield from attention(codec, f"{half}.middle.attention", f"{half}.mid_block.attentions.0")
-    yield from residual_block(codec, f"{half}.middle.block_out", f"{half}.mid_block.resnets.1", SKIP)
+def _check_exportable(codec: LearnedCodec) -> None:
+    """Raises UserError unless diffusers can build the codec."""
+    p, vq = codec.params, isinstance(codec, VQAutoencoder)
+    other = p.hidden != p.latent_channels
+    check_expressible(
+        "diffusers",
+        (
+            ("codec.kind", not isinstance(codec, KLAutoencoder | VQAutoencoder), f"codec of the kind '{codec.kind}'"),
+            ("codec.norm_groups", any(w % p.norm_groups for w in p.widths), f"norms of {p.norm_groups} groups here"),
+            ("codec.channel_mult", p.widths[0] != p.channels, "first level of another width than the first layer's"),
+            ("codec.tanh", p.tanh, "closing tanh"),
+            ("codec.learned_resampling", not p.learned_resampling, "resampling without convolutions"),
+            ("codec.hidden_channels", other and not vq, "KL latents of other than the hidden channels"),
+            ("codec.encoder_map", vq and not (p.encoder_map and p.decoder_map), "VQ model without 1×1 maps"),
+            ("codec.latent_scale", vq and len(_scale_of(codec)) != 2, "latent scale per channel of a VQ model"),
+            ("codec.latent_shift", vq and any(codec.latent_shift.tolist()), "latent shift of a VQ model"),
+        ),
+    )

@@ -1,18 +1,18 @@
-"""What the model folders of diffusers share: `config.json` beside the weights, and the names of common layers."""
+"""The model folders of diffusers: `config.json` and the weights, in and out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from carrara.errors import UserError
 from carrara.files import write_whole
 from carrara.interop.files import read_checkpoint
-from carrara.interop.layout import Place, leaf, strip_prefixes
+from carrara.interop.layout import strip_prefixes
 
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
@@ -20,10 +20,8 @@ WEIGHTS = (f"{STEM}.safetensors", f"{STEM}.bin")
 """Today's name of the weights, and that of older folders."""
 VARIANTS = ("", ".fp32", ".ema", ".bf16", ".fp16", ".non_ema")
 """What diffusers may insert into the names of weight files, in order of preference."""
-SKIP = "conv_shortcut"
-"""The name of the convolution beside a residual block."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""What attention layers were called before diffusers 0.18, whose folders are still about."""
+"""What attention layers were called before diffusers 0.18, whose folders are still in use."""
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -107,15 +105,8 @@ def write_json(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _renamed(key: str) -> str:
-    """Today's name of an attention layer that older folders call otherwise."""
+    """Today's name of an attention layer that has another in older folders."""
     if ".attentions." not in key:
         return key
     before, name, part = key.rsplit(".", 2)
     return f"{before}.{OLD_ATTENTION.get(name, name)}.{part}"
-
-
-def attention(network: nn.Module, mine: str, theirs: str) -> Iterator[Place]:
-    """The places of self-attention over a map, whose projections are matrices there."""
-    yield from leaf(network, f"{mine}.norm", f"{theirs}.group_norm")
-    yield from leaf(network, f"{mine}.qkv", *(f"{theirs}.{name}" for name in ("to_q", "to_k", "to_v")), matrix=True)
-    yield from leaf(network, f"{mine}.out", f"{theirs}.to_out.0", matrix=True)

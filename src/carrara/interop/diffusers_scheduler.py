@@ -1,4 +1,4 @@
-"""Noise schedules in the layout of diffusers: what a `scheduler_config.json` says of training, in and out.
+"""Noise schedules in the layout of diffusers: the entries of a `scheduler_config.json` about training, in and out.
 
 Its class and its other entries choose a sampler, which is no part of a model here.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from carrara.entries import Entry, fixed, read_entries
 from carrara.errors import UserError, nearest
-from carrara.interop.entries import check_entries, check_numbers
 from carrara.process import Predicts, schedules
 from carrara.process.schedules import Discrete, Schedule
 
@@ -36,18 +36,32 @@ CLASSES = (
 )
 """The schedulers of models that were trained on a table of β."""
 PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+ENTRIES = {
+    "num_train_timesteps": Entry(int, 1000),
+    "beta_schedule": fixed("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+    "beta_start": Entry(float, 1e-4),
+    "beta_end": Entry(float, 0.02),
+    "trained_betas": Entry(tuple[float, ...] | None, None, zero=False),
+    "rescale_betas_zero_snr": Entry(bool, False),
+    "use_flow_sigmas": fixed(False, None),
+    "flow_shift_terminal": fixed(None, False),
+}
+"""Those of a config that describe the training."""
 
 
 def read(config: Mapping[str, Any]) -> tuple[Discrete, Predicts]:
     """The schedule and what the network predicts.
 
     Raises:
-        UserError: the scheduler is of another kind, or says something that no schedule here can express.
+        UserError: the scheduler is of another kind, or has an entry that no schedule here can express.
     """
-    kind = str(config.get("_class_name"))
+    kind, predicts = str(config.get("_class_name")), str(config.get("prediction_type", "epsilon"))
     if kind not in CLASSES:
-        raise UserError(f"the scheduler is a {kind}, whose noise levels are no table of β: {nearest(kind, CLASSES)}")
-    predicts = str(config.get("prediction_type", "epsilon"))
+        raise UserError(
+            f"the scheduler is a {kind}, whose noise levels are no table of β: {nearest(kind, CLASSES)}",
+            key="_class_name",
+            code="unsupported",
+        )
     if "flow" in predicts:
         raise UserError(
             f"the scheduler's prediction_type is '{predicts}': flow models of diffusers cannot be imported.",
@@ -55,23 +69,21 @@ def read(config: Mapping[str, Any]) -> tuple[Discrete, Predicts]:
             code="unsupported",
         )
     if predicts not in PREDICTS:
-        raise UserError(f"the scheduler's prediction_type is '{predicts}': {nearest(predicts, PREDICTS)}")
-    for entry in ("use_flow_sigmas", "flow_shift_terminal"):
-        if config.get(entry):
-            raise UserError(f"the scheduler's {entry} = {config[entry]} makes a flow of it, which is not supported.")
-    schedule = _table(config)
-    if config.get("rescale_betas_zero_snr", False):
-        schedule = schedules.zero_terminal_snr(schedule)
-    return schedule, PREDICTS[predicts]
+        raise UserError(
+            f"the scheduler's prediction_type is '{predicts}': {nearest(predicts, PREDICTS)}",
+            key="prediction_type",
+            code="unknown",
+        )
+    known = {name: value for name, value in config.items() if name in ENTRIES}
+    c = read_entries(known, ENTRIES, "the scheduler's config")
+    schedule = _table(c)
+    return schedules.zero_terminal_snr(schedule) if c["rescale_betas_zero_snr"] else schedule, PREDICTS[predicts]
 
 
-def _table(config: Mapping[str, Any]) -> Discrete:
-    steps, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    check_entries(config, {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02})
-    check_numbers(config.get("trained_betas"), "trained_betas", zero=False)
-    if config.get("trained_betas") is not None:
-        return schedules.from_betas(config["trained_betas"])
+def _table(c: Mapping[str, Any]) -> Discrete:
+    steps, kind, start, end = (c[name] for name in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end"))
+    if c["trained_betas"] is not None:
+        return schedules.from_betas(c["trained_betas"])
     if kind == "squaredcos_cap_v2":
         return schedules.cosine(steps)
     if kind == "scaled_linear":
@@ -79,9 +91,6 @@ def _table(config: Mapping[str, Any]) -> Discrete:
     if kind == "sigmoid":
         waves = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid()
         return schedules.from_betas(waves * (end - start) + start)
-    if kind != "linear":
-        known = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-        raise UserError(f"the scheduler's beta_schedule is '{kind}': {nearest(str(kind), known)}")
     if math.isclose(start * steps, 0.1) and math.isclose(end * steps, 20):  # DDPM's own, for any number of steps
         return schedules.linear(steps)
     return schedules.from_betas(torch.linspace(start, end, steps, dtype=torch.float64))
@@ -91,19 +100,27 @@ def config(schedule: Schedule, predicts: Predicts, *, pixels: bool, learned_vari
     """The `scheduler_config.json` of a model.
 
     Args:
-        schedule: a table whose network is told whole times.
+        schedule: a table whose network takes whole times.
         predicts: "eps", "x0" or "v".
         pixels: predictions of the clean image may be clipped to [-1, 1].
-        learned_variance: the network tells its reverse variance, which `DDPMScheduler` alone can use.
+        learned_variance: the network predicts its reverse variance, which `DDPMScheduler` alone can use.
 
     Raises:
         UserError: diffusers cannot express it.
     """
     names = {mine: theirs for theirs, mine in PREDICTS.items()}
     if predicts not in names:
-        raise UserError(f"diffusers' schedulers know no prediction of '{predicts}', so this model cannot be written.")
+        raise UserError(
+            f"diffusers' schedulers know no prediction of '{predicts}', so this model cannot be written.",
+            key="predicts",
+            code="unsupported",
+        )
     if not isinstance(schedule, Discrete) or schedule.network_scale != 1:
-        raise UserError(f"diffusers' schedulers are tables of whole times, which {schedule.spec['kind']} here is not.")
+        raise UserError(
+            f"diffusers' schedulers are tables of whole times, which {schedule.spec['kind']} here is not.",
+            key="schedule",
+            code="unsupported",
+        )
     common = {"prediction_type": names[predicts], "clip_sample": pixels, "timestep_spacing": "trailing"}
     if pixels or learned_variance:
         variance = "learned_range" if learned_variance else "fixed_small"

@@ -12,26 +12,31 @@ import torch
 from torch import Tensor
 
 from carrara.errors import UserError
-from carrara.networks.dit import PUBLISHED, DiT, DiTParams, position_embedding
+from carrara.interop import layout
+from carrara.interop.layout import Place, Table, check_expressible, to_ours, to_theirs
+from carrara.networks.dit import PUBLISHED, DiT, DiTBlock, DiTParams, position_embedding
 
 StateDict = Mapping[str, Tensor]
 
-_PARTS = {
-    "patches": "x_embedder.proj",
-    "time.hidden": "t_embedder.mlp.0",
-    "time.out": "t_embedder.mlp.2",
-    "label": "y_embedder.embedding_table",
-    "modulation": "final_layer.adaLN_modulation.1",
-    "out": "final_layer.linear",
+TABLE: Table = {
+    DiT: {
+        "patches": "x_embedder.proj",
+        "time.hidden": "t_embedder.mlp.0",
+        "time.out": "t_embedder.mlp.2",
+        "label": "y_embedder.embedding_table",
+        "blocks.{i}": "blocks.{i}",
+        "modulation": "final_layer.adaLN_modulation.1",
+        "out": "final_layer.linear",
+    },
+    DiTBlock: {
+        "modulation": "adaLN_modulation.1",
+        "qkv": "attn.qkv",
+        "attention_out": "attn.proj",
+        "hidden": "mlp.fc1",
+        "out": "mlp.fc2",
+    },
 }
-_BLOCK = {
-    "modulation": "adaLN_modulation.1",
-    "qkv": "attn.qkv",
-    "attention_out": "attn.proj",
-    "hidden": "mlp.fc1",
-    "out": "mlp.fc2",
-}
-_POSITIONS = "pos_embed"
+POSITIONS = "pos_embed"
 
 
 def params_of(state_dict: StateDict, *, heads: int | None = None, **changes: Any) -> DiTParams:
@@ -56,7 +61,7 @@ def params_of(state_dict: StateDict, *, heads: int | None = None, **changes: Any
     null = bool(changes.get("null_label", True))
     rows = len(_of(state_dict, "y_embedder.embedding_table.weight"))
     raw = len(_of(state_dict, "final_layer.linear.weight")) // patch**2
-    side = round(_of(state_dict, _POSITIONS).shape[-2] ** 0.5) * patch
+    side = round(_of(state_dict, POSITIONS).shape[-2] ** 0.5) * patch
     implied: dict[str, Any] = {
         "image_size": (side, side),
         "in_channels": in_channels,
@@ -83,23 +88,15 @@ def load(state_dict: StateDict, *, heads: int | None = None, **changes: Any) -> 
     """
     params = params_of(state_dict, heads=heads, **changes)
     network = DiT(params)
-    own = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    names = dict(_names(network))
-    for theirs in state_dict.keys() - names.keys() - {_POSITIONS}:
-        raise UserError(f"the checkpoint holds the unexpected weights '{theirs}'.", key=theirs, code="mismatch")
-    for theirs, name in names.items():
-        shape = tuple(_of(state_dict, theirs).shape)
-        if shape != tuple(own[name]):
-            raise UserError(
-                f"'{theirs}' has the shape {shape}, {tuple(own[name])} is needed.", key=theirs, code="shape"
-            )
-    if not torch.allclose(_of(state_dict, _POSITIONS).float().reshape(-1, params.width), _table(params), atol=1e-4):
+    own = {key: value for key, value in state_dict.items() if key != POSITIONS}
+    network.load_state_dict(to_ours(own, network, places(network)))
+    positions, expected = _of(state_dict, POSITIONS).float(), _table(params)[None]
+    if positions.shape != expected.shape or not torch.allclose(positions, expected, atol=1e-4):
         raise UserError(
             "the checkpoint's pos_embed is not the sinusoidal one that this network computes.",
-            key=_POSITIONS,
+            key=POSITIONS,
             code="unsupported",
         )
-    network.load_state_dict({name: state_dict[theirs] for theirs, name in names.items()})
     return network.eval()
 
 
@@ -107,34 +104,24 @@ def state_dict(network: DiT) -> dict[str, Tensor]:
     """The network's weights in the authors' layout, `pos_embed` included.
 
     Raises:
-        UserError: the network takes what the layout has no place for.
+        UserError: the network has something that the layout has not.
     """
-    params = network.params
-    for name in ("context_channels", "vector_channels", "concat_channels"):
-        if getattr(params, name):
-            raise UserError(
-                f"the authors' layout has no place for network.{name}.", key=f"network.{name}", code="unsupported"
-            )
-    if not params.labels or params.image_size[0] != params.image_size[1]:
-        name = "image_size" if params.labels else "num_classes"
-        raise UserError(
-            "the authors' layout is for class-conditional models of square images.",
-            key=f"network.{name}",
-            code="unsupported",
-        )
-    own = network.state_dict()
-    return {theirs: own[name] for theirs, name in _names(network)} | {_POSITIONS: _table(params)[None]}
+    p = network.params
+    extra = next((name for name in ("context_channels", "vector_channels", "concat_channels") if getattr(p, name)), "")
+    check_expressible(
+        "the authors' DiT",
+        (
+            (f"network.{extra}", bool(extra), f"network.{extra}"),
+            ("network.num_classes", not p.labels, "model without classes"),
+            ("network.image_size", p.image_size[0] != p.image_size[1], "model of images that are not square"),
+        ),
+    )
+    return to_theirs(network, places(network)) | {POSITIONS: _table(p)[None]}
 
 
-def _names(network: DiT) -> Iterator[tuple[str, str]]:
-    """The authors' name of every tensor, and ours."""
-    for name in network.state_dict():
-        part, kind = name.rsplit(".", 1)
-        if part.startswith("blocks."):
-            _, index, inner = part.split(".", 2)
-            yield f"blocks.{index}.{_BLOCK[inner]}.{kind}", name
-        else:
-            yield f"{_PARTS[part]}.{kind}", name
+def places(network: DiT) -> Iterator[Place]:
+    """Where every tensor lies in the authors' checkpoints."""
+    return layout.places(network, TABLE)
 
 
 def _table(params: DiTParams) -> Tensor:

@@ -9,45 +9,50 @@ then name the smallest size that the network can take).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from carrara.errors import UserError, nearest
-from carrara.interop import heads
-from carrara.interop.entries import check_entries
-from carrara.interop.layout import strip_prefixes, to_ours, to_theirs
+from carrara.entries import Entry, fixed, read_entries
+from carrara.errors import UserError
+from carrara.interop import heads, layout
+from carrara.interop.layout import Shapes, check_expressible, difference, first_difference, strip_prefixes
 from carrara.interop.unet_keys import Network, places
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
 from carrara.networks.backbone import BackboneParams, cast_torso
 
 StateDict = Mapping[str, Tensor]
-Shapes = dict[str, tuple[int, ...]]
 AnyNetwork = TypeVar("AnyNetwork", UNet, EncoderClassifier)
 
-REQUIRED = ("in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
-DEFAULTS: dict[str, Any] = {
-    "image_size": None,
-    "dropout": 0,
-    "channel_mult": (1, 2, 4, 8),
-    "conv_resample": True,
-    "dims": 2,
-    "use_checkpoint": False,
-    "use_fp16": False,
-    "num_heads": 1,
-    "num_head_channels": -1,
-    "num_heads_upsample": -1,
-    "use_scale_shift_norm": False,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
+REQUIRED = {
+    "in_channels": Entry(int),
+    "model_channels": Entry(int),
+    "out_channels": Entry(int),
+    "num_res_blocks": Entry(int | tuple[int, ...]),
+    "attention_resolutions": Entry(tuple[int, ...], empty=True),
 }
-NUMBERS = {"in_channels": 1, "model_channels": 1, "out_channels": 1, "dims": 2, "dropout": 0.0, "channel_mult": (1.0,)}
-"""Arguments that must be numbers, with values of their types."""
-UNET_DEFAULTS = DEFAULTS | {"num_classes": None}
-CLASSIFIER_DEFAULTS = DEFAULTS | {"pool": "adaptive"}
+SHARED = REQUIRED | {
+    "image_size": Entry(int | None, None),
+    "dropout": Entry(float, 0),
+    "channel_mult": Entry(tuple[float, ...], (1, 2, 4, 8)),
+    "conv_resample": Entry(bool, True),
+    "dims": Entry(Literal[1, 2, 3], 2),
+    "use_checkpoint": Entry(bool, False),
+    "use_fp16": Entry(bool, False),
+    "num_heads": Entry(int, 1),
+    "num_head_channels": Entry(int, -1),
+    "num_heads_upsample": Entry(int, -1),
+    "use_scale_shift_norm": Entry(bool, False),
+    "resblock_updown": Entry(bool, False),
+    "use_new_attention_order": Entry(bool, False),
+}
+UNET = SHARED | {"num_classes": Entry(int | None, None)}
+CLASSIFIER = SHARED | {"pool": fixed("adaptive", "attention", "spatial", "spatial_v2")}
+"""The arguments of the constructors, with the originals' defaults."""
+OWNER = "the original's constructor"
 
 
 # Networks from checkpoints, and back
@@ -66,7 +71,7 @@ def load_super_resolution(state_dict: StateDict, **arguments: Any) -> UNet:
     """An up-sampler from the arguments of the original `SuperResModel`.
 
     `in_channels` are the image's, as the original doubles them itself. The small image goes to
-    `Condition.concat`; the network up-samples it bilinearly and lays it beside x.
+    `Condition.concat`; the network up-samples it bilinearly and concatenates it to x.
     """
     params = super_resolution_params(**arguments)
     return load(UNet, params, state_dict, half=arguments.get("use_fp16", False))
@@ -82,10 +87,10 @@ def state_dict(network: Network) -> dict[str, Tensor]:
     """The network's weights under the original's keys, for its own `load_state_dict`.
 
     Raises:
-        UserError: the network has something that the original does not know.
+        UserError: the network has something that the original does not have.
     """
     _check_exportable(network.params)
-    return to_theirs(network, places(network))
+    return layout.to_theirs(network, places(network))
 
 
 def load(
@@ -102,10 +107,7 @@ def load(
     Raises:
         UserError: the checkpoint does not fit the params.
     """
-    with torch.device("meta"):  # the random start would only be thrown away
-        network = kind(params)
-    ours = to_ours(strip_prefixes(checkpoint), network, places(network))
-    network.to_empty(device="cpu").load_state_dict(ours)
+    network = layout.filled(lambda: kind(params), strip_prefixes(checkpoint), places)
     if half:
         cast_torso(network, torch.float16)
     return network
@@ -116,12 +118,10 @@ def load(
 
 def unet_params(**arguments: Any) -> UNetParams:
     """`UNetModel`'s arguments as our params."""
-    a = _complete(arguments, UNET_DEFAULTS)
-    up_heads = a["num_heads_upsample"]
-    differ = a["num_head_channels"] == -1 and up_heads not in (-1, a["num_heads"])
+    a = read_entries(arguments, UNET, OWNER)
     return UNetParams(
-        **_encoder_params(a),
-        up_heads=up_heads if differ else None,
+        **encoder_params(a),
+        up_heads=other_heads(a),
         learned_variance=a["out_channels"] == 2 * a["in_channels"],
         out_channels=None if a["out_channels"] in (a["in_channels"], 2 * a["in_channels"]) else a["out_channels"],
         num_classes=a["num_classes"],
@@ -136,35 +136,21 @@ def super_resolution_params(**arguments: Any) -> UNetParams:
 
 def classifier_params(**arguments: Any) -> EncoderClassifierParams:
     """`EncoderUNetModel`'s arguments as our params."""
-    a = _complete(arguments, CLASSIFIER_DEFAULTS)
-    if a["pool"] == "attention" and (a["num_head_channels"] == -1 or a["image_size"] is None):
-        raise UserError("a classifier with attention pooling needs the arguments image_size and num_head_channels.")
-    return EncoderClassifierParams(**_encoder_params(a), num_classes=a["out_channels"], pool=a["pool"])
+    a = read_entries(arguments, CLASSIFIER, OWNER)
+    for name in ("image_size", "num_head_channels") if a["pool"] == "attention" else ():
+        if a[name] in (None, -1):
+            raise UserError(f"a classifier with attention pooling needs the argument {name}.", key=name, code="missing")
+    return EncoderClassifierParams(**encoder_params(a), num_classes=a["out_channels"], pool=a["pool"])
 
 
-def _complete(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    known = {*REQUIRED, *defaults}
-    for name in arguments:
-        if name not in known:
-            raise UserError(f"the original's constructor has no argument '{name}': {nearest(name, known)}")
-    missing = [name for name in REQUIRED if name not in arguments]
-    if missing:
-        raise UserError(
-            f"the argument {missing[0]} is missing: name it, or let `infer_arguments` read it from the shapes."
-        )
-    if isinstance(factors := arguments["attention_resolutions"], str) or not isinstance(factors, Collection):
-        raise UserError(
-            "attention_resolutions are the constructor's downsampling factors, as (2, 4), not a text.",
-            key="attention_resolutions",
-        )
-    a = {**defaults, **arguments}
-    check_entries(a, NUMBERS, optional={"image_size": int})
-    if a["num_heads"] != -1:
-        check_entries(a, {"num_heads": 1})
-    return a
+def other_heads(a: Mapping[str, Any]) -> int | None:
+    """The heads of the decoder, where they are counted and others than the encoder's."""
+    up_heads = a["num_heads_upsample"]
+    return up_heads if a["num_head_channels"] == -1 and up_heads not in (-1, a["num_heads"]) else None
 
 
-def _encoder_params(a: Mapping[str, Any]) -> dict[str, Any]:
+def encoder_params(a: Mapping[str, Any]) -> dict[str, Any]:
+    """What the constructors have in common, as params."""
     levels = len(a["channel_mult"])
     factors = [2**level for level in range(levels)]
     by_count = a["num_head_channels"] == -1
@@ -173,7 +159,7 @@ def _encoder_params(a: Mapping[str, Any]) -> dict[str, Any]:
         "image_size": (a["image_size"] or factors[-1],) * a["dims"],
         "in_channels": a["in_channels"],
         "channels": a["model_channels"],
-        "channel_mult": tuple(a["channel_mult"]),
+        "channel_mult": a["channel_mult"],
         "blocks_per_level": a["num_res_blocks"],
         # A factor that no level has leaves attention to the middle, in the original too.
         "attention": tuple(factor for factor in factors if factor in a["attention_resolutions"]),
@@ -188,9 +174,9 @@ def _encoder_params(a: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def infer_arguments(checkpoint: StateDict, **named: Any) -> dict[str, Any]:
-    """The constructor's arguments, read from a checkpoint's shapes where they tell, else from `named`.
+    """The constructor's arguments, read from a checkpoint's shapes where these show them, else from `named`.
 
-    Shapes tell neither heads nor their order nor (but for attention pools) the image size: name `image_size`,
+    Shapes show neither heads nor their order nor (but for attention pools) the image size: name `image_size`,
     `num_heads` or `num_head_channels`, and `use_new_attention_order`. An up-sampler looks like a U-Net of twice
     the channels: halve `in_channels` for `load_super_resolution`.
 
@@ -203,22 +189,30 @@ def infer_arguments(checkpoint: StateDict, **named: Any) -> dict[str, Any]:
     theirs = strip_prefixes(checkpoint)
     named = {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
     if not {"time_embed.0.weight", "input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight"} <= theirs.keys():
-        raise UserError("this is no checkpoint of guided-diffusion: it lacks 'input_blocks' or 'time_embed'.")
+        raise UserError(
+            "this is no checkpoint of guided-diffusion: it lacks 'input_blocks' or 'time_embed'.",
+            key="input_blocks",
+            code="unsupported",
+        )
     blocks = 1 + max(int(key.split(".")[1]) for key in theirs if key.startswith("input_blocks."))
     levels = [count for count in range(1, blocks + 1) if blocks % count == 0 and blocks // count > 1]
     guesses = [guess for count in levels for guess in _guesses(theirs, count, blocks // count)]
     guesses = [guess for guess in guesses if all(guess.get(key, value) == value for key, value in named.items())]
     if not guesses:
         raise UserError(
-            f"the shapes of this checkpoint contradict {', '.join(f'{k} = {v}' for k, v in named.items())}."
+            f"the shapes of this checkpoint contradict {', '.join(f'{k} = {v}' for k, v in named.items())}.",
+            key=next(iter(named), ""),
+            code="mismatch",
         )
-    found = {key: tuple(value.shape) for key, value in theirs.items()}
+    found = layout.shapes(theirs)
     expected = [_shapes_of(guess) for guess in guesses]
     fitting = [guess for guess, shape in zip(guesses, expected, strict=True) if shape == found]
     if not fitting:
         nearest_ = max(expected, key=lambda shape: len(shape.items() & found.items()))
         raise UserError(
-            f"the checkpoint fits no arguments of the original's constructor: {difference(found, nearest_)}."
+            f"the checkpoint fits no arguments of the original's constructor: {difference(found, nearest_)}.",
+            key=first_difference(found, nearest_),
+            code="mismatch",
         )
     first, *others = fitting
     open_ = sorted({key for other in others for key in other if other[key] != first[key]})
@@ -226,7 +220,8 @@ def infer_arguments(checkpoint: StateDict, **named: Any) -> dict[str, Any]:
     if not {"num_heads", "num_head_channels"} & named.keys():
         needed.append("num_head_channels (or num_heads)")
     if open_ or needed:
-        raise UserError(f"the shapes leave {', '.join(open_ + needed)} open: name them.")
+        names = open_ + needed
+        raise UserError(f"the shapes leave {', '.join(names)} open: name them.", key=names[0], code="missing")
     return {**first, **named}
 
 
@@ -282,15 +277,9 @@ def _shapes_of(guess: Mapping[str, Any]) -> Shapes:
         return shapes(EncoderClassifier(classifier_params(**guess, **counted)))
 
 
-def difference(found: Shapes, expected: Shapes) -> str:
-    """The first key that a file and a network do not share, with both shapes."""
-    key = next(key for key in (*expected, *found) if expected.get(key) != found.get(key))
-    return f"'{key}' is {found.get(key, 'absent')} in the file and {expected.get(key, 'absent')} in the model"
-
-
 def shapes(network: Network) -> Shapes:
     """The shapes of the network's weights under the original's keys (the network may be on the meta device)."""
-    return {key: tuple(value.shape) for key, value in to_theirs(network, places(network)).items()}
+    return layout.shapes(layout.to_theirs(network, places(network)))
 
 
 def constructor_arguments(params: UNetParams | EncoderClassifierParams) -> dict[str, Any]:
@@ -299,10 +288,10 @@ def constructor_arguments(params: UNetParams | EncoderClassifierParams) -> dict[
     For an up-sampler they are `SuperResModel`'s.
 
     Raises:
-        UserError: the network has something that the original does not know.
+        UserError: the network has something that the original does not have.
     """
     _check_exportable(params)
-    params = heads.told(params)
+    params = heads.with_width(params)
     arguments: dict[str, Any] = {
         "image_size": params.image_size[-1],
         "in_channels": params.in_channels,
@@ -322,27 +311,32 @@ def constructor_arguments(params: UNetParams | EncoderClassifierParams) -> dict[
     }
     if isinstance(params, EncoderClassifierParams):
         return arguments | {"out_channels": params.num_classes, "pool": params.pool}
-    up_heads = params.up_heads or -1
-    classes = params.labels or None
     return arguments | {
         "out_channels": params.raw_channels,
-        "num_classes": classes,
-        "num_heads_upsample": up_heads,
+        "num_classes": params.labels or None,
+        "num_heads_upsample": params.up_heads or -1,
     }
 
 
-def _check_exportable(params: BackboneParams) -> None:
-    unknown = None
-    if params.norm_groups != 32 or any(width % 32 for width in params.widths):
-        unknown = "group norms of other than 32 groups"
-    elif params.heads is None and heads.told(params).head_channels is None:
-        unknown = "heads of varying width"
-    elif any(params.depths):
-        unknown = "transformer"
-    elif isinstance(params, UNetParams):
-        if params.vector_channels:
-            unknown = "a condition vector"
-        elif params.concat_channels and not params.upsample_concat:
-            unknown = "a concatenated condition of the image's size"
-    if unknown:
-        raise UserError(f"guided-diffusion knows no {unknown}, so this network cannot be written in its layout.")
+def common_limits(p: BackboneParams) -> tuple[tuple[str, bool, str], ...]:
+    """What neither OpenAI's nor CompVis' constructors can build, for `check_expressible`."""
+    varying = p.heads is None and heads.with_width(p).head_channels is None
+    return (
+        ("network.norm_groups", p.norm_groups != 32 or any(w % 32 for w in p.widths), "norms of other than 32 groups"),
+        ("network.heads", varying, "heads of varying width"),
+    )
+
+
+def _check_exportable(p: BackboneParams) -> None:
+    """Raises UserError unless the original's constructor can build the network."""
+    unet = p if isinstance(p, UNetParams) else UNetParams()
+    concat = bool(unet.concat_channels) and not unet.upsample_concat
+    check_expressible(
+        "guided-diffusion",
+        (
+            *common_limits(p),
+            ("network.transformer_depth", any(p.depths), "transformer"),
+            ("network.vector_channels", bool(unet.vector_channels), "condition vector"),
+            ("network.concat_channels", concat, "concatenated condition of the image's size"),
+        ),
+    )

@@ -19,8 +19,8 @@ def head_width(params: BackboneParams) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def told(params: AnyParams) -> AnyParams:
-    """The same params with their heads said, where they were left to the rule (the widest that fit up to 64)."""
+def with_width(params: AnyParams) -> AnyParams:
+    """The same params with the width of a head, where it was left to the rule (the widest that fits up to 64)."""
     width = head_width(params) if params.heads is None and params.head_channels is None else None
     return params if width is None else replace(params, head_channels=width)
 

@@ -1,14 +1,19 @@
-"""Mapping state dicts key by key, without loss, where layers of others lie joined in ours."""
+"""Mapping state dicts key by key, without loss: a layout is a table of names, one row for each part of a module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from carrara.errors import UserError
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,36 +39,53 @@ class Place:
         return (*size[:2], *[1] * (self.axes - 2)) if self.axes else size
 
 
-def leaf(network: nn.Module, mine: str, *theirs: str, matrix: bool = False, axes: int = 0) -> Iterator[Place]:
-    """The places of a layer's own parameters and buffers; none for a layer that holds nothing.
+Table = dict[type[nn.Module], Mapping[str, str | tuple[str, int]]]
+"""Of each type of module: our names of its parts, and theirs.
+
+`{i}` and `{j}` stand for numbers, `{-i}` for a number that counts from the other end. Several names of theirs, divided
+by a space, are joined to one of ours. The number is `Place.axes` of the weight. Parts that a module does not have are
+passed over; parts whose type is in the table are looked up in it, others have the same names inside.
+"""
+
+
+def places(network: nn.Module, table: Table, mine: str = "", theirs: str = "") -> Iterator[Place]:
+    """Where the tensors of a network lie in another program's state dict.
 
     Args:
-        network: holds the layer.
-        mine: the layer's name.
-        theirs: the names of theirs, of which ours is joined.
-        matrix: their weight is a matrix where ours is a 1×1 convolution.
-        axes: see `Place`, of the weight.
+        network: holds them.
+        table: the names.
+        mine, theirs: begin with this module of ours, and its name there.
     """
-    layer = network.get_submodule(mine)
-    own = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
-    for name in own:
-        keys = tuple(f"{each}.{name}" for each in theirs)
-        yield Place(f"{mine}.{name}", keys, (2 if matrix else axes) if name == "weight" else 0)
+    module = network.get_submodule(mine)
+    modules = dict(module.named_modules())
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    for part, other in _parts(table, module).items():
+        names, axes = (other, 0) if isinstance(other, str) else other
+        if part in tensors:
+            yield Place(_join(mine, part), (_join(theirs, names),))
+        pattern = re.compile(re.sub(r"\\{([a-z])\\}", r"(?P<\1>\\d+)", re.escape(part)))
+        for name in filter(None, modules):
+            if (match := pattern.fullmatch(name)) is None:
+                continue
+            numbers = {key: int(value) for key, value in match.groupdict().items()}
+            for key, number in list(numbers.items()):
+                siblings = modules[name[: match.start(key) - 1]]
+                numbers[f"-{key}"] = len(list(siblings.children())) - 1 - number
+            keys = tuple(_join(theirs, each.format_map(numbers)) for each in names.split())
+            if _parts(table, modules[name]):
+                yield from places(network, table, _join(mine, name), keys[0])
+                continue
+            for tensor in dict(modules[name].named_parameters()) | dict(modules[name].named_buffers()):
+                inner = tuple(_join(key, tensor) for key in keys)
+                yield Place(_join(mine, name, tensor), inner, axes if tensor == "weight" else 0)
 
 
-def residual_block(network: nn.Module, mine: str, theirs: str, skip: str) -> Iterator[Place]:
-    """The places of a residual block by the names that CompVis' first stages and all models of diffusers give.
+def _parts(table: Table, module: nn.Module) -> Mapping[str, str | tuple[str, int]]:
+    return next((table[kind] for kind in type(module).__mro__ if kind in table), {})
 
-    Args:
-        network: holds the block.
-        mine, theirs: the block's names.
-        skip: their name of the convolution beside.
-    """
-    pairs = {"norm_in": "norm1", "conv_in": "conv1", "norm_out": "norm2", "conv_out": "conv2", "skip": skip}
-    if getattr(network.get_submodule(mine), "embed", None) is not None:
-        pairs["embed"] = "time_emb_proj"
-    for own, other in pairs.items():
-        yield from leaf(network, f"{mine}.{own}", f"{theirs}.{other}")
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
 
 
 WRAPPERS = ("module", "_orig_mod")
@@ -160,10 +182,65 @@ def to_theirs(network: nn.Module, places: Iterable[Place]) -> dict[str, Tensor]:
     own = network.state_dict()
     theirs = {}
     for place in places:
-        shape = place.shape(own[place.mine])
-        parts = own[place.mine].chunk(len(place.theirs)) if len(place.theirs) > 1 else (own[place.mine],)
-        if not own[place.mine].is_meta and own[place.mine].is_floating_point():
-            check_tensor(place.mine, own[place.mine])
-        for key, part in zip(place.theirs, parts, strict=True):
-            theirs[key] = part.reshape(shape)
+        mine, count = own[place.mine], len(place.theirs)
+        if not mine.is_meta and mine.is_floating_point():
+            check_tensor(place.mine, mine)
+        for key, part in zip(place.theirs, mine.chunk(count) if count > 1 else (mine,), strict=True):
+            theirs[key] = part.reshape(place.shape(mine))
     return theirs
+
+
+def filled(
+    make: Callable[[], AnyModule],
+    checkpoint: Mapping[str, Tensor],
+    places_of: Callable[[AnyModule], Iterable[Place]],
+) -> AnyModule:
+    """A module with the weights of a checkpoint, in float32 and in eval mode.
+
+    Args:
+        make: makes the module, whose buffers are all in its state; its random start is not drawn.
+        checkpoint: the weights under the others' keys.
+        places_of: where its tensors lie there; buffers that lie nowhere are statistics, which start again.
+
+    Raises:
+        UserError: see `to_ours`.
+    """
+    with torch.device("meta"):
+        module = make()
+    ours = to_ours(checkpoint, module, places_of(module))
+    module.to_empty(device="cpu")
+    for name, buffer in module.named_buffers():
+        buffer.fill_(1 if name == "latent_scale" else 0)
+    missing = module.load_state_dict(ours, strict=False).missing_keys
+    assert not missing or not dict(module.named_parameters()).keys() & missing
+    return module.eval()
+
+
+def shapes(checkpoint: Mapping[str, Tensor]) -> Shapes:
+    """The shape of every tensor."""
+    return {key: tuple(value.shape) for key, value in checkpoint.items()}
+
+
+def difference(found: Shapes, expected: Shapes) -> str:
+    """The first key that a file and a network do not share, with both shapes."""
+    key = first_difference(found, expected)
+    return f"'{key}' is {found.get(key, 'absent')} in the file and {expected.get(key, 'absent')} in the model"
+
+
+def first_difference(found: Shapes, expected: Shapes) -> str:
+    """The first key that two networks do not share, or whose shapes differ."""
+    return next(key for key in (*expected, *found) if expected.get(key) != found.get(key))
+
+
+def check_expressible(program: str, unknown: Iterable[tuple[str, bool, str]]) -> None:
+    """Raises UserError unless a program knows everything that a module has.
+
+    Args:
+        program: whose layout it is.
+        unknown: (the entry of the config, whether the program lacks it, what it lacks) in the order of checking.
+    """
+    for key, lacking, what in unknown:
+        if lacking:
+            raise UserError(
+                f"{program} has no {what}, so this cannot be written in its layout.", key=key, code="unsupported"
+            )

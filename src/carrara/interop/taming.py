@@ -5,22 +5,23 @@ Arguments are those of the original constructors `VQModel`, `VQSegmentationModel
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from carrara.codecs.discrete import DiscreteAutoencoder, DiscreteParams
 from carrara.codecs.vq import VQAutoencoder
-from carrara.errors import UserError, nearest
-from carrara.interop.compvis import StateDict, load, quantiser, shape, state_dict
-from carrara.interop.layout import Place, leaf, strip_prefixes, to_ours, to_theirs
+from carrara.entries import IGNORED, Entry, fixed, read_entries
+from carrara.interop import layout
+from carrara.interop.compvis import VQ, StateDict, load, quantiser, shape, state_dict
+from carrara.interop.layout import Place, check_expressible, strip_prefixes
 from carrara.networks.discriminator import Discriminator, DiscriminatorParams
 
 __all__ = ["discriminator_state_dict", "gumbel", "load_discriminator", "load_vq", "state_dict"]
 
-KNOWN = {"embed_dim", "n_embed", "remap", "sane_index_shape"}
-GUMBEL = {"kl_weight", "temperature_scheduler_config"}
-"""The arguments that only `GumbelVQ` has; they concern its training."""
+GUMBEL = VQ | {"kl_weight": IGNORED, "temperature_scheduler_config": IGNORED}
+"""The arguments of `GumbelVQ`, of which two more concern its training."""
 
 
 def load_vq(state_dict: StateDict, **arguments: Any) -> VQAutoencoder | DiscreteAutoencoder:
@@ -34,17 +35,15 @@ def load_vq(state_dict: StateDict, **arguments: Any) -> VQAutoencoder | Discrete
     Raises:
         UserError: an argument is unknown or missing, or the checkpoint does not fit the arguments.
     """
-    arguments.pop("n_labels", None)  # of a segmentation model: only its colour map, which is no part of the codec
     if any(key.endswith("quantize.proj.weight") for key in state_dict):
         return load(lambda: gumbel(**arguments), state_dict)
-    params, rest = shape(arguments, KNOWN, double_z=False)
-    return load(lambda: VQAutoencoder(params, quantiser(rest)), state_dict)
+    params, rest = shape(arguments, VQ)
+    return load(lambda: VQAutoencoder(params, quantiser(rest["n_embed"])), state_dict)
 
 
 def gumbel(**arguments: Any) -> DiscreteAutoencoder:
     """A `GumbelVQ` with random weights from the original's arguments."""
-    params, rest = shape(arguments, KNOWN | GUMBEL, double_z=False)
-    quantiser(rest)  # refuses the same arguments
+    params, rest = shape(arguments, GUMBEL)
     return DiscreteAutoencoder(params, DiscreteParams(codes=rest["n_embed"]))
 
 
@@ -61,17 +60,16 @@ def load_discriminator(state_dict: StateDict, **arguments: Any) -> Discriminator
     Raises:
         UserError: an unknown argument, activation normalisation, or a checkpoint that does not fit.
     """
-    known = {"input_nc": 3, "ndf": 64, "n_layers": 3, "use_actnorm": False}
-    for name in arguments:
-        if name not in known:
-            raise UserError(f"NLayerDiscriminator has no argument '{name}': {nearest(name, known)}")
-    a = known | arguments
-    if a["use_actnorm"]:
-        raise UserError("use_actnorm = True is not supported: no published discriminator has it.")
-    network = Discriminator(DiscriminatorParams(in_channels=a["input_nc"], channels=a["ndf"], layers=a["n_layers"]))
+    known = {
+        "input_nc": Entry(int, 3),
+        "ndf": Entry(int, 64),
+        "n_layers": Entry(int, 3),
+        "use_actnorm": fixed(False),
+    }
+    a = read_entries(arguments, known, "NLayerDiscriminator")
+    params = DiscriminatorParams(in_channels=a["input_nc"], channels=a["ndf"], layers=a["n_layers"])
     theirs = strip_prefixes(state_dict, "loss.discriminator.", "discriminator.")
-    network.load_state_dict(to_ours(theirs, network, _discriminator_places(network)))
-    return network
+    return layout.filled(lambda: Discriminator(params), theirs, _places)
 
 
 def discriminator_state_dict(network: Discriminator) -> dict[str, Tensor]:
@@ -80,15 +78,15 @@ def discriminator_state_dict(network: Discriminator) -> dict[str, Tensor]:
     Raises:
         UserError: its norms are not batch norms.
     """
-    if network.params.norm != "batch":
-        raise UserError(f"the original knows no norm '{network.params.norm}', so this discriminator cannot be written.")
-    return to_theirs(network, _discriminator_places(network))
+    norm = network.params.norm
+    check_expressible("taming's discriminator", [("codec.norm", norm != "batch", f"norm '{norm}'")])
+    return layout.to_theirs(network, _places(network))
 
 
-def _discriminator_places(network: Discriminator) -> list[Place]:
+def _places(network: Discriminator) -> Iterator[Place]:
     """Theirs is one sequence: convolution, activation, then convolution, norm, activation again and again."""
-    found = [*leaf(network, "stem", "main.0"), *leaf(network, "out", f"main.{2 + 3 * len(network.blocks)}")]
-    for index in range(len(network.blocks)):
-        found += leaf(network, f"blocks.{index}.conv", f"main.{2 + 3 * index}")
-        found += leaf(network, f"blocks.{index}.norm", f"main.{3 + 3 * index}")
-    return found
+    count = len(network.blocks)
+    parts = {"stem": "main.0", "out": f"main.{2 + 3 * count}"}
+    for index in range(count):
+        parts |= {f"blocks.{index}.conv": f"main.{2 + 3 * index}", f"blocks.{index}.norm": f"main.{3 + 3 * index}"}
+    return layout.places(network, {Discriminator: parts})

@@ -93,8 +93,8 @@ class LevelParams(Params):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level."""
-        return tuple(int(mult * self.channels) for mult in self.channel_mult)
+        """Channels of each level; 120/88 times 88 are 120."""
+        return tuple(int(mult * self.channels + 1e-6) for mult in self.channel_mult)
 
     @property
     def factors(self) -> tuple[int, ...]:

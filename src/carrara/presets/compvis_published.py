@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from carrara.interop.compvis_unet import unet_params, unet_weights
-from carrara.interop.guided_diffusion import Shapes, StateDict, shapes
+from carrara.interop import guided_diffusion
+from carrara.interop.compvis_unet import unet_params
+from carrara.interop.layout import Shapes
 from carrara.networks import UNet
 
 Arguments = dict[str, Any]
@@ -119,22 +120,8 @@ PUBLISHED: dict[str, Arguments] = {
 """Constructor arguments by our name of the model."""
 
 
-def recognise(checkpoint: StateDict) -> tuple[str, ...]:
-    """The names of the published U-Nets whose shapes are the checkpoint's; several may share them, none may fit.
-
-    Stable Diffusion 1.x differs from another number of heads by no shape, so a network of one's own that was trained
-    with its sizes is taken for it.
-    """
-    found: Shapes = {key: tuple(value.shape) for key, value in unet_weights(checkpoint).items()}
-    return tuple(name for name in PUBLISHED if _shapes(name) == found)
-
-
 @cache
-def _shapes(name: str) -> Shapes:
-    return shapes(meta(PUBLISHED[name]))
-
-
-def meta(arguments: Arguments) -> UNet:
-    """The network of these arguments, with shapes only."""
+def shapes(name: str) -> Shapes:
+    """The shapes of a published U-Net under the original's keys."""
     with torch.device("meta"):
-        return UNet(unet_params(**arguments))
+        return guided_diffusion.shapes(UNet(unet_params(**PUBLISHED[name])))

@@ -7,12 +7,12 @@ From the flags in the READMEs of openai/improved-diffusion (Nichol & Dhariwal 20
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
-from carrara.errors import UserError
-from carrara.interop.guided_diffusion import Shapes, StateDict, difference, shapes
-from carrara.interop.layout import strip_prefixes
+from carrara.interop import guided_diffusion
+from carrara.interop.layout import Shapes
 from carrara.interop.unet_keys import Network
 from carrara.networks import EncoderClassifier, EncoderClassifierParams, UNet, UNetParams
 
@@ -25,7 +25,7 @@ class Published:
         params: the network.
         schedule: "linear" or "cosine".
         steps: the length T of the process.
-        rescaled_time: the network was told t·1000/T (`rescale_timesteps`).
+        rescaled_time: the network takes t·1000/T (`rescale_timesteps`).
         files: the names that the checkpoints of these shapes were published under.
     """
 
@@ -163,27 +163,8 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
-def recognise(checkpoint: StateDict) -> tuple[str, ...]:
-    """The names of the published models whose shapes are the checkpoint's.
-
-    Several may share them: LSUN's models differ from the unconditional 256×256 one in their dropout only.
-
-    Raises:
-        UserError: no model fits; the nearest one and the first key that differs from it are named.
-    """
-    theirs = {key: tuple(value.shape) for key, value in strip_prefixes(checkpoint).items()}
-    known = {name: _shapes(published) for name, published in PUBLISHED.items()}
-    fitting = tuple(name for name, expected in known.items() if expected == theirs)
-    if fitting:
-        return fitting
-    nearest = max(known, key=lambda name: len(known[name].items() & theirs.items()))
-    expected = known[nearest]
-    raise UserError(
-        f"the checkpoint fits no published model; the nearest is {nearest}, but {difference(theirs, expected)}: "
-        "name the original's arguments instead."
-    )
-
-
-def _shapes(published: Published) -> Shapes:
+@cache
+def shapes(name: str) -> Shapes:
+    """The shapes of a published checkpoint under the original's keys."""
     with torch.device("meta"):
-        return shapes(published.network())
+        return guided_diffusion.shapes(PUBLISHED[name].network())

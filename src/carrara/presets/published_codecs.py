@@ -1,26 +1,22 @@
 """The published first stages: the constructor arguments from their configs.
 
-From the YAML files beside the checkpoints of CompVis/latent-diffusion, CompVis/stable-diffusion,
+From the YAML files of the checkpoints of CompVis/latent-diffusion, CompVis/stable-diffusion,
 Stability-AI/stablediffusion and CompVis/taming-transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from carrara.codecs.learned import LearnedCodec
 from carrara.errors import UserError, nearest
-from carrara.interop import compvis, taming
-from carrara.interop.guided_diffusion import difference
-from carrara.interop.layout import to_theirs
+from carrara.interop import compvis, layout, taming
+from carrara.interop.layout import Shapes
 
 Arguments = dict[str, Any]
-Shapes = dict[str, tuple[int, ...]]
 
 
 def _first_stage(latent: int, mult: tuple[int, ...], attends: tuple[int, ...] = (), **changes: Any) -> Arguments:
@@ -83,24 +79,6 @@ PRESETS = tuple(name for name, arguments in PUBLISHED.items() if arguments["ddco
 """Those of pictures: segmentation maps have a channel for every class, and are else as `vqgan-f16-1024`."""
 
 
-def recognise(checkpoint: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The names of the published first stages whose shapes are the checkpoint's (or its first stage's).
-
-    Raises:
-        UserError: none fits; the nearest one and the first key that differs from it are named.
-    """
-    found = {key: tuple(value.shape) for key, value in compvis.own_weights(checkpoint).items()}
-    known = {name: shapes(name) for name in PUBLISHED}
-    fitting = tuple(name for name, expected in known.items() if expected == found)
-    if fitting:
-        return fitting
-    closest = max(known, key=lambda name: len(known[name].items() & found.items()))
-    raise UserError(
-        f"the checkpoint fits no published first stage; the nearest is {closest}, but "
-        f"{difference(found, known[closest])}: name the original's arguments instead."
-    )
-
-
 def preset(name: str) -> dict[str, Any]:
     """The `config()` of a published first stage, for a codec of its shape.
 
@@ -108,7 +86,7 @@ def preset(name: str) -> dict[str, Any]:
         UserError: an unknown name; the nearest is named.
     """
     if name not in PRESETS:
-        raise UserError(f"codec.preset is '{name}': {nearest(str(name), PRESETS)}")
+        raise UserError(f"codec.preset is '{name}': {nearest(str(name), PRESETS)}", key="codec.preset", code="unknown")
     return on_meta(PUBLISHED[name]).config()
 
 
@@ -116,7 +94,7 @@ def preset(name: str) -> dict[str, Any]:
 def shapes(name: str) -> Shapes:
     """The shapes of a published first stage under the original's keys."""
     codec = on_meta(PUBLISHED[name])
-    return {key: tuple(value.shape) for key, value in to_theirs(codec, compvis.places(codec)).items()}
+    return layout.shapes(layout.to_theirs(codec, compvis.places(codec)))
 
 
 def on_meta(arguments: Arguments) -> LearnedCodec:
