@@ -30,7 +30,7 @@ from carrara.evaluation.pictures import Pictures, Size, data_pictures, decoded_p
 from carrara.evaluation.protocol import collected_reference, evaluate, reconstruction
 from carrara.evaluation.stamp import Measurements
 from carrara.objectives import Examples
-from carrara.recipe import Recipe, load
+from carrara.recipe import CodecRecipe, Recipe, load
 from carrara.training.codec import CodecTask
 from carrara.training.phases import Phases
 from carrara.training.step import Stepper
@@ -55,7 +55,7 @@ def measured(codec: LearnedCodec, name: str, real: Pictures, features: str) -> M
     }
 
 
-def training_step(recipe: Recipe, images: Tensor) -> Callable[[], object]:
+def training_step(recipe: CodecRecipe, images: Tensor) -> Callable[[], object]:
     """One step of everything that learns, the discriminator having begun."""
     task = CodecTask(recipe, open_source(recipe.data_path(), split=recipe.data.split), distributed.start())
     stepper = Stepper(
@@ -109,7 +109,11 @@ def main() -> None:
     found = {run.name: cast(LearnedCodec, codecs.load(str(run), "cpu")) for run in options.runs}
     real = originals(options.originals, options.split, next(iter(recipes.values())))
     images = real.make(range(options.batch))
-    training = speeds({n: training_step(r, images) for n, r in recipes.items()}, options.turns, options.batch)
+    training = speeds(
+        {n: training_step(r, images) for n, r in recipes.items() if isinstance(r, CodecRecipe)},
+        options.turns,
+        options.batch,
+    )
     use = speeds(
         {n: lambda codec=codec: both_ways(codec, images) for n, codec in found.items()},  # type: ignore[misc]
         options.turns,

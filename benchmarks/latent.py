@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.codec_table import speeds, told
 from carrara import DiffusionModel, distributed
-from carrara.data import Batches, Preprocess, open_source
-from carrara.recipe import load
+from carrara.data import Batches, open_source
+from carrara.recipe import DiffusionRecipe, load
 from carrara.training.diffusion import DiffusionTask
 from carrara.training.phases import Phases
 from carrara.training.step import Stepper
@@ -28,11 +28,12 @@ from carrara.training.step import Stepper
 def training_step(run: Path, batch: int) -> tuple[int, Callable[[], object]]:
     """The number of parameters, and one step from images (or cached latents) to new weights."""
     recipe = load(run / "recipe.yaml")
+    assert isinstance(recipe, DiffusionRecipe)
     data = recipe.data
     source = open_source(recipe.data_path(), split=data.split)
     processes = distributed.start()
     task = DiffusionTask(recipe, source, processes)
-    prepare = Preprocess(*data.resolution, data.channels, resize=data.resize, crop=data.crop, flip=data.flip)
+    prepare = data.preprocess(augment=True)
     batches = task.batches(Batches(source, prepare, recipe.seed, batch))
     stepper = Stepper(task.objective(task.modules), recipe.training, recipe.seed, processes, batch, Phases())
     size = sum(parameter.numel() for parameter in task.modules["network"].parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from carrara.recipe import Recipe, load
+from carrara.recipe import DiffusionRecipe, Recipe, load
 from carrara.training import Progress, Trainer
 
 TINY = (
@@ -23,9 +23,11 @@ TINY = (
 )
 
 
-def tiny_recipe(*assignments: str) -> Recipe:
+def tiny_recipe(*assignments: str) -> DiffusionRecipe:
     """The shipped recipe `digits`, so small that it trains in a second."""
-    return load("digits", [*TINY, *assignments])
+    recipe = load("digits", [*TINY, *assignments])
+    assert isinstance(recipe, DiffusionRecipe)
+    return recipe
 
 
 def train(recipe: Recipe, folder: Path) -> list[Progress]:

@@ -8,13 +8,14 @@ import pytest
 import yaml
 
 from carrara.errors import UserError
-from carrara.recipe import load, override, shipped, validate
+from carrara.recipe import DiffusionRecipe, load, override, shipped, validate
 from tests.errors import refused
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "emoji", "clothing"])
 def test_shipped_recipes_are_valid_and_flip_nothing(name: str) -> None:
     recipe = load(name)
+    assert isinstance(recipe, DiffusionRecipe)
     assert name in shipped()
     assert recipe.data.flip is False
     assert recipe.network_params({"label": 10}).image_size == recipe.data.resolution

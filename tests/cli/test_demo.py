@@ -104,9 +104,10 @@ def test_samples_and_a_first_report_come_before_the_comparison_of_solvers(tmp_pa
 def test_the_budget_is_at_most_45_per_cent_of_the_first_demos() -> None:
     """In passes of one image through the network, of which a training step takes three (forward, backward)."""
     from carrara.app.demo import CHANGES, STEPS
-    from carrara.recipe import load
+    from carrara.recipe import DiffusionRecipe, load
 
     budget, recipe = Budget(), load("digits", CHANGES)
+    assert isinstance(recipe, DiffusionRecipe)
     training = recipe.training
     previews = training.steps // training.sample_every * 2 * recipe.sampling.count * recipe.sampling.steps * 2
     samples = STEPS * (2 * budget.guided + budget.unguided)

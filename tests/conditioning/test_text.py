@@ -121,5 +121,3 @@ def test_fit_reads_the_captions() -> None:
     assert found.encoder.length == 5
     with refused("mismatch", key="conditioning.kind"):
         Text.fit({"dropout": 0.1}, DataFacts("icons", (3, 8, 8)))
-    with refused("unknown", key="conditioning.lenght"):
-        Text.fit({"dropout": 0.1, "lenght": 3}, data)

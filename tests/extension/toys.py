@@ -19,7 +19,11 @@ from carrara.process import Noise
 
 @dataclass(frozen=True, kw_only=True)
 class PixelwiseParams:
-    """What the network is made of."""
+    """What the network is made of.
+
+    Attributes:
+        width: of its one hidden layer, in channels.
+    """
 
     image_size: tuple[int, ...]
     in_channels: int = 1
@@ -51,7 +55,11 @@ class Pixelwise(Network):
 
 @dataclass(frozen=True)
 class Brightness:
-    """The mean of an image's pixels; its null form is -2, which no image has."""
+    """The mean of an image's pixels; its null form is -2, which no image has.
+
+    Attributes:
+        highest: the largest mean that is sampled, in -1..1.
+    """
 
     kind: ClassVar[str] = "brightness"
     dropout: float

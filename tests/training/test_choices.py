@@ -70,7 +70,7 @@ def test_every_choice_trains_and_resumes_to_the_same_bits(choice: str, tmp_path:
     [
         (("objective.loss=hybrid",), "learned variance"),
         (("network.learned_variance=true",), "never trains a learned variance"),
-        (("objective.times.kind=uniform", "objective.times.mean=1"), "take no 'mean'"),
+        (("objective.times.kind=uniform", "objective.times.mean=1"), "objective.times.mean"),
         (("objective.weight.kind=snr",), "objective.weight.kind"),
         (("training.micro_batch=0",), "training.micro_batch"),
         (("training.learning_rate=0",), "training.learning_rate"),

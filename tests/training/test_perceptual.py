@@ -35,8 +35,8 @@ def there(tmp_path: Path) -> Path:
         ({"perceptual_checksum": "0" * 64}, r"loss\.perceptual_checksum is given, but loss\.perceptual_from names no"),
         ({"perceptual_from": "fits", "perceptual_checksum": "0" * 64}, r"loss\.perceptual_from names no file"),
         ({"perceptual_from": "list.pt", "perceptual_checksum": "0" * 64}, r"list\.pt' has the SHA-256"),
-        ({"perceptual_from": "list.pt", "perceptual_checksum": 12}, r"loss\.perceptual_checksum is 12: .* in quotes"),
-        ({"perceptual_from": 5}, r"loss\.perceptual_from is 5: write it as text"),
+        ({"perceptual_from": "list.pt", "perceptual_checksum": 12}, r"loss\.perceptual_checksum' is 12, .* in quotes"),
+        ({"perceptual_from": 5}, r"loss\.perceptual_from' is 5, .* in quotes"),
     ],
 )
 @pytest.mark.parametrize("weight", [{}, {"perceptual": 1.0}])

@@ -12,7 +12,7 @@ from carrara import codecs
 from carrara.classifier import Classifier
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
-from carrara.recipe import Recipe, validate
+from carrara.recipe import DiffusionRecipe, validate
 from carrara.training import Trainer
 from tests.data.builders import files, folder
 from tests.runs import tiny_recipe, train
@@ -20,7 +20,7 @@ from tests.test_classifier import untrained
 from tests.training.test_codec import recipe as codec_recipe
 
 
-def fine_tuning(start: Path, **sections: dict[str, Any]) -> Recipe:
+def fine_tuning(start: Path, **sections: dict[str, Any]) -> DiffusionRecipe:
     """A few steps on the digits from a model's weights."""
     base: dict[str, Any] = {
         "name": "fine",
@@ -30,7 +30,9 @@ def fine_tuning(start: Path, **sections: dict[str, Any]) -> Recipe:
         "training": {"steps": 3, "batch_size": 32, "learning_rate": 1e-4, "warmup": 0, "tracker": "none", "ema": 0.0},
         "sampling": {"steps": 2, "count": 2},
     }
-    return validate({**base, **{key: {**base.get(key, {}), **value} for key, value in sections.items()}})
+    made = validate({**base, **{key: {**base.get(key, {}), **value} for key, value in sections.items()}})
+    assert isinstance(made, DiffusionRecipe)
+    return made
 
 
 def test_it_begins_where_the_model_ended_and_is_the_same_kind_of_model(tiny_run: Path, tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_what_the_start_decides_is_refused(tiny_run: Path, tmp_path: Path) -> No
     for section in ({"network": {"channels": 64}}, {"schedule": {"kind": "linear"}}, {"objective": {"predicts": "v"}}):
         with pytest.raises(UserError, match="follows from the model that the run starts from"):
             fine_tuning(tiny_run, **section)
-    assert fine_tuning(tiny_run, network={"dropout": 0.3}).network == {"dropout": 0.3}
+    assert fine_tuning(tiny_run, network={"dropout": 0.3}).network.given() == {"dropout": 0.3}
     with pytest.raises(UserError, match="makes images of 1 channels"):
         Trainer(fine_tuning(tiny_run, data={"channels": 3}), tmp_path / "a")
     with pytest.raises(UserError, match="no folder"):

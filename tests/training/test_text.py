@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from carrara import DiffusionModel
-from carrara.recipe import Recipe, load
+from carrara.recipe import Recipe, load, validate
 from carrara.sampling import replay
 from tests.errors import refused
 from tests.runs import TINY, train
@@ -77,7 +77,7 @@ def test_a_frozen_encoder(pictures: Path, tmp_path: Path) -> None:
         train(own, tmp_path / "wrong")
     settings = own.model_dump(exclude_none=True)
     settings["network"] = {k: v for k, v in settings["network"].items() if k != "context_channels"}
-    train(Recipe.model_validate(settings), tmp_path / "run")
+    train(validate(settings), tmp_path / "run")
     model = DiffusionModel.load(tmp_path / "run")
     assert (tmp_path / "run" / "model" / "text_encoder" / "config.json").is_file()
     images = model.sample(prompts=["a red car", "", "dog BREAK cat"], steps=2, guidance=2.0).images

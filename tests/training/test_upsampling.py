@@ -173,7 +173,7 @@ def test_an_up_sampler_learns_on_as_what_it_is(upsampler_run: Path, tmp_path: Pa
         (("network.concat_channels=1",), "network.concat_channels follows from"),
         (("network.vector_channels=0",), "network.vector_channels follows from"),
         (("network.upsample_concat=true",), "network.upsample_concat follows from"),
-        (("kind=classifier", "conditioning.kind=none"), "kind classifier takes nothing in"),
+        (("kind=classifier", "conditioning.kind=none"), "it is for kind diffusion"),
     ],
 )
 def test_what_makes_no_sense_is_refused(words: tuple[str, ...], sentence: str) -> None:

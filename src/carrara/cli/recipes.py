@@ -9,10 +9,18 @@ import typer
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe in full.")] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of recipes; extensions add their kinds.")
+    ] = False,
 ) -> None:
     """List the shipped recipes, or print one: a start for your own."""
-    from carrara.recipe import load, shipped
+    import json
 
+    from carrara.recipe import json_schema, load, shipped
+
+    if schema:
+        print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+        return
     if name is not None:
         print(load(name).to_yaml(), end="")
         return

@@ -15,15 +15,16 @@ from carrara.conditioning.base import (
     examples,
     kind_of,
     register,
+    settings_of,
     stream,
 )
 from carrara.conditioning.class_labels import ClassLabels
 from carrara.conditioning.low_res import LowRes, NoiseAugmentation, shrink, shrunk_size
-from carrara.conditioning.text import Text
+from carrara.conditioning.text import Text, TextSettings
 
 register(ClassLabels)
 register(LowRes)
-register(Text)
+register(Text, TextSettings)
 
 __all__ = [
     "KINDS",
@@ -35,6 +36,7 @@ __all__ = [
     "NoiseAugmentation",
     "NullForm",
     "Text",
+    "TextSettings",
     "TrainingInputs",
     "WithFiles",
     "build",
@@ -44,6 +46,7 @@ __all__ = [
     "examples",
     "kind_of",
     "register",
+    "settings_of",
     "shrink",
     "shrunk_size",
     "stream",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -169,15 +169,22 @@ class WithFiles(Protocol):
 
 KINDS: dict[str, type[Conditioner]] = {}
 """The conditioners that recipes and saved models may name."""
+_SETTINGS: dict[type[Conditioner], type] = {}
 
 
-def register(conditioner: type[Conditioner]) -> type[Conditioner]:
+def register(conditioner: type[Conditioner], settings: type | None = None) -> type[Conditioner]:
     """Add a kind of conditioner; returns it, so that it can be a decorator.
+
+    Args:
+        settings: a dataclass of what a recipe sets in addition to `dropout`; `fit` gets both. Its docstring describes
+            the fields. Default: the conditioner itself, where it is a dataclass.
 
     Raises:
         UserError: its kind belongs to another class.
     """
     known = KINDS.setdefault(conditioner.kind, conditioner)
+    if settings is not None:
+        _SETTINGS[conditioner] = settings
     if known is not conditioner:
         raise UserError(
             f"a conditioner of kind '{conditioner.kind}' is registered already, {known.__module__}.{known.__name__}: "
@@ -186,6 +193,11 @@ def register(conditioner: type[Conditioner]) -> type[Conditioner]:
             code="conflict",
         )
     return conditioner
+
+
+def settings_of(conditioner: type[Conditioner]) -> type | None:
+    """The dataclass of what a recipe sets of a conditioner in addition to `dropout`, or None."""
+    return _SETTINGS.get(conditioner, conditioner if is_dataclass(conditioner) else None)
 
 
 def kind_of(kind: str) -> type[Conditioner]:

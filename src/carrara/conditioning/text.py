@@ -14,19 +14,38 @@ from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.conditioning.base import DataFacts, Input, TrainingInputs, check_dropout
-from carrara.errors import UserError, nearest
+from carrara.errors import UserError
 from carrara.process.noise import Noise
 from carrara.text import Pretrained, Span, TextEncoder, Vocabulary, parse
 
 ENCODERS: dict[str, type[TextEncoder]] = {Pretrained.kind: Pretrained, Vocabulary.kind: Vocabulary}
 """The kinds of encoder that saved models may name."""
 
-SETTINGS = ("dropout", "encoder", "length", "vocabulary", "layer", "final_norm", "mask", "pooled")
-"""What a recipe may choose: `encoder` is "trained" (with the network), a word of `carrara.text.WORDS` or a folder;
-`vocabulary` is the trained one's size; the others are those of `carrara.text.Reading`."""
-
 LONGEST = 64
 """Ids of a prompt that are trained on at most, where the recipe does not say how many."""
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What a recipe chooses.
+
+    Attributes:
+        encoder: "trained" with the network, "minilm" (a package), or the folder of a frozen encoder.
+        length: tokens of a prompt, those around it included; null: of a trained one as the captions need, at most 64.
+        vocabulary: the trained encoder's number of words.
+        layer: the frozen encoder's hidden states of which layer, counted from the last, 1; null: as of its family.
+        final_norm: apply the encoder's last norm to a layer that is not the last; null: as of its family.
+        mask: nothing attends to padding; null: as of its family.
+        pooled: the pooled output is a part of the condition, too; null: as of its family.
+    """
+
+    encoder: str = Vocabulary.kind
+    length: int | None = None
+    vocabulary: int = 4096
+    layer: int | None = None
+    final_norm: bool | None = None
+    mask: bool | None = None
+    pooled: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -134,22 +153,15 @@ class Text:
                 key="conditioning.kind",
                 code="mismatch",
             )
-        for key in settings:
-            if key not in SETTINGS:
-                raise UserError(
-                    f"the recipe has an unknown key 'conditioning.{key}': {nearest(key, SETTINGS)}",
-                    key=f"conditioning.{key}",
-                    code="unknown",
-                )
-        word, length = settings.get("encoder", Vocabulary.kind), settings.get("length")
+        chosen = TextSettings(**{key: value for key, value in settings.items() if key != "dropout"})
         encoder: TextEncoder
-        if word == Vocabulary.kind:
-            vocabulary = Vocabulary.train(data.captions, settings.get("vocabulary", 4096), length or LONGEST)
+        if chosen.encoder == Vocabulary.kind:
+            vocabulary = Vocabulary.train(data.captions, chosen.vocabulary, chosen.length or LONGEST)
             longest = max(len(vocabulary.tokenize(caption)) for caption in data.captions) + 2
-            encoder = vocabulary.within(length or min(longest, LONGEST))
+            encoder = vocabulary.within(chosen.length or min(longest, LONGEST))
         else:
-            reading = {name: settings.get(name) for name in ("layer", "final_norm", "mask", "pooled")}
-            encoder = Pretrained.open(word, length=length, **reading)
+            reading = {name: getattr(chosen, name) for name in ("length", "layer", "final_norm", "mask", "pooled")}
+            encoder = Pretrained.open(chosen.encoder, **reading)
         return cls(encoder, settings["dropout"])
 
     def _spans(self, text: str) -> list[Span]:

@@ -93,31 +93,31 @@ def _within(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LogitNormalTimes(TimeSampler):
-    """ln(u/(1-u)) ~ N(mean, spread²) for u = t/final_time: more of the middle (Esser et al. 2024, eq. 19).
+    """ln(u/(1-u)) ~ N(mean, std²) for u = t/final_time: more of the middle (Esser et al. 2024, eq. 19).
 
     The distribution is itself the weighting: no importance weights undo it.
     """
 
     mean: float = 0.0
-    spread: float = 1.0
+    std: float = 1.0
 
     def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        fraction = torch.sigmoid(self.mean + self.spread * torch.special.ndtri(uniform))
+        fraction = torch.sigmoid(self.mean + self.std * torch.special.ndtri(uniform))
         return _within(schedule, fraction * schedule.final_time)
 
 
 @dataclass(frozen=True)
 class LogNormalTimes(TimeSampler):
-    """ln σ ~ N(mean, spread²) for the noise-to-signal ratio σ = s/a (Karras et al. 2022, table 1), on any schedule.
+    """ln σ ~ N(mean, std²) for the noise-to-signal ratio σ = s/a (Karras et al. 2022, table 1), on any schedule.
 
     The distribution is itself the weighting: no importance weights undo it.
     """
 
     mean: float = -1.2
-    spread: float = 1.2
+    std: float = 1.2
 
     def draw(self, schedule: Schedule, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        log_sigma = self.mean + self.spread * torch.special.ndtri(uniform)
+        log_sigma = self.mean + self.std * torch.special.ndtri(uniform)
         return _within(schedule, schedule.time_at(-2 * log_sigma))
 
 

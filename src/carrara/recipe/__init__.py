@@ -1,34 +1,22 @@
 """A whole run as data: typed, validated, read from YAML. Nothing in a recipe can name code."""
 
 from carrara.recipe.files import load, override, read, shipped, validate
-from carrara.recipe.params import params_from
-from carrara.recipe.sections import (
-    Conditioning,
-    Data,
-    ObjectiveChoice,
-    Sampling,
-    ScheduleChoice,
-    TimesChoice,
-    Training,
-    Upsampling,
-    WeightChoice,
-)
-from carrara.recipe.whole import Recipe
+from carrara.recipe.sections import Data, Sampling, Training, Upsampling
+from carrara.recipe.whole import ClassifierRecipe, CodecRecipe, DiffusionRecipe, NetworkRecipe, Recipe, json_schema
 
 __all__ = [
-    "Conditioning",
+    "ClassifierRecipe",
+    "CodecRecipe",
     "Data",
-    "ObjectiveChoice",
+    "DiffusionRecipe",
+    "NetworkRecipe",
     "Recipe",
     "Sampling",
-    "ScheduleChoice",
-    "TimesChoice",
     "Training",
     "Upsampling",
-    "WeightChoice",
+    "json_schema",
     "load",
     "override",
-    "params_from",
     "read",
     "shipped",
     "validate",

@@ -18,7 +18,7 @@ from carrara.errors import UserError
 from carrara.networks import EncoderClassifier, Network
 from carrara.objectives import ClassifierObjective, Examples
 from carrara.process import Noise, schedules
-from carrara.recipe import Recipe
+from carrara.recipe import ClassifierRecipe
 from carrara.training.assembly import make_times
 from carrara.training.start import network_from, start_sentence
 
@@ -33,7 +33,7 @@ class ClassifierTask:
     pictures = 0
     codec: Codec | None = None
 
-    def __init__(self, recipe: Recipe, source: Source, processes: Processes) -> None:
+    def __init__(self, recipe: ClassifierRecipe, source: Source, processes: Processes) -> None:
         if source.class_names is None:
             raise UserError(
                 f"a classifier learns from classes, but {source.name} has none: sort the images into one folder per "
@@ -45,7 +45,7 @@ class ClassifierTask:
         new_weights: list[str] = []
         if recipe.start is None:
             torch.manual_seed(recipe.seed)
-            network: Network = EncoderClassifier(recipe.network_params({"label": len(self.names)}))
+            network: Network = EncoderClassifier(recipe.network_params(len(self.names)))
         else:
             base = Classifier.load(recipe.start)
             self.schedule = base.schedule
@@ -56,7 +56,7 @@ class ClassifierTask:
         self.summary: dict[str, Any] = {
             "image": "×".join(map(str, (recipe.data.channels, *recipe.data.resolution))),
             "classes": len(self.names),
-            "noise levels": recipe.objective.times.kind,
+            "noise levels": recipe.times.kind,
         } | ({"starts from": start_sentence(recipe.start, new_weights)} if recipe.start else {})
         self.notices: list[str] = []
 
@@ -89,5 +89,5 @@ class ClassifierTask:
 
     def save(self, module: nn.Module, folder: Path, origin: str) -> None:
         """The classifier with its schedule and classes."""
-        noisy = self.recipe.objective.times.kind != "clean"
+        noisy = self.recipe.times.kind != "clean"
         Classifier(cast(EncoderClassifier, module), self.schedule, self.names, noisy, origin).save(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,34 +11,19 @@ from torch import Tensor, nn
 
 from carrara import codecs
 from carrara.classifier import Classifier
-from carrara.codecs import Codec, DiscreteParams, LearnedCodec, QuantiserParams
+from carrara.codecs import Codec, LearnedCodec
 from carrara.codecs.perceptual import LPIPS, ClassifierFeatures, Perceptual
-from carrara.data import Batch, Batches, LatentBatch, Preprocess, Source
+from carrara.data import Batch, Batches, LatentBatch, Source
 from carrara.distributed import Processes
-from carrara.errors import UserError, nearest
-from carrara.networks.autoencoder import AutoencoderParams
+from carrara.errors import UserError
 from carrara.networks.discriminator import Discriminator, DiscriminatorParams
 from carrara.objectives import Examples
-from carrara.objectives.codec import CODEC, DISCRIMINATOR, LOSSES, CodecLoss, CodecObjective
-from carrara.presets import published_codecs
+from carrara.objectives.codec import CODEC, DISCRIMINATOR, CodecLoss, CodecObjective
 from carrara.process import Noise
-from carrara.recipe import Recipe, params_from
+from carrara.recipe import CodecRecipe
+from carrara.recipe import codecs as recipe_codecs
 from carrara.training.assembly import shown_batch
 
-KINDS = {
-    "autoencoder": "autoencoder",
-    "vae": "kl",
-    "kl": "kl",
-    "vq": "vq",
-    "vqgan": "vq",
-    "dvae": "discrete",
-    "gumbel": "discrete",
-    "hierarchical": "hierarchical",
-}
-"""The rungs of the ladder, by the codec that each is; `LOSSES` has the loss of each."""
-_PUBLISHED = {"kl": "kl", "vq": "vqgan", "discrete": "gumbel"}
-"""The rung that a published first stage of each kind of codec stands on: all were trained against a discriminator."""
-_PARTS = {"vq": ("quantiser", QuantiserParams), "discrete": ("choice", DiscreteParams)}
 SCALE_IMAGES = 4096
 """The latent scale is measured on so many training images."""
 
@@ -53,30 +37,27 @@ class CodecTask:
 
     codec: Codec | None = None
 
-    def __init__(self, recipe: Recipe, source: Source, processes: Processes) -> None:
+    def __init__(self, recipe: CodecRecipe, source: Source, processes: Processes) -> None:
         self.recipe, self.source, self.device = recipe, source, processes.device
         self.pictures = recipe.sampling.count
         torch.manual_seed(recipe.seed)
         codec = make_codec(recipe)
         latent = codec.latent_shape((recipe.data.channels, *recipe.data.resolution))
         self.loss = make_loss(recipe, codec)
-        begun_so = recipe.start is not None and bool(codec.latent_shift.any())
-        self.scale_each_channel = recipe.codec.get("scale") == "channel" or begun_so
+        shifted = recipe.start is not None and bool(codec.latent_shift.any())
+        self.scale_each_channel = getattr(recipe.codec, "scale", "one") == "channel" or shifted
         self.perceptual = _perceptual(recipe, self.loss)
         if isinstance(self.perceptual, nn.Module):
             self.perceptual.to(self.device).requires_grad_(False)
         self.modules: dict[str, nn.Module] = {CODEC: codec.to(self.device)}
         if self.loss.adversarial:
-            channels = {"in_channels": recipe.data.channels}
-            params = params_from(DiscriminatorParams, recipe.discriminator, channels, "discriminator")
+            params = DiscriminatorParams(**recipe.discriminator.given(), in_channels=recipe.data.channels)
             params.check_size(*recipe.data.resolution)
             self.modules[DISCRIMINATOR] = Discriminator(params).to(self.device)
-        elif recipe.discriminator:
-            raise UserError("discriminator is given, but loss.adversarial is 0: set it above 0, or leave this out.")
         self.summary: dict[str, Any] = {
             "image": "×".join(map(str, (recipe.data.channels, *recipe.data.resolution))),
             "latent": "×".join(map(str, latent)),
-            "codec": recipe.codec.get("preset") or recipe.codec.get("kind", codec.kind),
+            "codec": recipe.codec.name if isinstance(recipe.codec, recipe_codecs.Codec) else codec.kind,
         }
         if recipe.start is not None:
             self.summary["starts from"] = recipe.start
@@ -125,8 +106,7 @@ class CodecTask:
         scale stays, as models of its latents rely on it."""
         codec = cast(LearnedCodec, module)
         if not codec.decoder_only:
-            data, count = self.recipe.data, len(self.source)
-            prepare = Preprocess(*data.resolution, data.channels, resize=data.resize)
+            prepare, count = self.recipe.data.preprocess(), len(self.source)
             batches = Batches(self.source, prepare, self.recipe.seed, min(self.recipe.training.batch_size, count))
             steps = max(1, min(SCALE_IMAGES, count) // batches.batch_size)
             images = (batches.at(step).images for step in range(steps))
@@ -134,144 +114,44 @@ class CodecTask:
         codecs.save(codec, folder)
 
 
-def make_codec(recipe: Recipe) -> LearnedCodec:
+def make_codec(recipe: CodecRecipe) -> LearnedCodec:
     """The recipe's codec: with random weights, or the one that the run starts from.
 
     Raises:
-        UserError: no kind or preset or an unknown one, an unknown key, or one that the data decide.
+        UserError: values that do not go together, or a start that has nothing to train.
     """
-    if recipe.start is not None:
-        return _begun(recipe.start, recipe.codec.get("learn") == "decoder")
-    word, given = _chosen(recipe.codec)
-    decided = {"in_channels": recipe.data.channels}
-    _refuse_unknown(word, given)
-    config: dict[str, Any] = {"kind": KINDS[word]}
-    if word == "hierarchical":
-        config["levels"] = _levels(given, decided)
-    else:
-        if KINDS[word] in _PARTS:
-            name, params = _PARTS[KINDS[word]]
-            own = {key: given.pop(key) for key in _names(params) if key in given}
-            if params is DiscreteParams:
-                own = _annealed(own, recipe.training.steps * recipe.training.batch_size)
-            config[name] = asdict(params_from(params, own, {}, "codec"))
-        config["params"] = asdict(params_from(AutoencoderParams, given, decided, "codec"))
-        if word in ("vae", "dvae"):  # their KL weighs 1 against a likelihood, whose width is learned
-            config["learned_scale"] = True
-    return cast(LearnedCodec, codecs.build(config))
-
-
-def _chosen(codec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The word of `KINDS` that a recipe's codec is, and the keys of its shape, those that a preset fills in included.
-
-    Raises:
-        UserError: neither kind nor preset, an unknown one, or a kind that is not the preset's.
-    """
-    given = {key: value for key, value in codec.items() if key not in ("kind", "preset", "scale")}
-    word, preset = codec.get("kind"), codec.get("preset")
-    if preset is None:
-        if word is None:
-            raise UserError(f"the recipe lacks codec.kind ({', '.join(KINDS)}), or a published shape as codec.preset.")
-        if word not in KINDS:
-            raise UserError(f"codec.kind is '{word}': {nearest(str(word), KINDS)}")
-        return word, given
-    published = published_codecs.preset(preset)
-    rung, shape = _PUBLISHED[published["kind"]], published["params"]
-    if word not in (None, rung):
-        raise UserError(f"codec.preset={preset} is of kind {rung}, not {word}: leave codec.kind out.")
-    if published["kind"] in _PARTS:
-        shape |= published[_PARTS[published["kind"]][0]]
-    # The data decide their channels and the run's length the annealing, and β's first place is for old weights only.
-    return rung, {k: v for k, v in shape.items() if k not in ("in_channels", "temperature", "anneal", "legacy")} | given
-
-
-def _annealed(own: Mapping[str, Any], images: int) -> dict[str, Any]:
-    """The keys of `DiscreteParams`, whose τ falls over the first four fifths of the run's images unless they say so.
-
-    Raises:
-        UserError: a temperature to begin with, but no annealing.
-    """
-    if "temperature" in own and own.get("anneal") == 0:
-        raise UserError("codec.temperature is where annealing begins, but codec.anneal is 0: leave one of them out.")
-    return {"anneal": 4 * images // 5, **own}
-
-
-def _names(params: Any) -> list[str]:
-    return [field.name for field in fields(params)]
-
-
-def _refuse_unknown(word: str, given: Mapping[str, Any]) -> None:
-    """Whether a kind of codec has all the keys that are given for it.
-
-    Raises:
-        UserError: it lacks one; the kinds that have it are named, or the nearest of its own keys. Or a new codec is
-            to have the loss of old weights.
-    """
-    if given.get("legacy"):
-        raise UserError("codec.legacy is the loss of VQGAN's first weights, which are loaded with it: leave it out.")
-    known = {kind: {"kind", "preset", "scale", *_names(AutoencoderParams)} for kind in KINDS}
-    known["hierarchical"].add("levels")
-    for kind, codec in KINDS.items():
-        known[kind] |= set(_names(_PARTS[codec][1])) if codec in _PARTS else set()
-    for key in given:
-        if key not in known[word]:
-            others = [kind for kind, keys in known.items() if key in keys]
-            meant = f"codec.kind={' or '.join(others)} has it." if others else nearest(key, known[word])
-            raise UserError(f"a codec of kind {word} has an unknown key 'codec.{key}': {meant}")
-
-
-def _begun(start: str, decoder_only: bool) -> LearnedCodec:
-    """A trained codec, all or the decoder of which is to learn on."""
-    codec = codecs.load(start)
+    if recipe.start is None:
+        assert isinstance(recipe.codec, recipe_codecs.Codec)
+        images = recipe.training.steps * recipe.training.batch_size
+        return cast(LearnedCodec, codecs.build(recipe.codec.config(recipe.data.channels, images)))
+    codec = codecs.load(recipe.start)
     if not isinstance(codec, LearnedCodec):
-        raise UserError(f"{start} is the {codec.kind} codec, which has nothing to learn: name another as 'start'.")
-    if decoder_only:
+        raise UserError(
+            f"{recipe.start} is the {codec.kind} codec, which has nothing to learn: name another as 'start'.",
+            key="start",
+            code="unsupported",
+        )
+    if isinstance(recipe.codec, recipe_codecs.TrainedCodec) and recipe.codec.learn == "decoder":
         codec.train_decoder_only()
     return codec
 
 
-def make_loss(recipe: Recipe, codec: LearnedCodec) -> CodecLoss:
+def make_loss(recipe: CodecRecipe, codec: LearnedCodec) -> CodecLoss:
     """The usual loss of the recipe's kind of codec, or of the one it starts from, with the recipe's changes.
 
     Raises:
-        UserError: an unknown key, or words about a discriminator that takes no part.
+        UserError: keys of a discriminator that takes no part.
     """
+    if isinstance(recipe.codec, recipe_codecs.Codec):
+        return recipe.loss.of(recipe.codec.kind)
     likelihood = getattr(codec, "log_scale", None) is not None
-    told = {"kl": "vae", "discrete": "dvae"} if likelihood else {"discrete": "gumbel"}
-    told |= _PUBLISHED if recipe.codec.get("preset") else {}
-    usually = told.get(codec.kind, codec.kind)
-    changes = {key: value for key, value in recipe.loss.items() if not key.startswith("perceptual_")}
-    usual = asdict(LOSSES[recipe.codec.get("kind", usually)])
-    if "perceptual" not in changes and "perceptual_from" not in recipe.loss:
-        usual["perceptual"] = 0.0  # without a network to look through there is none
-    loss = cast(CodecLoss, params_from(CodecLoss, {**usual, **changes}, {}, "loss"))
-    idle = [key for key in ("gan", "adaptive", "start", "ramp") if key in changes and not loss.adversarial]
-    if idle:
-        raise UserError(f"loss.{idle[0]} is given, but loss.adversarial is 0: set it above 0, or leave this out.")
-    return loss
+    usual = {"kl": "vae", "discrete": "dvae"} if likelihood else {"discrete": "gumbel"}
+    return recipe.loss.of(usual.get(codec.kind, codec.kind))
 
 
-def _levels(given: dict[str, Any], decided: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The params of each level of a hierarchical VAE, whose shared keys may stand beside `levels`."""
-    levels, made = given.pop("levels", None), []
-    if not isinstance(levels, list) or not all(isinstance(level, dict) for level in levels):
-        raise UserError("codec.levels must be a list with the params of every level, from the image on.")
-    for level in levels:
-        params = params_from(AutoencoderParams, {**given, **level}, decided, "codec")
-        decided = {"in_channels": params.latent_channels}
-        made.append(asdict(params))
-    return made
-
-
-def _perceptual(recipe: Recipe, loss: CodecLoss) -> Perceptual | None:
+def _perceptual(recipe: CodecRecipe, loss: CodecLoss) -> Perceptual | None:
     """What the perceptual term looks through."""
-    allowed = {"perceptual_from", "perceptual_checksum"}
-    for key in recipe.loss:
-        if key.startswith("perceptual_") and key not in allowed:
-            raise UserError(f"the recipe has an unknown key 'loss.{key}': {nearest(key, allowed)}")
-        if key in allowed and not isinstance(recipe.loss[key], str | None):
-            raise UserError(f"loss.{key} is {recipe.loss[key]!r}: write it as text, in quotes.")
-    path, checksum = recipe.loss.get("perceptual_from"), recipe.loss.get("perceptual_checksum")
+    path, checksum = recipe.loss.perceptual_from, recipe.loss.perceptual_checksum
     if checksum is not None and (path is None or Path(path).is_dir()):
         raise UserError(
             "loss.perceptual_checksum is given, but loss.perceptual_from names no file of weights: name one, or leave "

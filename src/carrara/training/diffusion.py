@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ from carrara.distributed import Processes
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
 from carrara.objectives import DiffusionObjective, Examples, Weight
-from carrara.process import Noise, Predicts, grids, schedules
+from carrara.process import Noise, grids, schedules
 from carrara.process.bound import Chain
-from carrara.recipe import Recipe
+from carrara.recipe import DiffusionRecipe
 from carrara.training.assembly import make_times, shown_batch
 from carrara.training.start import network_from, start_sentence
 
@@ -35,7 +35,7 @@ class DiffusionTask:
         UserError: choices of the recipe that do not go together, or with the data.
     """
 
-    def __init__(self, recipe: Recipe, source: Source, processes: Processes) -> None:
+    def __init__(self, recipe: DiffusionRecipe, source: Source, processes: Processes) -> None:
         self.recipe, self.source, self.device = recipe, source, processes.device
         self.notices: list[str] = []
         self.pictures = recipe.sampling.count
@@ -60,7 +60,7 @@ class DiffusionTask:
             network=network,
             schedule=base.schedule if base else schedules.build(recipe.schedule.spec()),
             shape=shape,
-            predicts=base.predicts if base else cast(Predicts, recipe.objective.predicts),
+            predicts=base.predicts if base else recipe.objective.predicts,
             conditioners=conditioners,
             levels=source.levels,
             codec=codec,
@@ -84,7 +84,7 @@ class DiffusionTask:
                 code="unsupported",
             )
         shrunk_size(low_res.factor, *self.model.shape[1:])
-        if "cache" in self.recipe.codec:
+        if self.recipe.codec.cache is not None:
             raise UserError(
                 "codec.cache holds no pixels, from which up-sampling makes its low-resolution images: leave it out, so "
                 "that the images are read.",
@@ -117,7 +117,7 @@ class DiffusionTask:
             summary["enlarges"] = f"{height}×{width}, {low_res.factor} times, with noise up to {noise:g}"
         if not model.codec.bounded:
             latent = "×".join(map(str, model.codec.latent_shape(model.shape)))
-            summary["latent"] = f"{latent} of the {model.codec.kind} codec {recipe.codec.get('path', recipe.start)}"
+            summary["latent"] = f"{latent} of the {model.codec.kind} codec {recipe.codec.path or recipe.start}"
         if recipe.start is not None:
             summary["starts from"] = start_sentence(recipe.start, new_weights)
         return summary
@@ -128,11 +128,11 @@ class DiffusionTask:
         Raises:
             UserError: the cache is of another codec, other images or another preparation.
         """
-        if "cache" not in self.recipe.codec:
+        if self.recipe.codec.cache is None:
             return images
         opened = partial(
             open_latents,
-            self.recipe.codec["cache"],
+            self.recipe.codec.cache,
             codecs.content_hash(self.model.codec),
             prepare=images.prepare,
             source=images.source,
@@ -227,13 +227,13 @@ class DiffusionTask:
         replace(self.model, network=module, origin=origin).save(folder)
 
 
-def _codec(recipe: Recipe) -> Codec:
+def _codec(recipe: DiffusionRecipe) -> Codec:
     """The codec that the recipe names."""
-    return codecs.load(recipe.codec["path"]) if recipe.codec else Identity()
+    return codecs.load(recipe.codec.path) if recipe.codec.path else Identity()
 
 
 def _conditioners(
-    recipe: Recipe, source: Source, shape: tuple[int, ...], base: DiffusionModel | None
+    recipe: DiffusionRecipe, source: Source, shape: tuple[int, ...], base: DiffusionModel | None
 ) -> tuple[Conditioner, ...]:
     """What the recipe conditions on, for its data; the up-sampling of a model that the run starts from is kept.
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from carrara import codecs
 from carrara.codecs import Codec
 from carrara.errors import UserError
-from carrara.recipe import Recipe
+from carrara.recipe import ClassifierRecipe, DiffusionRecipe, Recipe
 from carrara.training.state import put_optimiser, put_weights
 
 
@@ -104,7 +104,9 @@ def changes(state: Mapping[str, Any], setting: Mapping[str, Any]) -> Iterator[st
 def _check_classes(state: Mapping[str, Any], recipe: Recipe, folder: Path, class_names: Sequence[str]) -> None:
     """Only where the run trains on classes; the first edition's checkpoints do not hold them."""
     before, now = state.get("classes"), list(class_names)
-    trained = recipe.kind == "classifier" or (recipe.kind == "diffusion" and recipe.conditioning.kind != "none")
+    trained = isinstance(recipe, ClassifierRecipe) or (
+        isinstance(recipe, DiffusionRecipe) and recipe.conditioning.kind != "none"
+    )
     if not trained or before is None or before == now:
         return
     place = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)

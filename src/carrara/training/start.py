@@ -10,7 +10,7 @@ from torch import nn
 
 from carrara import networks
 from carrara.errors import UserError
-from carrara.recipe import Recipe
+from carrara.recipe import DiffusionRecipe, NetworkRecipe
 
 TABLE = "label.weight"
 """The rows of the classes."""
@@ -18,7 +18,7 @@ TABLE = "label.weight"
 
 def network_from(
     base: nn.Module,
-    recipe: Recipe,
+    recipe: NetworkRecipe,
     classes: int | None,
     shape: tuple[int, ...],
     names: tuple[Sequence[str], Sequence[str]] = ((), ()),
@@ -51,8 +51,8 @@ def network_from(
             key="data.channels",
             code="mismatch",
         )
-    changes: dict[str, Any] = {"image_size": tuple(size), "num_classes": classes, **recipe.network}
-    if recipe.kind == "diffusion":
+    changes: dict[str, Any] = {"image_size": tuple(size), "num_classes": classes, **recipe.network.given()}
+    if isinstance(recipe, DiffusionRecipe):
         changes["null_label"] = classes is not None and recipe.conditioning.dropout > 0
     torch.manual_seed(recipe.seed)
     network = networks.build(config | {key: value for key, value in changes.items() if key in config})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source
 from carrara.distributed import Processes
 from carrara.objectives import Examples, Objective
 from carrara.process import Noise
-from carrara.recipe import Recipe
+from carrara.recipe import ClassifierRecipe, CodecRecipe, DiffusionRecipe, Recipe
 from carrara.training.classifier import ClassifierTask
 from carrara.training.codec import CodecTask
 from carrara.training.diffusion import DiffusionTask
@@ -78,9 +78,9 @@ class Task(Protocol):
 
 def make_task(recipe: Recipe, source: Source, processes: Processes) -> Task:
     """The task of the recipe's kind."""
-    kinds: dict[str, Callable[[Recipe, Source, Processes], Task]] = {
-        "diffusion": DiffusionTask,
-        "classifier": ClassifierTask,
-        "codec": CodecTask,
-    }
-    return kinds[recipe.kind](recipe, source, processes)
+    if isinstance(recipe, DiffusionRecipe):
+        return DiffusionTask(recipe, source, processes)
+    if isinstance(recipe, ClassifierRecipe):
+        return ClassifierTask(recipe, source, processes)
+    assert isinstance(recipe, CodecRecipe)
+    return CodecTask(recipe, source, processes)
