@@ -134,4 +134,4 @@ def test_a_codec_without_a_start_has_no_decoder_to_learn_on(
     data = recipe().model_dump(mode="json", exclude_none=True)
     (tmp_path / "codec.yaml").write_text(yaml.safe_dump(data))
     sentence = refused("train", tmp_path / "codec.yaml", *words, "--out", tmp_path / "run")
-    assert "give that codec as 'start'" in sentence or "takes nothing in 'upsampling'" in sentence
+    assert "codec.learn" in sentence or "upsampling" in sentence
