@@ -331,7 +331,7 @@ def test_what_a_codec_starts_from_decides_is_refused(tiny_run: Path, tmp_path: P
         with refused(code, key):  # type: ignore[arg-type]
             begun(tmp_path / "codec", None, codec=codec)
     with refused("conflict", "codec.learn"):
-        recipe(codec={"kind": None, "learn": "decoder"})
+        validate({**recipe().model_dump(), "codec": {"learn": "decoder"}})
     with pytest.raises(UserError, match="holds a diffusion model"):
         Trainer(begun(tiny_run, "decoder"), tmp_path / "a")
     coloured = begun(tmp_path / "codec", "decoder", data={"path": "digits", "resolution": 8, "channels": 3})
