@@ -10,6 +10,8 @@ from torch import nn
 from carrara.errors import UserError, nearest
 
 Precision = Literal["fp32", "bf16", "fp16"]
+HALF = (torch.float16, torch.bfloat16)
+"""The number types of half precision."""
 
 
 def resolve_device(word: str = "auto") -> torch.device:

@@ -72,7 +72,7 @@ def test_codes_latents_and_indices_decode_alike(kind: str) -> None:
 
 def step(own: Quantiser, z: Tensor, ids: Sequence[int] = range(4)) -> None:
     """What a training step does."""
-    own.note(z, own.indices(z), Noise(0).rows(ids))
+    own.accumulate(z, own.indices(z), Noise(0).rows(ids))
     own.end_step()
 
 
@@ -103,31 +103,31 @@ def test_gradient_codebooks_learn_and_ema_codebooks_have_no_gradient() -> None:
         assert (own.codebook.grad is not None) == (decay is None)
 
 
-def test_the_first_step_fills_the_codebook_and_dead_codes_start_anew() -> None:
+def test_the_first_step_fills_the_codebook_and_dead_codes_are_restarted() -> None:
     own = quantiser()
     z = latents()
     step(own, z)
-    said = z.permute(0, 2, 3, 1).reshape(-1, 3)
-    assert all((said == entry).all(1).any() for entry in own.codebook)
+    vectors = z.permute(0, 2, 3, 1).reshape(-1, 3)
+    assert all((vectors == entry).all(1).any() for entry in own.codebook)
     # Then only codes that nobody chooses move by more than the mean does.
     alive = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
     own.credit.copy_(alive / alive.sum())
     chosen = torch.arange(0, 64).reshape(4, 4, 4) % 8
     chosen[(chosen == 1) | (chosen == 4)] = 0
-    own.note(latents(seed=1), chosen, Noise(0).rows(range(4, 8)))
+    own.accumulate(latents(seed=1), chosen, Noise(0).rows(range(4, 8)))
     own.end_step()
-    heard = latents(seed=1).permute(0, 2, 3, 1).reshape(-1, 3)
-    anew = torch.stack([(heard == entry).all(1).any() for entry in own.codebook])
-    assert torch.equal(anew, alive == 0)
+    others = latents(seed=1).permute(0, 2, 3, 1).reshape(-1, 3)
+    restarted = torch.stack([(others == entry).all(1).any() for entry in own.codebook])
+    assert torch.equal(restarted, alive == 0)
     torch.testing.assert_close(own.credit[alive == 0], torch.full((2,), 1 / 8))
 
 
-def test_restarts_end_where_they_are_told_to() -> None:
+def test_restarts_end_at_restart_until() -> None:
     for first, moves in ((97, False), (96, True)):
         own = quantiser(restart_until=100)
         step(own, latents(), range(first, first + 4))
-        said = latents().permute(0, 2, 3, 1).reshape(-1, 3)
-        assert bool((said == own.codebook[0]).all(1).any()) == moves
+        vectors = latents().permute(0, 2, 3, 1).reshape(-1, 3)
+        assert bool((vectors == own.codebook[0]).all(1).any()) == moves
 
 
 def test_a_restart_does_not_depend_on_the_order_of_the_batch() -> None:
@@ -149,7 +149,7 @@ def test_a_batch_teaches_the_same_in_parts(decay: float | None) -> None:
         for number in range(3):
             whole, ids = latents(seed=number), range(4 * number, 4 * number + 4)
             for rows in torch.arange(4).chunk(parts):
-                own.note(whole[rows], own.indices(whole[rows]), Noise(0).rows([ids[i] for i in rows]))
+                own.accumulate(whole[rows], own.indices(whole[rows]), Noise(0).rows([ids[i] for i in rows]))
             own.end_step()
         books.append(own)
     assert int(books[0].usage.batches) == int(books[1].usage.batches) == 3
@@ -166,8 +166,8 @@ def test_a_batch_that_is_not_finite_teaches_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
 
 
-def test_a_collapsed_codebook_is_known_while_codes_start_anew() -> None:
-    """All positions choose one code, and in some steps another one, which has started anew where they are."""
+def test_a_collapsed_codebook_is_detected_while_codes_are_restarted() -> None:
+    """All positions choose one code, and in some steps another one, which was restarted there."""
     own = quantiser()
     for number in range(600):
         step(own, torch.ones(4, 3, 4, 4), range(4 * number, 4 * number + 4))
@@ -212,10 +212,10 @@ def test_the_temperature_falls_along_a_half_cosine() -> None:
     assert choice.temperature_at(50) == pytest.approx(0.6)
     assert choice.temperature_at(100) == choice.temperature_at(10**9) == 0.2
     codec = DiscreteAutoencoder(params(), replace(choice, codes=16))
-    told = [float(codec(pictures(), Noise(0).rows([s, s])).scalars["temperature"]) for s in (0, 50, 200)]
+    temperatures = [float(codec(pictures(), Noise(0).rows([s, s])).scalars["temperature"]) for s in (0, 50, 200)]
     held_out = codec.eval()(pictures(), Noise(0).rows([0, 1])).scalars["temperature"]
-    assert float(held_out) == pytest.approx(0.2), "held-out images are judged as the codec will be used"
-    assert told == pytest.approx([1.0, 0.6, 0.2])
+    assert float(held_out) == pytest.approx(0.2), "held-out images are encoded as the codec will be used"
+    assert temperatures == pytest.approx([1.0, 0.6, 0.2])
 
 
 def test_a_cold_choice_is_a_draw_of_the_categorical() -> None:

@@ -37,19 +37,19 @@ def test_shapes_and_the_round_trip_in_scaled_latents(kind: str) -> None:
 def test_a_saved_codec_is_the_same_codec(kind: str, tmp_path: Path) -> None:
     codec = make(kind).eval()
     codec.set_latent_scale(0.5)
-    told = codecs.save(codec, tmp_path)
+    identity = codecs.save(codec, tmp_path)
     again = codecs.load(tmp_path)
     assert isinstance(again, LearnedCodec)
     assert type(again) is type(codec)
     assert not again.training
-    assert told == content_hash(codec) == content_hash(again)
+    assert identity == content_hash(codec) == content_hash(again)
     x = pictures()
     with torch.no_grad():
         assert torch.equal(codec.decode(codec.encode(x).mode()), again.decode(again.encode(x).mode()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_hash_tells_weights_scales_and_shapes_apart_but_not_statistics(kind: str) -> None:
+def test_the_hash_depends_on_weights_scales_and_shapes_but_not_on_statistics(kind: str) -> None:
     hashes = {content_hash(make(kind, seed)) for seed in (0, 1)}
     codec = make(kind)
     codec.set_latent_scale(2.0)
@@ -89,7 +89,7 @@ def test_a_sample_is_trained_on_alike_in_any_company(kind: str) -> None:
     torch.testing.assert_close(together.penalty[2:3], alone.penalty, rtol=1e-4, atol=1e-5)
 
 
-def test_a_latent_of_one_place_needs_groups_of_several_channels() -> None:
+def test_a_latent_of_one_position_needs_groups_of_several_channels() -> None:
     codec = Autoencoder(params(channels=8, channel_mult=(1, 1), norm_groups=8))
     with refused("shape", "codec.norm_groups"):
         codec.encode(pictures(size=2))
@@ -97,7 +97,7 @@ def test_a_latent_of_one_place_needs_groups_of_several_channels() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_input_is_refused_with_a_sentence(kind: str) -> None:
+def test_bad_input_is_refused(kind: str) -> None:
     codec = make(kind)
     with refused("shape", "data.resolution"):
         codec.encode(torch.zeros(1, 3, 9, 8))
@@ -199,7 +199,7 @@ def test_half_precision_that_overflows_is_decoded_again(kind: str) -> None:
 
 
 @pytest.mark.parametrize("damaged", ["decoder", "latents"])
-def test_what_is_not_finite_in_float32_is_said(damaged: str) -> None:
+def test_images_that_are_not_finite_in_float32_give_a_warning(damaged: str) -> None:
     codec = make("kl").eval()
     with torch.no_grad():
         z = codec.encode(pictures()).mode()
@@ -207,6 +207,6 @@ def test_what_is_not_finite_in_float32_is_said(damaged: str) -> None:
             codec.decoder.out.weight.fill_(float("inf"))
         else:
             z[0, 0, 0, 0] = float("nan")
-        with pytest.warns(UserWarning, match="what was decoded is not finite") as said:
+        with pytest.warns(UserWarning, match="decoded image is not finite") as caught:
             codec.decode(z)
-    assert len(said) == 1  # and it was not done again
+    assert len(caught) == 1  # and it was not done again

@@ -99,7 +99,7 @@ def test_constant_latents_and_no_images_are_refused() -> None:
         measure_latent_scale(codec, [])
 
 
-def test_the_learned_scale_is_part_of_the_codec_only_where_asked_for() -> None:
+def test_the_learned_scale_is_part_of_the_codec_only_on_request() -> None:
     assert KLAutoencoder(params()).log_scale is None
     codec = KLAutoencoder(params(), learned_scale=True)
     assert "log_scale" in codec.state_dict()

@@ -129,7 +129,7 @@ def test_pictures_that_the_network_cannot_look_at_are_refused(weights: dict[str,
         own(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16))
 
 
-def test_a_place_without_features_has_a_gradient_of_zero() -> None:
+def test_a_position_without_features_has_a_gradient_of_zero() -> None:
     """Where all rectifiers are shut the length is 0, whose root has no derivative."""
     features = torch.zeros(1, 4, 2, 2, requires_grad=True)
     feature_distance([features], [torch.ones(1, 4, 2, 2)]).sum().backward()
@@ -148,13 +148,13 @@ def test_the_features_of_a_classifier() -> None:
     distance = ClassifierFeatures(classifier())
     x, y = pictures(3, size=16), pictures(3, size=16, seed=5)
     assert [tuple(m.shape[1:]) for m in distance.features(x)] == [(8, 16, 16), (16, 8, 8), (16, 4, 4)]
-    told = distance(x, y)
-    assert told.shape == (3,)
-    assert bool((told > 0).all())
+    far = distance(x, y)
+    assert far.shape == (3,)
+    assert bool((far > 0).all())
     torch.testing.assert_close(distance(x, x), torch.zeros(3))
     torch.testing.assert_close(distance(x, y), distance(y, x))
     # Nearer pictures are nearer.
-    assert bool((distance(x, 0.9 * x + 0.1 * y) < told).all())
+    assert bool((distance(x, 0.9 * x + 0.1 * y) < far).all())
 
 
 def test_the_classifier_is_frozen_but_lets_gradients_through() -> None:

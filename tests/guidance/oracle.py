@@ -18,7 +18,7 @@ MIXTURE = GaussianMixture(
 NULL = Condition(label=torch.tensor([MIXTURE.classes]))
 
 
-def told(label: int) -> Condition:
+def labelled(label: int) -> Condition:
     """The condition of one class for the whole batch."""
     return Condition(label=torch.tensor([label]))
 

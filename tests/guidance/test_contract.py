@@ -15,25 +15,25 @@ from carrara.process import Denoiser, Noise, Prediction, Transition, grids
 from carrara.process.schedules import Time
 from carrara.solvers import SOLVERS, Ancestral, named, solve
 from carrara.solvers.base import bound
-from tests.guidance.oracle import MIXTURE, NULL, SCHEDULE, points, told
+from tests.guidance.oracle import MIXTURE, NULL, SCHEDULE, labelled, points
 
 ORACLE = MIXTURE.denoiser(SCHEDULE)
 CLASSIFIER = MIXTURE.classifier(SCHEDULE)
 GRID = grids.trailing(SCHEDULE, 20)
 
 
-def walk(denoiser: Denoiser, solver: str, condition: Condition, count: int = 16) -> Tensor:
+def sample(denoiser: Denoiser, solver: str, condition: Condition, count: int = 16) -> Tensor:
     return solve(denoiser, SCHEDULE, named(solver), GRID, points(count), condition, Noise(seed=1))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("label", [0, 1])
-def test_exact_classifier_at_scale_1_walks_the_conditional_path(solver: str, label: int) -> None:
-    # ∇ log p(x_t) + ∇ log p(y|x_t) = ∇ log p(x_t|y), so both walks ask for the same numbers; 1e-8 is float64
+def test_exact_classifier_at_scale_1_follows_the_conditional_path(solver: str, label: int) -> None:
+    # ∇ log p(x_t) + ∇ log p(y|x_t) = ∇ log p(x_t|y), so both evaluate the same numbers; 1e-8 is float64
     # rounding, multiplied by at most 1/a_T = 158 a step and damped afterwards.
     guided = classifier_guidance(CLASSIFIER, scale=1.0, label=label)(ORACLE)
     torch.testing.assert_close(
-        walk(guided, solver, Condition()), walk(ORACLE, solver, told(label)), rtol=1e-8, atol=1e-8
+        sample(guided, solver, Condition()), sample(ORACLE, solver, labelled(label)), rtol=1e-8, atol=1e-8
     )
 
 
@@ -42,22 +42,24 @@ def test_exact_classifier_at_scale_1_walks_the_conditional_path(solver: str, lab
 def test_classifier_free_with_exact_scores_equals_the_classifier(solver: str, scale: float) -> None:
     free = classifier_free(scale, NULL)(ORACLE)
     guided = classifier_guidance(CLASSIFIER, scale, label=1)(ORACLE)
-    torch.testing.assert_close(walk(free, solver, told(1)), walk(guided, solver, Condition()), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        sample(free, solver, labelled(1)), sample(guided, solver, Condition()), rtol=1e-7, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_no_solver_drops_a_guide(solver: str) -> None:
-    plain = walk(ORACLE, solver, Condition())
+    plain = sample(ORACLE, solver, Condition())
     for form in ("score", "mean"):
         guided = classifier_guidance(CLASSIFIER, 2.0, label=0, form=form)(ORACLE)
-        assert (walk(guided, solver, Condition()) - plain).abs().mean() > 0.05
+        assert (sample(guided, solver, Condition()) - plain).abs().mean() > 0.05
 
 
 @pytest.mark.parametrize("solver", [name for name in SOLVERS if not isinstance(named(name), Ancestral)])
 def test_every_other_solver_folds_what_pends_for_the_ancestral_one(solver: str) -> None:
     score = classifier_guidance(CLASSIFIER, 2.0, label=0, form="score")(ORACLE)
     mean = classifier_guidance(CLASSIFIER, 2.0, label=0, form="mean")(ORACLE)
-    assert torch.equal(walk(score, solver, Condition()), walk(mean, solver, Condition()))
+    assert torch.equal(sample(score, solver, Condition()), sample(mean, solver, Condition()))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -67,12 +69,12 @@ def test_guided_samples_have_the_class_conditional_weights_and_moments(solver: s
     guided = classifier_guidance(CLASSIFIER, 1.0, label=0)(ORACLE)
     samples = solve(guided, SCHEDULE, named(solver), grid, points(count), Condition(), Noise(seed=2))
     nearest = torch.cdist(samples, MIXTURE.means).argmin(1)
-    # Class 0 holds components 0 and 1 with weights 1/4 and 3/4. Four standard errors of a share are 0.032; the
+    # Class 0 holds components 0 and 1 with weights 1/4 and 3/4. Four standard errors of a fraction are 0.032; the
     # first-order solvers are off by up to 0.02 more at 100 steps.
     assert abs((nearest == 0).double().mean() - 0.25) < 0.052
     assert ((nearest == 0) | (nearest == 1)).double().mean() > 0.999
-    exact = MIXTURE.sample(100_000, Noise(seed=3), told(0))
-    # Four standard errors of a mean are 0.07, and the off share moves it by 2·0.02.
+    exact = MIXTURE.sample(100_000, Noise(seed=3), labelled(0))
+    # Four standard errors of a mean are 0.07, and the fraction's error moves it by 2·0.02.
     torch.testing.assert_close(samples.mean(0), exact.mean(0), rtol=0, atol=0.11)
     torch.testing.assert_close(samples.var(0), exact.var(0), rtol=0.15, atol=0)
 
@@ -128,7 +130,7 @@ def test_appendix_h_the_conditional_kernel_is_the_kernel_times_the_classifier() 
     def log_kernel(label: int) -> Tensor:
         """ln p(x_s|x_t, label) up to a constant: ln p(x_t|x_s) + ln p(x_s|label)."""
         forward = -((x_t - pair.alpha_ts * line) ** 2).sum(1) / (2 * pair.variance)
-        return forward + MIXTURE.log_prob(line, pair.alpha_s, pair.sigma_s, told(label))
+        return forward + MIXTURE.log_prob(line, pair.alpha_s, pair.sigma_s, labelled(label))
 
     product = log_kernel(MIXTURE.classes) + CLASSIFIER(line, s)[:, 0]
     gap = log_kernel(0) - product
@@ -136,18 +138,18 @@ def test_appendix_h_the_conditional_kernel_is_the_kernel_times_the_classifier() 
 
 
 @pytest.mark.parametrize("form", ["score", "mean"])
-def test_guidance_at_the_mean_asks_at_the_next_time(form: str) -> None:
-    asked: list[float] = []
+def test_guidance_at_the_mean_evaluates_at_the_next_time(form: str) -> None:
+    times: list[float] = []
 
     def spy(x: Tensor, t: Time) -> Tensor:
-        asked.append(float(t))
+        times.append(float(t))
         return CLASSIFIER(x, t)
 
     guide = classifier_guidance(spy, 1.0, label=0, form=form, at="mean", schedule=SCHEDULE, grid=GRID)  # type: ignore[arg-type]
     result = solve(guide(ORACLE), SCHEDULE, Ancestral(), GRID, points(4), Condition(), Noise(seed=0))
     assert torch.isfinite(result).all()
     # The end of each pair; never the clean point, but the first time instead.
-    assert asked == [max(s, 1.0) for _, s in GRID.pairs()]
+    assert times == [max(s, 1.0) for _, s in GRID.pairs()]
 
 
 def test_guidance_at_the_mean_takes_the_gradient_at_the_posterior_mean() -> None:

@@ -27,7 +27,7 @@ from carrara.networks import UNet, UNetParams
 from carrara.process import GaussianMixture, Guide, NetworkDenoiser, NoisyClassifier, Prediction, schedules
 from carrara.process.schedules import Time
 from tests.errors import refused
-from tests.guidance.oracle import MIXTURE, NULL, SCHEDULE, points, told
+from tests.guidance.oracle import MIXTURE, NULL, SCHEDULE, labelled, points
 
 ORACLE = MIXTURE.denoiser(SCHEDULE)
 CLASSIFIER = MIXTURE.classifier(SCHEDULE)
@@ -61,8 +61,8 @@ def consistent(prediction: Prediction) -> None:
 @settings(max_examples=30, deadline=None)
 def test_classifier_free_is_the_line_through_both_predictions(scale: float) -> None:
     x = points(3)
-    guided = classifier_free(scale, NULL)(ORACLE)(x, T, told(0))
-    null, given_ = ORACLE(x, T, NULL), ORACLE(x, T, told(0))
+    guided = classifier_free(scale, NULL)(ORACLE)(x, T, labelled(0))
+    null, given_ = ORACLE(x, T, NULL), ORACLE(x, T, labelled(0))
     torch.testing.assert_close(guided.eps, null.eps + scale * (given_.eps - null.eps))
     consistent(guided)
 
@@ -70,11 +70,11 @@ def test_classifier_free_is_the_line_through_both_predictions(scale: float) -> N
 def test_scale_1_costs_one_pass_and_any_other_one_call_of_twice_the_rows() -> None:
     for scale, sizes in ((1.0, [5]), (0.0, [10]), (3.0, [10])):
         counting = Counting()
-        classifier_free(scale, NULL)(counting)(points(5), T, told(1))
+        classifier_free(scale, NULL)(counting)(points(5), T, labelled(1))
         assert counting.sizes == sizes
 
 
-def test_scale_0_asks_no_classifier() -> None:
+def test_scale_0_evaluates_no_classifier() -> None:
     def never(x: Tensor, t: Time) -> Tensor:
         raise AssertionError
 
@@ -82,14 +82,14 @@ def test_scale_0_asks_no_classifier() -> None:
 
 
 def test_the_null_may_be_a_function_of_time() -> None:
-    asked: list[Time] = []
+    times: list[Time] = []
 
     def null(t: Time) -> Condition:
-        asked.append(t)
+        times.append(t)
         return NULL
 
-    classifier_free(2.0, null)(ORACLE)(points(2), T, told(0))
-    assert asked == [T]
+    classifier_free(2.0, null)(ORACLE)(points(2), T, labelled(0))
+    assert times == [T]
 
 
 def test_guided_batches_take_a_time_for_each_row() -> None:
@@ -98,12 +98,12 @@ def test_guided_batches_take_a_time_for_each_row() -> None:
         classifier_free(2.0, NULL),
         classifier_guidance(CLASSIFIER, 2.0),
         interval(classifier_free(2.0, NULL), 100, 600),
-        compose(2.0, [(0.5, told(1))], NULL),
+        compose(2.0, [(0.5, labelled(1))], NULL),
         dynamic_threshold(),
     ]
     for guide in guides:
-        together = guide(ORACLE)(x, times, told(0)).eps
-        alone = torch.cat([guide(ORACLE)(x[i : i + 1], float(times[i]), told(0)).eps for i in range(3)])
+        together = guide(ORACLE)(x, times, labelled(0)).eps
+        alone = torch.cat([guide(ORACLE)(x[i : i + 1], float(times[i]), labelled(0)).eps for i in range(3)])
         torch.testing.assert_close(together, alone)
 
 
@@ -126,12 +126,12 @@ def test_v_prediction_is_guided_where_no_signal_is_left() -> None:
         assert condition.label is not None
         return x * condition.label.to(x)[:, None]
 
-    guided = classifier_free(3.0, NULL)(NetworkDenoiser(network, schedule, "v"))(points(2), 100.0, told(1))
+    guided = classifier_free(3.0, NULL)(NetworkDenoiser(network, schedule, "v"))(points(2), 100.0, labelled(1))
     # a = 0, s = 1: x_0 = -v, so with v = y·x for class y: -(2x + 3(1x - 2x)) = x.
     torch.testing.assert_close(guided.x0, points(2))
 
 
-def test_a_null_that_was_never_trained_is_refused_with_a_sentence() -> None:
+def test_a_null_that_was_never_trained_is_refused() -> None:
     params = UNetParams(image_size=(4, 4), channels=8, channel_mult=(1,), attention=(), num_classes=3)
     guided = classifier_free(2.0, Condition(label=torch.tensor([3])))(NetworkDenoiser(UNet(params), SCHEDULE))
     with refused("invalid", "label"):
@@ -144,7 +144,7 @@ def test_scales_that_are_no_numbers_are_refused(wrong: float) -> None:
         lambda w: classifier_free(w, NULL),
         lambda w: classifier_guidance(CLASSIFIER, w, label=0),
         lambda w: autoguidance(w, ORACLE),
-        lambda w: compose(1.0, [(w, told(1))], NULL),
+        lambda w: compose(1.0, [(w, labelled(1))], NULL),
         lambda w: static_threshold(w),
         lambda w: dynamic_threshold(bound=w),
     ]
@@ -194,7 +194,7 @@ def test_the_classifiers_gradient_is_float32_under_autocast_and_without_gradient
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_the_classifier_is_told_the_original_time() -> None:
+def test_the_classifier_gets_the_original_time() -> None:
     told_times: list[Tensor] = []
 
     def network(x: Tensor, time: Tensor, condition: Condition) -> Tensor:
@@ -231,22 +231,22 @@ def test_dynamic_threshold() -> None:
 
 
 @pytest.mark.parametrize("of", ["eps", "x0", "v"])
-def test_full_rescale_gives_the_plain_spread_back(of: Quantity) -> None:
+def test_full_rescale_restores_the_plain_deviation(of: Quantity) -> None:
     oracle = GaussianMixture([0.5, 0.5], images(2), [0.3, 0.2]).denoiser(SCHEDULE)
     x = images(3, seed=1)
     null = Condition(label=torch.tensor([2]))
 
-    def spread(prediction: Prediction) -> Tensor:
+    def deviation(prediction: Prediction) -> Tensor:
         v = prediction.alpha * prediction.eps - prediction.sigma * prediction.x0
         return {"eps": prediction.eps, "x0": prediction.x0, "v": v}[of].flatten(1).std(dim=1)
 
-    plain = spread(oracle(x, T, told(0)))
-    full = classifier_free(6.0, null, rescale=1.0, of=of)(oracle)(x, T, told(0))
-    torch.testing.assert_close(spread(full), plain)
+    plain = deviation(oracle(x, T, labelled(0)))
+    full = classifier_free(6.0, null, rescale=1.0, of=of)(oracle)(x, T, labelled(0))
+    torch.testing.assert_close(deviation(full), plain)
     consistent(full)
-    unscaled = classifier_free(6.0, null)(oracle)(x, T, told(0))
-    half = classifier_free(6.0, null, rescale=0.5, of=of)(oracle)(x, T, told(0))
-    torch.testing.assert_close(spread(half), (plain + spread(unscaled)) / 2)
+    unscaled = classifier_free(6.0, null)(oracle)(x, T, labelled(0))
+    half = classifier_free(6.0, null, rescale=0.5, of=of)(oracle)(x, T, labelled(0))
+    torch.testing.assert_close(deviation(half), (plain + deviation(unscaled)) / 2)
 
 
 def test_interval_pays_and_guides_inside_only() -> None:
@@ -256,42 +256,42 @@ def test_interval_pays_and_guides_inside_only() -> None:
     x = points(2)
     for t, inside in ((401.0, False), (400.0, True), (101.0, True), (100.0, False)):
         counting.sizes.clear()
-        expected = (full if inside else ORACLE)(x, t, told(0)).eps
-        torch.testing.assert_close(limited(x, t, told(0)).eps, expected)
+        expected = (full if inside else ORACLE)(x, t, labelled(0)).eps
+        torch.testing.assert_close(limited(x, t, labelled(0)).eps, expected)
         assert counting.sizes == [4 if inside else 2]
 
 
 def test_autoguidance() -> None:
     weak = GaussianMixture([1.0], torch.zeros(1, 2), [1.5], [0]).denoiser(SCHEDULE)
     x = points(3)
-    strong, bad = ORACLE(x, T, told(0)), weak(x, T, told(0))
-    guided = autoguidance(2.5, weak)(ORACLE)(x, T, told(0))
+    strong, bad = ORACLE(x, T, labelled(0)), weak(x, T, labelled(0))
+    guided = autoguidance(2.5, weak)(ORACLE)(x, T, labelled(0))
     torch.testing.assert_close(guided.eps, bad.eps + 2.5 * (strong.eps - bad.eps))
     consistent(guided)
     assert autoguidance(1.0, weak)(ORACLE) is ORACLE
-    torch.testing.assert_close(autoguidance(9.0, ORACLE)(ORACLE)(x, T, told(0)).eps, strong.eps)
+    torch.testing.assert_close(autoguidance(9.0, ORACLE)(ORACLE)(x, T, labelled(0)).eps, strong.eps)
 
 
 def test_composed_conditions_add_their_scores_in_one_call() -> None:
     counting = Counting()
     x = points(3)
-    guided = compose(2.0, [(-0.5, told(1))], NULL)(counting)(x, T, told(0))
+    guided = compose(2.0, [(-0.5, labelled(1))], NULL)(counting)(x, T, labelled(0))
     assert counting.sizes == [9]
-    null, first, second = (ORACLE(x, T, c).eps for c in (NULL, told(0), told(1)))
+    null, first, second = (ORACLE(x, T, c).eps for c in (NULL, labelled(0), labelled(1)))
     torch.testing.assert_close(guided.eps, null + 2.0 * (first - null) - 0.5 * (second - null))
     consistent(guided)
 
 
-def test_a_negative_condition_takes_the_place_of_the_null() -> None:
+def test_a_negative_condition_replaces_the_null() -> None:
     x = points(3)
-    guided = classifier_free(2.0, told(1))(ORACLE)(x, T, told(0))
-    wanted, unwanted = ORACLE(x, T, told(0)).eps, ORACLE(x, T, told(1)).eps
+    guided = classifier_free(2.0, labelled(1))(ORACLE)(x, T, labelled(0))
+    wanted, unwanted = ORACLE(x, T, labelled(0)).eps, ORACLE(x, T, labelled(1)).eps
     torch.testing.assert_close(guided.eps, unwanted + 2.0 * (wanted - unwanted))
 
 
 def test_nothing_is_clamped_after_the_classifier() -> None:
     x = 2 * points(6)
     guided = classifier_guidance(CLASSIFIER, 30.0, label=0)(static_threshold()(classifier_free(2.0, NULL)(ORACLE)))
-    assert guided(x, T, told(0)).x0.abs().max() > 1
+    assert guided(x, T, labelled(0)).x0.abs().max() > 1
     inside = static_threshold()(classifier_guidance(CLASSIFIER, 30.0, label=0)(ORACLE))
-    assert inside(x, T, told(0)).x0.abs().max() <= 1
+    assert inside(x, T, labelled(0)).x0.abs().max() <= 1

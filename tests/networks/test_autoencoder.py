@@ -98,7 +98,7 @@ def test_wrong_params_are_refused() -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(layers=st.integers(1, 3), height=st.integers(8, 40), width=st.integers(8, 40))
-def test_a_patch_for_every_place_or_a_refusal(layers: int, height: int, width: int) -> None:
+def test_a_patch_for_every_position_or_a_refusal(layers: int, height: int, width: int) -> None:
     network = Discriminator(DiscriminatorParams(channels=8, layers=layers, norm="group"))
     x = torch.randn(1, 3, height, width)
     if min(height, width) // 2**layers < 3:

@@ -189,7 +189,7 @@ def test_a_residual_block_starts_as_its_skip(dims: int, out: int, adaptive: bool
     assert torch.equal(block(x, noise(2, 8)), block.skip(x))
 
 
-def test_self_attention_starts_as_the_identity_and_ignores_the_order_of_places() -> None:
+def test_self_attention_starts_as_the_identity_and_ignores_the_order_of_positions() -> None:
     layer = SelfAttention("here", 2, 8, 2, order="new", groups=4).double()
     x = noise(2, 8, 4, 4)
     assert torch.equal(layer(x), x)

@@ -67,7 +67,7 @@ def test_every_attention_calls_the_seam_with_its_site_in_order() -> None:
     assert sites[2] == Site("down.1.0.0.self", "self", (4, 4), 1)
 
 
-def test_a_listener_can_tell_the_branches_of_guidance_apart() -> None:
+def test_a_listener_can_distinguish_the_branches_of_guidance() -> None:
     network, sites = awake(UNet(LATENT)), list[Site]()
     denoiser = NetworkDenoiser(network, schedules.linear(50))
     guided = classifier_free(scale=2.0, null=Condition(context=torch.zeros(1, 5, 6)))(denoiser)
@@ -204,7 +204,7 @@ def test_a_transformer_starts_as_the_identity_and_leaves_its_input_alone() -> No
     assert torch.equal(x, before)
 
 
-def test_places_have_no_order_to_a_transformer() -> None:
+def test_positions_have_no_order_to_a_transformer() -> None:
     layer = awake(SpatialTransformer("here", 8, 6, 2, groups=4)).double()
     x = noise(2, 8, 4, 4).double()
     with torch.no_grad():

@@ -18,7 +18,7 @@ ORACLE = GaussianMixture([1] * 8, MEANS, [0.2] * 8, labels=[0, 1, 2, 3, 4, 5, 6,
 
 
 class Exact(nn.Module):
-    """The exact noisy classifier as a network: it is told t - 1."""
+    """The exact noisy classifier as a network: it is given t - 1."""
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return ORACLE.classifier(SCHEDULE)(x, time + 1)
@@ -47,7 +47,7 @@ def test_cross_entropy_on_noised_images() -> None:
     assert sorted(set(terms.quarter.tolist())) == [0, 1, 2, 3]
 
 
-def test_clean_images_are_told_apart_and_noise_is_not() -> None:
+def test_clean_images_are_classified_and_noise_is_not() -> None:
     terms = ClassifierObjective(Exact(), SCHEDULE).terms(labelled(7000), Noise(4), "network")
     assert terms.quarter is not None
     accuracy = [float(terms.scalars["top1"][terms.quarter == q].mean()) for q in range(4)]

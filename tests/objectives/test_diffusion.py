@@ -21,7 +21,7 @@ KINDS: list[Predicts] = ["eps", "x0", "v", "flow", "edm", "previous"]
 SCHEDULE = schedules.linear(50)
 
 
-class Told(nn.Module):
+class Network(nn.Module):
     """A small network that remembers what it was shown."""
 
     def __init__(self, channels: int = 1) -> None:
@@ -40,16 +40,16 @@ def examples(n: int = 6) -> Examples:
 
 
 @pytest.mark.parametrize("predicts", KINDS)
-def test_the_squared_error_of_what_the_network_tells(predicts: Predicts) -> None:
-    network = Told()
+def test_the_squared_error_of_the_prediction(predicts: Predicts) -> None:
+    network = Network()
     objective = DiffusionObjective(network, SCHEDULE, predicts)
     batch = examples()
     terms = objective.terms(batch, Noise(3).at(7), "network")
     eps = Noise(3).at(7).normal((6, 1, 4, 4))
     times = network.time.double() + 1
     wanted = target(predicts, SCHEDULE, batch.x0, eps, times)
-    told = network.layer(network.shown) + 0.001 * network.time.reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(terms.per_sample, (told - wanted).square().mean((1, 2, 3)))
+    predicted = network.layer(network.shown) + 0.001 * network.time.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(terms.per_sample, (predicted - wanted).square().mean((1, 2, 3)))
     assert terms.per_sample.requires_grad
     assert not terms.scalars["mse"].requires_grad
     assert terms.per_sample.dtype == torch.float32
@@ -60,7 +60,7 @@ def test_the_squared_error_of_what_the_network_tells(predicts: Predicts) -> None
 def test_continuous_schedules(schedule: Schedule, predicts: Predicts) -> None:
     if predicts == "eps" and float(schedule.alpha(schedule.final_time)) == 0:
         return
-    terms = DiffusionObjective(Told(), schedule, predicts, weight=Weight("min_snr")).terms(
+    terms = DiffusionObjective(Network(), schedule, predicts, weight=Weight("min_snr")).terms(
         examples(), Noise(3), "network"
     )
     assert bool(torch.isfinite(terms.per_sample).all())
@@ -68,7 +68,7 @@ def test_continuous_schedules(schedule: Schedule, predicts: Predicts) -> None:
 
 @pytest.mark.parametrize("predicts", KINDS)
 def test_the_exact_denoiser_minimises_it(predicts: Predicts) -> None:
-    # What an exact network tells, plus an error e, costs E e² more than the exact network itself.
+    # The output of an exact network, plus an error e, costs E e² more than the exact network itself.
     oracle = GaussianMixture([1, 2], Noise(1).normal((2, 1, 2, 2), dtype=torch.float64), [0.1, 0.3])
     exact, n = oracle.denoiser(SCHEDULE), 4000
 
@@ -96,7 +96,7 @@ def test_the_exact_denoiser_minimises_it(predicts: Predicts) -> None:
 
 def test_rows_do_not_depend_on_their_batch() -> None:
     batch = examples()
-    objective = DiffusionObjective(Told(), SCHEDULE, conditioners=(ClassLabels(tuple("abcdefghi"), 0.5),))
+    objective = DiffusionObjective(Network(), SCHEDULE, conditioners=(ClassLabels(tuple("abcdefghi"), 0.5),))
     draw = Noise(3).rows(range(100, 106)).at(4)
     whole = objective.terms(batch, draw, "network").per_sample
     for i in range(6):
@@ -106,7 +106,7 @@ def test_rows_do_not_depend_on_their_batch() -> None:
 
 
 def test_each_sample_is_dropped_on_its_own() -> None:
-    network, n = Told(), 4000
+    network, n = Network(), 4000
     batch = Examples(torch.zeros(n, 1, 1, 1), Condition(label=torch.zeros(n, dtype=torch.int64)))
     conditioners = (ClassLabels(tuple("abcdefghi"), 0.1),)
     DiffusionObjective(network, SCHEDULE, conditioners=conditioners).terms(batch, Noise(1), "network")
@@ -118,7 +118,7 @@ def test_each_sample_is_dropped_on_its_own() -> None:
 def test_importance_weights_and_history() -> None:
     schedule = schedules.linear(21)
     times = LossAwareTimes(schedule, history=1)
-    objective = DiffusionObjective(Told(), schedule, times=times)
+    objective = DiffusionObjective(Network(), schedule, times=times)
     for level in times.levels.tolist():
         times.observe(torch.tensor([level]), torch.tensor([level]), [0])
         times.end_step()
@@ -128,14 +128,14 @@ def test_importance_weights_and_history() -> None:
     assert torch.equal(times.history, before), "micro-batches of one step draw alike"
     objective.end_step()
     assert not torch.equal(times.history, before)
-    # The mean squared error beside it carries no weights.
+    # The mean squared error, logged in addition, carries no weights.
     drawn, importance = LossAwareTimes.draw(
         _frozen(probabilities, times), schedule, Noise(2).uniform((6, 1), sub=1)[:, 0]
     )
     torch.testing.assert_close(terms.per_sample, terms.scalars["mse"] * importance.float())
     assert torch.equal(times.history[drawn.long() - 1, -1].float().sort().values, terms.scalars["mse"].sort().values)
     saved = objective.state_dict()
-    other = DiffusionObjective(Told(), schedule, times=LossAwareTimes(schedule, history=1))
+    other = DiffusionObjective(Network(), schedule, times=LossAwareTimes(schedule, history=1))
     other.load_state_dict(saved)
     assert isinstance(other.times, LossAwareTimes)
     assert torch.equal(other.times.history, times.history)
@@ -158,7 +158,7 @@ def _frozen(probabilities: Tensor, times: LossAwareTimes) -> Any:
 def test_the_bound_is_what_its_terms_estimate() -> None:
     # Over every t once, the mean of T·L_t is the bound without its prior.
     chain = Chain(SCHEDULE, grids.trailing(SCHEDULE, 50), "large")
-    objective = DiffusionObjective(Told(), SCHEDULE, "x0", loss="vlb", chain=chain)
+    objective = DiffusionObjective(Network(), SCHEDULE, "x0", loss="vlb", chain=chain)
     x0 = examples(1).x0.expand(50, -1, -1, -1)
     times = torch.arange(1, 51, dtype=torch.float64)
     eps = Noise(1).normal(x0.shape)
@@ -172,7 +172,7 @@ def test_levels_of_the_data_change_the_reconstruction() -> None:
     x0 = (Noise(1).uniform((5, 1, 3, 3)) * 16).round().float() / 8 - 1
     times, eps = torch.ones(5, dtype=torch.float64), Noise(2).normal(x0.shape)
     values = []
-    network = Told()
+    network = Network()
     for levels in (17, 256, None):
         chain = Chain(SCHEDULE, grids.trailing(SCHEDULE, 50), levels=levels)
         objective = DiffusionObjective(network, SCHEDULE, loss="vlb", chain=chain)
@@ -202,34 +202,34 @@ class TestRefusals:
     )
     def test_settings_that_cannot_train(self, arguments: dict[str, Any], code: Any) -> None:
         with refused(code, "objective.loss"):
-            DiffusionObjective(Told(), SCHEDULE, **arguments)
+            DiffusionObjective(Network(), SCHEDULE, **arguments)
 
     def test_a_bound_without_a_chain(self) -> None:
         with refused("missing", "chain"):
-            DiffusionObjective(Told(), schedules.edm(), loss="vlb")
+            DiffusionObjective(Network(), schedules.edm(), loss="vlb")
 
-    def test_eps_at_zero_snr_says_what_to_use(self) -> None:
+    def test_eps_at_zero_snr_is_refused(self) -> None:
         schedule = schedules.zero_terminal_snr(SCHEDULE)
         with refused("conflict", "objective.predicts"):
-            DiffusionObjective(Told(), schedule, "eps")
-        DiffusionObjective(Told(), schedule, "v")
+            DiffusionObjective(Network(), schedule, "eps")
+        DiffusionObjective(Network(), schedule, "v")
 
     @pytest.mark.parametrize("predicts", ["v", "x0", "edm"])
     def test_a_weight_that_never_trains_the_level_where_sampling_starts(self, predicts: Predicts) -> None:
         schedule = schedules.zero_terminal_snr(SCHEDULE)
         with refused("conflict", "objective.weight"):
-            DiffusionObjective(Told(), schedule, predicts, weight=Weight("min_snr"))
-        objective = DiffusionObjective(Told(), schedule, predicts, weight=Weight("min_snr", floor=0.1))
+            DiffusionObjective(Network(), schedule, predicts, weight=Weight("min_snr"))
+        objective = DiffusionObjective(Network(), schedule, predicts, weight=Weight("min_snr", floor=0.1))
         assert bool(torch.isfinite(objective.terms(examples(200), Noise(1), "network").per_sample).all())
 
     def test_a_network_of_the_wrong_width(self) -> None:
         with refused("shape", "network"):
-            DiffusionObjective(Told(2), SCHEDULE).terms(examples(), Noise(), "network")
+            DiffusionObjective(Network(2), SCHEDULE).terms(examples(), Noise(), "network")
 
     def test_a_time_that_the_chain_does_not_visit(self) -> None:
         chain = Chain(SCHEDULE, grids.trailing(SCHEDULE, 5))
         objective = DiffusionObjective(
-            Told(2), SCHEDULE, times=UniformTimes(), loss="hybrid", learned_variance=True, chain=chain
+            Network(2), SCHEDULE, times=UniformTimes(), loss="hybrid", learned_variance=True, chain=chain
         )
         with refused("mismatch", "times"):
             objective.terms(examples(), Noise(), "network")

@@ -39,10 +39,10 @@ def test_every_prediction_minimises_the_same(kind: WeightKind, predicts: Predict
     times = times.clamp(max=schedule.final_time - (1 if schedule.discrete else 1e-3))
     x0, eps = (Noise(i).normal((4, 7), dtype=torch.float64) for i in (1, 2))
     x = diffuse(schedule, x0, times, eps)
-    told = target(predicts, schedule, x0, eps, times)
-    wrong = told + 0.1 * Noise(3).normal((4, 7), dtype=torch.float64)
+    exact = target(predicts, schedule, x0, eps, times)
+    wrong = exact + 0.1 * Noise(3).normal((4, 7), dtype=torch.float64)
     prediction = to_prediction(predicts, schedule, x, times, wrong)
-    own = Weight(kind, gamma=GAMMA)(predicts, schedule, times) * (wrong - told).square().mean(1)
+    own = Weight(kind, gamma=GAMMA)(predicts, schedule, times) * (wrong - exact).square().mean(1)
     on_x0 = agreed(kind, schedule, times) * (prediction.x0 - x0).square().mean(1)
     # At t = 1 the SNR is 1e4 and more: x̂_0 - x_0 keeps eleven digits.
     torch.testing.assert_close(own, on_x0, rtol=1e-7, atol=1e-12)

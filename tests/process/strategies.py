@@ -26,7 +26,7 @@ def place(schedule: Schedule, share: float) -> float:
 
 
 @st.composite
-def walks(draw: st.DrawFn, length: int = 2, clean: bool = True) -> tuple[Schedule, list[float]]:
+def schedules_and_times(draw: st.DrawFn, length: int = 2, clean: bool = True) -> tuple[Schedule, list[float]]:
     """A schedule and `length` of its times, strictly descending; the last may be the clean point."""
     schedule = draw(st.sampled_from(SCHEDULES))
     shares = draw(st.lists(st.floats(0.01, 1.0), min_size=length, max_size=length, unique_by=lambda u: round(u, 2)))

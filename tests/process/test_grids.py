@@ -114,7 +114,7 @@ def test_stable_diffusion_ends_at_the_first_level() -> None:
     """set_alpha_to_one = false with steps_offset = 1: … 102 → 2 → 1."""
     grid = grids.leading(TABLE, 10, offset=1, terminal="last")
     assert grid.times.tolist() == [902, 802, 702, 602, 502, 402, 302, 202, 102, 2, 1]
-    assert grids.leading(TABLE, 10, terminal="last").times.tolist()[-2:] == [101, 1], "t = 1 is not walked twice"
+    assert grids.leading(TABLE, 10, terminal="last").times.tolist()[-2:] == [101, 1], "t = 1 does not occur twice"
 
 
 def test_quadratic_is_ddims_table() -> None:
@@ -160,7 +160,7 @@ def test_sections_share_the_table_evenly(parts: list[int], final: int) -> None:
 
 @given(steps=st.integers(1, 300))
 @settings(max_examples=60, deadline=None)
-def test_ddim_takes_one_whole_stride_or_says_which_counts_it_has(steps: int) -> None:
+def test_ddim_takes_one_whole_stride_or_names_the_counts_it_has(steps: int) -> None:
     schedule = schedules.linear(300)
     strides = {-(-300 // stride) for stride in range(1, 300)}
     if steps not in strides:

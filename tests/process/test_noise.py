@@ -81,7 +81,7 @@ class TestAddress:
         assert torch.equal(noise.normal((2, 3)), first)
 
     @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
-    def test_nothing_asked_is_nothing_given(self, shape: tuple[int, ...]) -> None:
+    def test_no_numbers_are_an_empty_tensor(self, shape: tuple[int, ...]) -> None:
         assert Noise().normal(shape).shape == shape
         assert Noise().uniform(shape).shape == shape
 

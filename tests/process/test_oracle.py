@@ -122,8 +122,8 @@ class TestLabels:
         denoiser, classifier = oracle.denoiser(self.schedule), oracle.classifier(self.schedule)
         (gradient,) = torch.autograd.grad(classifier(x, t)[:, 1].sum(), x)
         guided = denoiser(x, t, Condition()).with_score(gradient)
-        told = denoiser(x, t, Condition(label=torch.ones(len(x), dtype=torch.int64)))
-        torch.testing.assert_close(guided.eps, told.eps, rtol=1e-9, atol=1e-9)
+        cond = denoiser(x, t, Condition(label=torch.ones(len(x), dtype=torch.int64)))
+        torch.testing.assert_close(guided.eps, cond.eps, rtol=1e-9, atol=1e-9)
 
     def test_one_row_of_labels_and_the_null_label(self) -> None:
         oracle, x = mixture(labels=list(self.labels)), noisy(self.schedule, 300)
@@ -154,9 +154,9 @@ def test_a_condition_vector_shifts_every_mean() -> None:
     x, condition = noisy(schedule, t), Condition(vector=shift)
     a, s = level(schedule, t)
     torch.testing.assert_close(oracle.log_prob(x, a, s, condition), moved.log_prob(x, a, s))
-    told, plain = oracle.denoiser(schedule)(x, t, condition), moved.denoiser(schedule)(x, t, Condition())
-    torch.testing.assert_close(told.x0, plain.x0)
-    torch.testing.assert_close(told.x0_variance, plain.x0_variance)
+    cond, plain = oracle.denoiser(schedule)(x, t, condition), moved.denoiser(schedule)(x, t, Condition())
+    torch.testing.assert_close(cond.x0, plain.x0)
+    torch.testing.assert_close(cond.x0_variance, plain.x0_variance)
     torch.testing.assert_close(oracle.sample(3, Noise(1), condition), moved.sample(3, Noise(1)))
     vector = shift.clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(oracle.denoiser(schedule)(x, t, Condition(vector=vector)).eps.sum(), vector)

@@ -27,7 +27,7 @@ def pictures(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def magnification(predicts: Predicts, schedule: Schedule, t: float) -> tuple[float, float]:
-    """How much a rounding error of what is told grows in (x̂_0, ε̂)."""
+    """How much a rounding error of the network's output grows in (x̂_0, ε̂)."""
     a, s = float(schedule.alpha(t)), float(schedule.sigma(t))
     size = a + s  # of x
     if predicts == "eps":
@@ -43,7 +43,7 @@ def magnification(predicts: Predicts, schedule: Schedule, t: float) -> tuple[flo
 @pytest.mark.parametrize("predicts", KINDS)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: str(s.spec["kind"]))
 @given(share=st.floats(0.0, 1.0))
-def test_what_is_told_is_understood(predicts: Predicts, schedule: Schedule, share: float) -> None:
+def test_to_prediction_inverts_target(predicts: Predicts, schedule: Schedule, share: float) -> None:
     t = place(schedule, share)
     if predicts == "previous" and not schedule.discrete:
         return
@@ -64,7 +64,7 @@ def test_times_of_every_sample_are_those_of_one(predicts: Predicts) -> None:
     together = to_prediction(predicts, schedule, x, times, raw)
     for i, t in enumerate(times.tolist()):
         alone = to_prediction(predicts, schedule, x[i : i + 1], t, raw[i : i + 1])
-        # x_0 told by ε near the noisy end is of the order 1/a = 2e4, "previous" of 1/c_0.
+        # x_0 from ε near the noisy end is of the order 1/a = 2e4, "previous" of 1/c_0.
         torch.testing.assert_close(together.x0[i : i + 1], alone.x0, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(together.eps[i : i + 1], alone.eps, rtol=1e-10, atol=1e-10)
 
@@ -93,7 +93,7 @@ class TestBothEnds:
         x = pictures(1)
         torch.testing.assert_close(to_prediction(predicts, schedules.cosine(10), x, 0.0, pictures(2)).x0, x)
 
-    def test_eps_without_signal_says_what_to_use(self) -> None:
+    def test_eps_without_signal_is_refused(self) -> None:
         schedule = schedules.zero_terminal_snr(schedules.linear(100))
         for t in (100, torch.tensor([3.0, 100.0, 1.0])):
             with refused("unsupported", "predicts"):
@@ -190,7 +190,7 @@ class TestNetworkDenoiser:
         with refused("unsupported", "schedule"):
             NetworkDenoiser(lambda x, t, c: x, schedules.edm(), "previous")
 
-    def test_a_noisy_classifier_is_told_the_original_time(self) -> None:
+    def test_a_noisy_classifier_gets_the_original_time(self) -> None:
         seen: list[Tensor] = []
 
         def network(x: Tensor, time: Tensor, condition: Condition) -> Tensor:

@@ -160,7 +160,7 @@ class TestZeroTerminalSnr:
             schedules.zero_terminal_snr(once).alphas_cumprod, once.alphas_cumprod, rtol=1e-12, atol=0
         )
 
-    def test_the_network_is_told_what_it_was_told_before(self) -> None:
+    def test_the_network_gets_the_times_it_was_trained_on(self) -> None:
         schedule = schedules.zero_terminal_snr(schedules.linear(100, network_scale=10.0))
         assert float(schedule.network_time(100)) == 990
         assert float(schedules.build(schedule.spec).network_time(100)) == 990
@@ -171,14 +171,14 @@ class TestZeroTerminalSnr:
         assert float(schedule.time_at(float(schedule.log_snr(999)) - 1)) == 999
         assert float(schedule.time_at(float(schedule.log_snr(500)))) == pytest.approx(500, abs=1e-9)
 
-    def test_no_level_lies_beside_the_end(self) -> None:
+    def test_no_level_lies_next_to_the_end(self) -> None:
         with refused("invalid", "time"):
             schedules.zero_terminal_snr(schedules.linear(1000)).alpha(999.5)
 
 
 class TestNetworkTime:
     @pytest.mark.parametrize(
-        ("schedule", "time", "told"),
+        ("schedule", "time", "network_time"),
         [
             (schedules.linear(1000), 1, 0),
             (schedules.linear(1000), 1000, 999),
@@ -193,8 +193,8 @@ class TestNetworkTime:
             (schedules.trigonometric(), 0.3, 0.3),
         ],
     )
-    def test_what_the_network_is_told(self, schedule: Schedule, time: float, told: float) -> None:
-        assert float(schedule.network_time(time)) == pytest.approx(told, rel=1e-14)
+    def test_network_times(self, schedule: Schedule, time: float, network_time: float) -> None:
+        assert float(schedule.network_time(time)) == pytest.approx(network_time, rel=1e-14)
 
     @pytest.mark.parametrize("schedule", ALL, ids=name)
     def test_shapes_are_kept(self, schedule: Schedule) -> None:

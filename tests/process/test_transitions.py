@@ -13,7 +13,7 @@ from torch import Tensor
 from carrara.process import Gaussian, Noise, Schedule, Transition, diffuse, forward, marginal, posterior, schedules
 from carrara.process.transitions import learned_log_variance
 from tests.errors import refused
-from tests.process.strategies import walks
+from tests.process.strategies import schedules_and_times
 
 TABLES = [schedules.linear(1000), schedules.cosine(1000), schedules.scaled_linear(1000), schedules.linear(21)]
 
@@ -38,7 +38,7 @@ def test_neighbours_give_the_beta_forms(schedule: schedules.Discrete, share: flo
     assert pair.x0_coefficient == pytest.approx(math.sqrt(before) * beta / (1 - now), rel=1e-11, abs=1e-15)
 
 
-@given(walks(3))
+@given(schedules_and_times(3))
 def test_the_chain_of_q_composes(drawn: tuple[Schedule, list[float]]) -> None:
     schedule, times = drawn
     if len(times) < 3:
@@ -51,7 +51,7 @@ def test_the_chain_of_q_composes(drawn: tuple[Schedule, list[float]]) -> None:
     assert far.variance == pytest.approx(merged, rel=1e-10, abs=1e-14)
 
 
-@given(walks(2, clean=False))
+@given(schedules_and_times(2, clean=False))
 def test_the_posterior_is_bayes_rule(drawn: tuple[Schedule, list[float]]) -> None:
     schedule, times = drawn
     if len(times) < 2:
@@ -66,7 +66,7 @@ def test_the_posterior_is_bayes_rule(drawn: tuple[Schedule, list[float]]) -> Non
     torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9 + 1e-13 * scale)
 
 
-@given(walks(2))
+@given(schedules_and_times(2))
 def test_the_posterior_mean_s_eps_form(drawn: tuple[Schedule, list[float]]) -> None:
     schedule, times = drawn
     if len(times) < 2:

@@ -66,7 +66,7 @@ def broken_at(time: float, value: float) -> Denoiser:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_broken_prediction_stops_the_walk_with_its_place(name: str, value: float) -> None:
+def test_a_broken_prediction_stops_the_run_at_its_step(name: str, value: float) -> None:
     """At t = 625, the fourth time of eight. Methods that ask at the end of a step meet it one step earlier."""
     early = isinstance(SOLVERS[name](), Heun | Adaptive)
     place = "step 3 of 8, from t = 750 to 625" if early else "step 4 of 8, from t = 625 to 500"
@@ -79,25 +79,25 @@ def test_a_broken_prediction_stops_parallel_sampling() -> None:
         solve_parallel(broken_at(630.0, float("nan")), SCHEDULE, Picard(), GRID, START)
 
 
-def test_steps_tell_where_they_are() -> None:
+def test_steps_have_their_index_and_time() -> None:
     steps = list(integrate(MIXTURE.denoiser(SCHEDULE), SCHEDULE, DDIM(), GRID, START))
     assert [step.index for step in steps] == list(range(8))
     assert {step.total for step in steps} == {8}
     assert [step.time for step in steps] == GRID.times[1:].tolist()
 
 
-def test_the_walk_is_lazy_so_that_it_can_be_cancelled() -> None:
-    asked: list[float] = []
+def test_integration_is_lazy_so_that_it_can_be_cancelled() -> None:
+    evaluated: list[float] = []
     exact = MIXTURE.denoiser(SCHEDULE)
 
     def listening(x: Tensor, t: Time, condition: Condition) -> Prediction:
-        asked.append(float(t))
+        evaluated.append(float(t))
         return exact(x, t, condition)
 
     for step in integrate(listening, SCHEDULE, DDIM(), GRID, START):
         if step.index == 2:
             break
-    assert asked == [1000, 875, 750]
+    assert evaluated == [1000, 875, 750]
 
 
 def test_after_step_replaces_what_is_yielded() -> None:
@@ -184,8 +184,8 @@ def test_an_optimised_grid_beats_the_even_one_on_data_it_never_saw() -> None:
     denoiser = other.denoiser(SCHEDULE)
     fine = solve(denoiser, SCHEDULE, UniPC(order=3), grids.log_snr(SCHEDULE, 300), x)
 
-    def error(walked: Grid) -> float:
-        found = solve(denoiser, SCHEDULE, UniPC(), walked, x)
+    def error(grid: Grid) -> float:
+        found = solve(denoiser, SCHEDULE, UniPC(), grid, x)
         return float((found - fine).pow(2).mean(1).sqrt().median())
 
     assert error(grid) < 0.6 * error(grids.log_snr(SCHEDULE, 10))

@@ -13,7 +13,7 @@ from carrara.process.noise import Noise
 class Autoencoder(LearnedCodec):
     """Encoder and decoder, trained for reconstruction alone (Hinton & Salakhutdinov 2006).
 
-    Its latents may have any spread, so measure the latent scale before a diffusion model learns them.
+    Its latents may have any scale, so measure the latent scale before a diffusion model learns them.
     """
 
     kind = "autoencoder"
@@ -26,4 +26,4 @@ class Autoencoder(LearnedCodec):
         return Exact(self.scaled(self.encoder(x)))
 
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
-        return self._made(self.encoder(x), x.new_zeros(len(x)), {})
+        return self._reconstruct(self.encoder(x), x.new_zeros(len(x)), {})

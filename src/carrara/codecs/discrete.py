@@ -24,14 +24,14 @@ from carrara.process.noise import Noise
 
 @dataclass(frozen=True, kw_only=True)
 class DiscreteParams(Params):
-    """The choice among K entries, and how it hardens.
+    """The choice among K entries, and its annealing.
 
     Attributes:
         codes: K.
         temperature: τ of the first image seen.
         final_temperature: τ from `anneal` images on, reached along a half cosine (DALL·E ends at 1/16).
         anneal: over how many images τ falls; 0 starts with the final one.
-        hard: choose one entry in the forward pass, too, with the soft choice's gradient (straight-through).
+        hard: choose one entry in the forward pass, with the soft choice's gradient (straight-through).
         usage_decay: of the moving mean of how often each code is chosen, over steps.
     """
 
@@ -77,7 +77,7 @@ class DiscreteAutoencoder(LearnedCodec):
         self.logits = convolution(2, params.latent_channels, choice.codes, 1)
         self.codebook = nn.Parameter(torch.randn(choice.codes, params.latent_channels))
         self.usage = Usage(choice.codes, choice.usage_decay)
-        self._chosen: list[Tensor] = []
+        self._counts: list[Tensor] = []
 
     @property
     def code_usage(self) -> Usage:
@@ -88,7 +88,7 @@ class DiscreteAutoencoder(LearnedCodec):
 
     def encode(self, x: Tensor) -> Codes:
         """Images [B, C, H, W] in [-1, 1] to the likeliest codes, whose `.indices` are int64 [B, h, w]."""
-        return self._looked_up(self.logits(self.encoder(x)).argmax(1))
+        return self._lookup(self.logits(self.encoder(x)).argmax(1))
 
     def codes(self, indices: Tensor) -> Codes:
         """The codes of some indices, int64 [B, h, w].
@@ -97,9 +97,9 @@ class DiscreteAutoencoder(LearnedCodec):
             UserError: an index that is not of the codebook.
         """
         check_indices(indices, self.choice.codes)
-        return self._looked_up(indices)
+        return self._lookup(indices)
 
-    def _looked_up(self, indices: Tensor) -> Codes:
+    def _lookup(self, indices: Tensor) -> Codes:
         vectors = F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
         return Codes(indices, vectors, self.scaled(vectors))
 
@@ -109,7 +109,7 @@ class DiscreteAutoencoder(LearnedCodec):
             return self._decoded(z.vectors)
         flat = self.unscaled(z).float().permute(0, 2, 3, 1)
         indices = nearest(flat.reshape(-1, flat.shape[-1]), self.codebook.float()).reshape(flat.shape[:3])
-        return self._decoded(self._looked_up(indices).vectors)
+        return self._decoded(self._lookup(indices).vectors)
 
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
         logits = self.logits(self.encoder(x)).float()
@@ -126,13 +126,13 @@ class DiscreteAutoencoder(LearnedCodec):
             chosen = chosen + (one - chosen).detach()
         latent = torch.einsum("bkhw,kc->bchw", chosen, self.codebook)
         if self.latents_learn:
-            self._chosen.append(torch.bincount(logits.argmax(1).flatten(), minlength=self.choice.codes))
+            self._counts.append(torch.bincount(logits.argmax(1).flatten(), minlength=self.choice.codes))
         # KL(q ‖ uniform) = ln K - H(q), summed over the positions, per dimension of the image.
         kl = (log_q.exp() * (log_q + math.log(self.choice.codes))).flatten(1).sum(1)
-        scalars = {"kl": kl.detach(), "temperature": kl.new_tensor(temperature), **self._used()}
-        return self._made(latent, kl / x[0].numel(), scalars, log_scale=self.log_scale)
+        scalars = {"kl": kl.detach(), "temperature": kl.new_tensor(temperature), **self._usage_scalars()}
+        return self._reconstruct(latent, kl / x[0].numel(), scalars, self.log_scale)
 
     def end_step(self) -> None:
-        if self._chosen:
-            self.usage.observe(summed(torch.stack(self._chosen).sum(0).float()))
-            self._chosen = []
+        if self._counts:
+            self.usage.observe(summed(torch.stack(self._counts).sum(0).float()))
+            self._counts = []

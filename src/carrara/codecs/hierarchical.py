@@ -27,7 +27,7 @@ from carrara.process.transitions import Gaussian
 
 
 class Link(Protocol):
-    """One level of the chain: how z_t is made of z_{t-1}, and back. z_0 is x."""
+    """One level of the chain: the Gaussians of z_t given z_{t-1}, and back. z_0 is x."""
 
     def up(self, below: Tensor) -> Gaussian:
         """q(z_t|z_{t-1})."""
@@ -83,7 +83,7 @@ def _sum(value: Tensor) -> Tensor:
 
 
 class LearnedLink(nn.Module):
-    """A level whose two Gaussians are told by convolutional networks, mean and log-variance each.
+    """A level whose two Gaussians convolutional networks predict, mean and log-variance each.
 
     Args:
         params: `in_channels` are those of the latent below.
@@ -189,10 +189,10 @@ class HierarchicalVAE(LearnedCodec):
         costs = {f"level {t}": cost for t, cost in enumerate((*bound.levels, bound.prior), start=1)}
         penalty = torch.stack(list(costs.values())).sum(0) / x[0].numel()
         scalars = {name: cost.detach() for name, cost in costs.items()}
-        return self._made(bound.latents[0], penalty, scalars, log_scale=self.log_scale)
+        return self._reconstruct(bound.latents[0], penalty, scalars, log_scale=self.log_scale)
 
     def sample(self, count: int, height: int, width: int, noise: Noise) -> Tensor:
-        """Pictures of the model's own: z_T from N(0, I), then down the chain, [count, C, height, width].
+        """Pictures from the model's own prior: z_T from N(0, I), then down the chain, [count, C, height, width].
 
         Raises:
             UserError: see `check_size`.
@@ -203,6 +203,6 @@ class HierarchicalVAE(LearnedCodec):
             shape = (params.latent_channels, shape[1] // params.reduction, shape[2] // params.reduction)
         z = noise.normal((count, *shape), device=self.latent_scale.device)
         for number, link in enumerate(reversed(self.links[1:]), start=1):
-            told = link.down(z)
-            z = told.draw(noise.at(noise.draw + number).like(told.mean))
+            below = link.down(z)
+            z = below.draw(noise.at(noise.draw + number).like(below.mean))
         return self._decoded(z)

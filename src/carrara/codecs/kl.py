@@ -1,7 +1,7 @@
 """The variational autoencoder, of which latent diffusion's KL autoencoder is the lightly regularised case.
 
--ELBO = -E ln p(x|z) + KL(q(z|x) ‖ N(0, I)) (Kingma & Welling 2014). Which of the two it is lies in the weight of the
-second term alone, that is in `carrara.objectives.CodecLoss`: 1 makes a VAE, 1e-6 Stable Diffusion's first stage.
+-ELBO = -E ln p(x|z) + KL(q(z|x) ‖ N(0, I)) (Kingma & Welling 2014, eq. 3). The two differ in the weight of the second
+term alone, `carrara.objectives.CodecLoss.latent`: 1 makes a VAE, 1e-6 Stable Diffusion's first stage.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DiagonalGaussian(Gaussian):
 
     @classmethod
     def of(cls, moments: Tensor) -> DiagonalGaussian:
-        """From an encoder's answer [B, 2C', h, w]: the means, then the log-variances, which are clamped."""
+        """From an encoder's output [B, 2C', h, w]: the means, then the log-variances, which are clamped."""
         mean, log_variance = moments.chunk(2, dim=1)
         return cls(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
 
@@ -43,7 +43,7 @@ class DiagonalGaussian(Gaussian):
         return self.mean
 
     def sample(self, noise: Noise | Tensor) -> Tensor:
-        """mean + standard deviation · noise, [B, C', h, w]: for training; the noise by address, or as it is."""
+        """mean + standard deviation · noise, [B, C', h, w]: for training; the noise by address, or as numbers."""
         return self.draw(noise if isinstance(noise, Tensor) else noise.like(self.mean))
 
     def scaled(self, shift: Tensor, scale: Tensor) -> DiagonalGaussian:
@@ -57,7 +57,7 @@ class DiagonalGaussian(Gaussian):
 
 
 class KLAutoencoder(LearnedCodec):
-    """An autoencoder whose encoder tells a Gaussian (Kingma & Welling 2014; Rombach et al. 2022, §3.1).
+    """An autoencoder whose encoder predicts a Gaussian (Kingma & Welling 2014; Rombach et al. 2022, §3.1).
 
     Args:
         params: the shape of encoder and decoder.
@@ -85,6 +85,5 @@ class KLAutoencoder(LearnedCodec):
     def forward(self, x: Tensor, noise: Noise) -> Reconstruction:
         q = self.posterior(x)
         kl = q.kl_to_standard()
-        return self._made(
-            q.sample(noise), kl / x[0].numel(), {"kl": kl.detach()}, log_scale=self.log_scale, shown=q.mean
-        )
+        scalars = {"kl": kl.detach()}
+        return self._reconstruct(q.sample(noise), kl / x[0].numel(), scalars, self.log_scale, logged=q.mean)

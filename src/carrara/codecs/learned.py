@@ -1,4 +1,4 @@
-"""What the learned codecs share: an encoder and a decoder, the latent scale, and decoding that is never black."""
+"""The base of the codecs with weights: encoder and decoder, the latent scale, and decoding in half precision."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ from torch.func import functional_call
 
 from carrara.codecs.base import Posterior
 from carrara.codecs.quantiser import Usage
+from carrara.devices import HALF
 from carrara.errors import UserError
 from carrara.networks.autoencoder import AutoencoderParams, Decoder, Encoder
 from carrara.process.noise import Noise
 
-_HALF = (torch.float16, torch.bfloat16)
 DECODER = ("decoder.", "log_scale")
 """The weights that no latent depends on."""
 STATISTICS = ("usage.", "quantiser.usage.", "quantiser.credit")
-"""What training keeps beside the weights: how often codes were chosen, and which of them start anew."""
+"""Buffers of training alone: how often codes were chosen, and which of them are restarted."""
 
 
 class Reconstruction(NamedTuple):
-    """What a codec in training makes of a batch. (A named tuple, since wrappers that spread a module over
-    processes look for tensors in its answer.)
+    """The output of a codec's training pass. (A named tuple, since wrappers that distribute a module over processes
+    look for tensors in its output.)
 
     Attributes:
         image: x̂, [B, C, H, W].
-        features: what the decoder's last convolution saw, [B, F, H, W], for the adaptive weight; empty where
-            there is no such layer.
+        features: the input of the decoder's last convolution, [B, F, H, W], for the adaptive weight.
         latent: the latent before the latent scale, [B, C', H', W'], detached.
-        penalty: what the latent costs, [B]: nats per image dimension, or a mean squared distance to the codes.
+        penalty: the loss of the latent, [B]: KL in nats per image dimension, or a mean squared distance to the codes.
         log_scale: ln b of a learned p(x|z), a number, or None.
-        scalars: what to log beside, [B] each or a single number.
-        tanh: whether the image is the tanh of what the last convolution gave.
+        scalars: further values to log, [B] each or a single number.
+        tanh: whether the image is the tanh of the last convolution's output.
     """
 
     image: Tensor
@@ -54,7 +53,7 @@ class LearnedCodec(nn.Module):
 
     Args:
         params: the shape of encoder and decoder.
-        moments: 1, or 2 where the encoder tells mean and log-variance.
+        moments: 1, or 2 where the encoder predicts mean and log-variance.
 
     Attributes:
         decoder_only: whether only the decoder may learn (see `train_decoder_only`).
@@ -85,15 +84,15 @@ class LearnedCodec(nn.Module):
         """How often each code was chosen lately, where there is a codebook."""
         return None
 
-    def _used(self) -> dict[str, Tensor]:
-        """The same as numbers to log; of held-out images, and of latents that stay what they are, they tell nothing."""
+    def _usage_scalars(self) -> dict[str, Tensor]:
+        """The codebook's use, to be logged; nothing for held-out images and for latents that do not learn."""
         return self.code_usage.scalars() if self.code_usage is not None and self.latents_learn else {}
 
     def end_step(self) -> None:
-        """Learn, after a training step, what no gradient teaches: a codebook."""
+        """Update, after a training step, what has no gradient: a codebook."""
 
     def config(self) -> dict[str, Any]:
-        """Everything but the weights, as plain data: `kind` and the arguments that make the codec again."""
+        """Everything but the weights, as plain data: `kind` and the arguments for `carrara.codecs.build`."""
         return {"kind": self.kind, "params": asdict(self.params)}
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -127,13 +126,13 @@ class LearnedCodec(nn.Module):
         """
 
     def train_decoder_only(self) -> None:
-        """Freeze all but the decoder: it can learn on while every latent stays what it is."""
+        """Freeze all but the decoder, which is then fine-tuned while every latent stays the same."""
         self.decoder_only = True
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(DECODER))
 
     def train(self, mode: bool = True) -> Self:
-        """Training or evaluation; the encoder of a decoder that learns alone always says what it says in use."""
+        """Training or evaluation mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.decoder_only:
             self.encoder.eval()
@@ -199,49 +198,46 @@ class LearnedCodec(nn.Module):
         return self._decoded(self.unscaled(z))
 
     def _decoded(self, latent: Tensor) -> Tensor:
-        """Decode; what is not finite in half precision is decoded again in float32. That is said, and so is what is not
-        finite after all."""
+        """Decode an unscaled latent. Images that are not finite in half precision are decoded again in float32, with a
+        warning; so are, without a second pass, images that are not finite in float32."""
         image: Tensor = self.decoder(latent)
         if bool(image.isfinite().all()):
             return image
         device = latent.device.type
-        half = self.decoder.stem.weight.dtype in _HALF or torch.is_autocast_enabled(device)
+        half = self.decoder.stem.weight.dtype in HALF or torch.is_autocast_enabled(device)
         if half and bool(latent.isfinite().all()):
             warnings.warn(
                 f"decoding in {image.dtype} was not finite: it is done again in float32 (load the codec in float32 or "
-                "bfloat16 to spare that).",
+                "bfloat16 to avoid that).",
                 stacklevel=3,
             )
             wide = {name: value.float() for name, value in self.decoder.state_dict(keep_vars=True).items()}
             with torch.autocast(device, enabled=False):
                 image = functional_call(self.decoder, wide, (latent.float(),))
         if not bool(image.isfinite().all()):
-            warnings.warn("what was decoded is not finite: the latents or the decoder's weights are not.", stacklevel=3)
+            warnings.warn("the decoded image is not finite: nor are latents or decoder weights.", stacklevel=3)
         return image
 
-    def _made(
+    def _reconstruct(
         self,
         latent: Tensor,
         penalty: Tensor,
         scalars: dict[str, Tensor],
-        *,
         log_scale: Tensor | None = None,
-        shown: Tensor | None = None,
+        *,
+        logged: Tensor | None = None,
     ) -> Reconstruction:
-        """What the decoder makes of an unscaled latent in training; `shown` is the latent to log in its place."""
+        """Decode an unscaled latent in training; `logged` is the latent to log in its place."""
         features = self.decoder.features(latent)
-        image = self.decoder.finish(features)
-        shown = latent if shown is None else shown
-        return Reconstruction(
-            image, features.detach(), shown.detach(), penalty, log_scale, scalars, tanh=self.params.tanh
-        )
+        image, logged = self.decoder.finish(features), latent if logged is None else logged
+        return Reconstruction(image, features.detach(), logged.detach(), penalty, log_scale, scalars, self.params.tanh)
 
 
 def initial_log_scale() -> nn.Parameter:
-    """ln b of a p(x|z) whose scale b is learned, where it begins: at b = 0.1.
+    """The initial ln b of a p(x|z) whose scale b is learned: b = 0.1.
 
     An optimiser moves it by about its learning rate a step, so thousands of steps lie between b = 1 and the 0.05 to
-    0.2 of pictures in [-1, 1]. Until then the reconstruction would weigh next to nothing beside the KL, and a latent
+    0.2 of pictures in [-1, 1]. Until then the reconstruction would weigh next to nothing against the KL, and a latent
     that is once unused stays so; from below, the KL is what weighs little at first, which does no harm.
     """
     return nn.Parameter(torch.tensor(0.1).log())

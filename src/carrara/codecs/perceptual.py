@@ -1,7 +1,7 @@
 """How different two pictures look: distances between the features of a trained network (Zhang et al. 2018, eq. 1).
 
 At each of several depths the features are scaled to unit length over their channels; squared differences are weighted
-by channel, averaged over the places and added up over the depths.
+by channel, averaged over the positions and added up over the depths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from carrara.errors import UserError
 from carrara.networks import EncoderClassifier
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Widths of VGG-16's convolutions; each group but the first begins with a max-pool (Simonyan & Zisserman 2015)."""
+"""Widths of VGG-16's convolutions; each group but the first starts with a max-pool (Simonyan & Zisserman 2015)."""
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 """ImageNet's mean and standard deviation, for pictures in [-1, 1]."""
@@ -52,7 +52,7 @@ def feature_distance(
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Unit length over the channels; a place where all are 0 stays 0, with a gradient of 0."""
+    """Unit length over the channels; a position where all are 0 stays 0, with a gradient of 0."""
     unit: Tensor = features / (features.norm(dim=1, keepdim=True) + _SMALL)
     return unit
 
@@ -61,7 +61,7 @@ class LPIPS(nn.Module):
     """The learned perceptual distance on VGG-16's features (Zhang et al. 2018), from a local weights file.
 
     Args:
-        learned: whether channels are weighted as people judged; False weighs them alike.
+        learned: whether channels have weights fitted to human judgements; False weighs them alike.
     """
 
     shift: Tensor
@@ -84,11 +84,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Whether VGG-16 can look at pictures [channels, height, width].
-
-        Raises:
-            UserError: it cannot; what it can is named.
-        """
+        """Raises UserError unless VGG-16 takes pictures [channels, height, width]; what it takes is named."""
         if channels not in (1, 3) or min(height, width) < _SIDE:
             raise UserError(
                 f"VGG-16 looks at gray or RGB images of at least {_SIDE}×{_SIDE}, not at {channels} channels of "
@@ -217,8 +213,8 @@ class ClassifierFeatures(nn.Module):
     """The distance between the features of a classifier trained by Carrara, at its last map of every resolution.
 
     Args:
-        classifier: an `EncoderClassifier`, here told that its pictures are clean.
-        network_time: what it is told for that: the time of the least noise it was trained on.
+        classifier: of noisy images, here given clean ones.
+        network_time: the time that it is given: that of the least noise it was trained on.
     """
 
     def __init__(self, classifier: EncoderClassifier, network_time: float = 0.0) -> None:
@@ -227,15 +223,11 @@ class ClassifierFeatures(nn.Module):
         self.network_time = network_time
 
     def train(self, mode: bool = True) -> ClassifierFeatures:
-        """The classifier stays in eval mode, whatever is asked."""
+        """The classifier stays in evaluation mode."""
         return self
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Whether the classifier can look at pictures [channels, height, width].
-
-        Raises:
-            UserError: it cannot; what it can is named.
-        """
+        """Raises UserError unless the classifier takes pictures [channels, height, width]; what it takes is named."""
         own = self.classifier.params
         if channels != own.in_channels:
             raise UserError(

@@ -17,9 +17,9 @@ from carrara.process.noise import Noise
 _DISTANCES = 2**24
 """How many distances are held at a time."""
 _USED = 0.1
-"""A code chosen less than this share of what an even use would give it does not count as used."""
+"""A code chosen less often than this fraction of 1/K does not count as used."""
 POSITIONS = 1
-"""The sub-draw of which positions offer themselves to dead codes."""
+"""The sub-draw of the positions that dead codes are restarted from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class QuantiserParams(Params):
         legacy: VQGAN's first published loss, whose β stands at the codebook term instead: for old weights only.
         decay: of the moving means that an EMA codebook follows; None learns the codebook by gradient.
         usage_decay: of the moving mean of how often each code is chosen, over steps.
-        restart: a code chosen less often than this share of 1/K starts anew, after a step, at what the encoder said at
-            some position; 0 never. Above 0, the first step of all fills the codebook.
+        restart: a code chosen less often than this fraction of 1/K is restarted, after a step, at the encoder's output
+            for some position; 0 never. Above 0, the first step of all fills the codebook.
         restart_until: images seen after which no code is restarted; None for no end.
     """
 
@@ -57,13 +57,13 @@ class QuantiserParams(Params):
 
 @dataclass(frozen=True)
 class Codes:
-    """What an image is encoded to by a codebook.
+    """The codes of images.
 
     Attributes:
         indices: int64 [B, h, w], in 0..K-1.
         vectors: the entries, float32 [B, C', h, w], before the latent scale.
-        latent: what the encoder said before it was quantised, scaled, [B, C', h, w]: what latent diffusion over a
-            VQ codec works in, and `decode` quantises. Where only indices are known, the scaled entries.
+        latent: the encoder's output before quantisation, scaled, [B, C', h, w]: latent diffusion over a VQ codec works
+            in it, and `decode` quantises it. Where only indices are known, the scaled entries.
     """
 
     indices: Tensor
@@ -80,11 +80,7 @@ class Codes:
 
 
 def check_indices(indices: Tensor, codes: int) -> None:
-    """Whether all indices are of the codebook.
-
-    Raises:
-        UserError: one is not, or they are no whole numbers [B, h, w].
-    """
+    """Raises UserError unless all indices are whole numbers [B, h, w] in 0..codes - 1."""
     if indices.is_floating_point() or indices.ndim != 3:
         raise UserError(
             f"indices are whole numbers [B, h, w], not {indices.dtype} {list(indices.shape)}.",
@@ -110,14 +106,13 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def perplexity(usage: Tensor) -> Tensor:
-    """e^entropy of how often each code is chosen, [K] to a number: K for an even use, 1 where all choose one code."""
-    share = usage / usage.sum().clamp(min=1e-12)
-    number: Tensor = torch.special.entr(share).sum().exp()
-    return number
+    """e^entropy of how often each code is chosen, [K] to a number: K for uniform use, 1 where all choose one code."""
+    fractions = usage / usage.sum().clamp(min=1e-12)
+    return torch.special.entr(fractions).sum().exp()  # type: ignore[no-any-return]
 
 
 def used(usage: Tensor) -> Tensor:
-    """The share of the codes that are chosen at least a tenth as often as in an even use, [K] to a number."""
+    """The fraction of the codes that are chosen at least a tenth as often as in uniform use, [K] to a number."""
     return (usage >= _USED / len(usage) * usage.sum()).float().mean()
 
 
@@ -133,22 +128,22 @@ class Usage(nn.Module):
 
     share: Tensor
     step_perplexity: Tensor
-    """The moving mean of the perplexity of a single step. Codes that start anew take turns in being the one that all
+    """The moving mean of the perplexity of a single step. Restarted codes take turns in being the one that all
     positions choose, so that over many steps a collapsed codebook looks used."""
     batches: Tensor
 
     def observe(self, counts: Tensor) -> None:
-        """Take in a step's counts of every code, float [K], added up over the processes."""
+        """Update with a step's counts of every code, float [K], added up over the processes."""
         self.batches += 1
         self.share.lerp_(counts / counts.sum(), 1 - self.decay)
         self.step_perplexity.lerp_(perplexity(counts), 1 if int(self.batches) == 1 else 1 - self.decay)
 
     def scalars(self) -> dict[str, Tensor]:
-        """What to log."""
+        """The values to log."""
         return {"codebook use": used(self.share), "perplexity": perplexity(self.share)}
 
 
-class _Noted(NamedTuple):
+class _Part(NamedTuple):
     """What a part of a training batch was quantised to."""
 
     latent: Tensor
@@ -168,9 +163,9 @@ class Quantiser(nn.Module):
         super().__init__()
         self.params = params
         self.usage = Usage(params.codes, params.usage_decay)
-        # What restarts go by: a code that starts anew is given an even use, to prove itself in the steps that follow.
+        # The moving mean that restarts depend on: a restarted code starts at uniform use, and may decay from there.
         self.register_buffer("credit", torch.zeros(params.codes))
-        self._noted: list[_Noted] = []
+        self._parts: list[_Part] = []
         entries = torch.empty(params.codes, channels).uniform_(-1 / params.codes, 1 / params.codes)
         if params.decay is None:
             self.codebook = nn.Parameter(entries)
@@ -218,7 +213,7 @@ class Quantiser(nn.Module):
 
     # ---- learning ------------------------------------------------------------------------------------------
 
-    def note(self, latent: Tensor, indices: Tensor, noise: Noise) -> None:
+    def accumulate(self, latent: Tensor, indices: Tensor, noise: Noise) -> None:
         """Keep what a training batch, or a part of one, was quantised to, for `end_step`.
 
         Args:
@@ -226,24 +221,24 @@ class Quantiser(nn.Module):
             indices: of the entries chosen, int64 [B, h, w].
             noise: at the batch's samples.
         """
-        self._noted.append(_Noted(latent.detach().float(), indices, noise))
+        self._parts.append(_Part(latent.detach().float(), indices, noise))
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Learn from what was noted, once a step: how often each code was chosen, and for an EMA codebook by what. A
-        batch teaches the same in one piece and in parts, on one process and on several.
+        """Update, once a step, how often each code was chosen, and an EMA codebook. A batch has the same effect in one
+        piece and in parts, on one process and on several.
 
         N ← γN + (1-γ)n, m ← γm + (1-γ)Σz, e = m/N, with N smoothed by 1e-5 (van den Oord et al. 2017, appendix A.1).
         """
-        noted, self._noted = self._noted, []
-        if not noted:
+        parts, self._parts = self._parts, []
+        if not parts:
             return
         params = self.params
         with torch.autocast(self.codebook.device.type, enabled=False):
-            parts = [_totals(part.indices.flatten(), _vectors(part.latent), params.codes) for part in noted]
-        counts, sums = (summed(torch.stack(values).sum(0)) for values in zip(*parts, strict=True))
+            totals = [_totals(part.indices.flatten(), _vectors(part.latent), params.codes) for part in parts]
+        counts, sums = (summed(torch.stack(values).sum(0)) for values in zip(*totals, strict=True))
         if not bool(torch.isfinite(sums).all()):
-            return  # the step was not taken, either
+            return  # the optimiser's step was skipped, too
         self.usage.observe(counts)
         self.credit.lerp_(counts / counts.sum(), 1 - params.usage_decay)
         if params.decay is not None:
@@ -253,18 +248,18 @@ class Quantiser(nn.Module):
             smoothed = (self.counts + 1e-5) / (total + params.codes * 1e-5) * total
             self.codebook.copy_(self.sums / smoothed[:, None])
         if params.restart:
-            self._restart(noted)
+            self._restart(parts)
 
-    def _restart(self, noted: list[_Noted]) -> None:
-        """Let dead codes start anew.
+    def _restart(self, parts: list[_Part]) -> None:
+        """Restart dead codes.
 
-        Code j takes what the batch's sample j mod B says at a position drawn from that sample's own randomness,
+        Code j becomes the latent of the batch's sample j mod B at a position drawn from that sample's own randomness,
         so that the number of processes and of parts does not matter.
         """
         params = self.params
         if params.decay is None and is_sharded(self):
             raise UserError(
-                "a gradient codebook spread over processes cannot restart codes: set codec.decay to 0.99.",
+                "a gradient codebook sharded over processes cannot restart codes: set codec.decay to 0.99.",
                 key="codec.decay",
                 code="conflict",
             )
@@ -273,11 +268,11 @@ class Quantiser(nn.Module):
             dead = torch.ones_like(dead)
         if not bool(dead.any()):
             return
-        ids = [i for part in noted for i in part.noise.ids or range(len(part.latent))]
+        ids = [i for part in parts for i in part.noise.ids or range(len(part.latent))]
         everyone = gather(torch.tensor(ids, device=dead.device)).sort().values
         if params.restart_until is not None and int(everyone[-1]) >= params.restart_until:
             return
-        latent, noise = torch.cat([part.latent for part in noted]), noted[0].noise.rows(ids)
+        latent, noise = torch.cat([part.latent for part in parts]), parts[0].noise.rows(ids)
         offered = self._offered(latent, noise, everyone)
         self.codebook.data.copy_(torch.where(dead[:, None], offered, self.codebook.data))
         self.credit.masked_fill_(dead, 1 / params.codes)
@@ -290,12 +285,12 @@ class Quantiser(nn.Module):
         codes, (samples, channels) = self.params.codes, latent.shape[:2]
         flat = latent.flatten(2)  # [B, C', N]
         uniform = noise.uniform((samples, codes), sub=POSITIONS)
-        places = (uniform * flat.shape[2]).long().to(latent.device)  # [B, K]
-        mine = torch.searchsorted(everyone, torch.tensor(noise.ids, device=latent.device))  # places in the whole batch
+        positions = (uniform * flat.shape[2]).long().to(latent.device)  # [B, K]
+        rows = torch.searchsorted(everyone, torch.tensor(noise.ids, device=latent.device))  # in the whole batch
         offered = flat.new_zeros(codes, channels)
-        for sample, place in enumerate(mine.tolist()):
-            chosen = torch.arange(place, codes, len(everyone), device=latent.device)
-            offered[chosen] = flat[sample, :, places[sample, chosen]].T
+        for sample, row in enumerate(rows.tolist()):
+            dead = torch.arange(row, codes, len(everyone), device=latent.device)
+            offered[dead] = flat[sample, :, positions[sample, dead]].T
         return summed(offered)
 
 

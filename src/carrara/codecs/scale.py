@@ -16,7 +16,7 @@ from carrara.process.noise import Noise
 def measure_latent_scale(
     codec: LearnedCodec, batches: Iterable[Tensor], *, per_channel: bool = False, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Measure the latents' mean and spread, and store the scale in the codec.
+    """Measure the latents' mean and standard deviation, and store the scale in the codec.
 
     One number for all channels scales by 1/std and shifts nothing, as in latent diffusion; per channel, the mean is
     taken off, too. Sums are float64 and every sample counts alike, so that batch sizes do not matter.

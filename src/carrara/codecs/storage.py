@@ -1,4 +1,4 @@
-"""Codecs on disk, and what tells one from another.
+"""Codecs on disk, and the hash that identifies one.
 
 A codec's folder holds `config.json` (its kind and the arguments that make it again) and `codec.safetensors`. Its hash
 is over both, the latent scale included, so that a diffusion model knows the codec whose latents it learned.
@@ -33,7 +33,7 @@ KINDS = ("identity", "autoencoder", "kl", "vq", "discrete", "hierarchical")
 
 
 def build(config: dict[str, Any]) -> Codec:
-    """A codec with random weights from what its `config()` gave.
+    """A codec with random weights from what `config()` returned.
 
     Raises:
         UserError: an unknown kind, or an unknown or missing entry; the nearest known word is named.
@@ -43,14 +43,14 @@ def build(config: dict[str, Any]) -> Codec:
         raise UserError(f"codec.kind is '{kind}': {nearest(str(kind), KINDS)}", key="codec.kind", code="unknown")
     rest = {key: value for key, value in config.items() if key != "kind"}
     try:
-        return _made(kind, rest)
+        return _build(kind, rest)
     except TypeError as error:
         raise UserError(
             f"the codec's config does not describe a codec of kind '{kind}': {error}.", key="codec", code="damaged"
         ) from None
 
 
-def _made(kind: str, rest: dict[str, Any]) -> Codec:
+def _build(kind: str, rest: dict[str, Any]) -> Codec:
     if kind == "identity":
         return Identity(**rest)
     if kind == "hierarchical":
@@ -71,10 +71,10 @@ def save(codec: Codec, folder: str | Path) -> str:
         Its hash.
     """
     codec = whole(codec)
-    told = content_hash(codec)
+    identity = content_hash(codec)
     modules = {"codec": codec} if isinstance(codec, torch.nn.Module) else {}
-    weights.save(folder, "codec", {"codec": _config(codec), "hash": told}, modules)
-    return told
+    weights.save(folder, "codec", {"codec": _config(codec), "hash": identity}, modules)
+    return identity
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Codec:
@@ -104,7 +104,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Codec:
 
 
 def content_hash(codec: Codec) -> str:
-    """What tells one codec from another: hexadecimal digits of the SHA-256 over its config and weights, in two parts,
+    """The identity of a codec: hexadecimal digits of the SHA-256 over its config and weights, in two parts,
     "latents-decoder": what the latents mean (encoder, codebook, latent scale), and what decodes them.
 
     Statistics of its training (how often each code was chosen) do not count: they change no picture. A codec that works
@@ -123,18 +123,17 @@ def content_hash(codec: Codec) -> str:
 
 
 def same_latents(one: str, other: str) -> bool:
-    """Whether the latents of two codecs, told by their hashes, mean the same: they may differ in their decoder, which
-    can be trained further alone."""
+    """Whether two hashes are of codecs with the same latents; a decoder that was fine-tuned alone may differ."""
     return one.partition("-")[0] == other.partition("-")[0]
 
 
 def check_same(codec: Codec, kind: str, expected: str, owner: str) -> str:
-    """Whether a codec is the one that a model, or a cache of latents, was made with (or one with its latents).
+    """The hash of a codec that has the latents which a model, or a cache, was made with.
 
     Args:
         codec: the one at hand.
         kind, expected: the kind and hash that were stored.
-        owner: what stored them, for the sentence ("the model runs/emoji").
+        owner: what stored them, for the message ("the model runs/emoji").
 
     Returns:
         The hash of the codec at hand.

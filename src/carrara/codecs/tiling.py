@@ -2,7 +2,7 @@
 
 The tiles' results are mixed with weights that sum to 1 everywhere, so that no value lies further from the whole
 image's than the worst tile's does. A tile is not used near its cut edges, where the codec misses what lies beyond:
-between two neighbours that share `overlap` pixels one changes into the other over the `blend` pixels in the middle.
+between two neighbours with `overlap` pixels in common one changes into the other over the `blend` pixels in the middle.
 So the result is the whole image's for a codec that sees no further than (overlap - blend)/2 pixels; where tiles
 disagree by d (group norms and attention see a whole tile), two neighbouring pixels differ by at most d/blend more
 than within a tile: there is no seam.
@@ -30,7 +30,7 @@ class Tiled:
     Attributes:
         codec: any codec.
         tile: side of a tile in pixels; images that are no larger go through whole.
-        overlap: least number of pixels that neighbouring tiles share, at most a third of a tile.
+        overlap: least number of pixels that neighbouring tiles have in common, at most a third of a tile.
         blend: pixels in the middle of the overlap over which one tile changes into the next; None is half of it.
 
     Raises:
@@ -146,8 +146,8 @@ class Tiled:
                 if result is None:
                     result = part.new_zeros(*part.shape[:2], height * scale, width * scale)
                 own_down, own_over = down[top * scale : bottom * scale], over[left * scale : right * scale]
-                share = (own_down[:, None] * own_over[None]).to(part)
-                result[..., top * scale : bottom * scale, left * scale : right * scale].addcmul_(part, share)
+                weight = (own_down[:, None] * own_over[None]).to(part)
+                result[..., top * scale : bottom * scale, left * scale : right * scale].addcmul_(part, weight)
         assert result is not None  # there is always a first tile
         return result
 
@@ -158,7 +158,7 @@ def whole(codec: Codec) -> Codec:
 
 
 def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Evenly spread [start, end) of as few tiles as cover `length` with at least `overlap` shared by neighbours."""
+    """Evenly spaced [start, end) of as few tiles as cover `length`, neighbours overlapping by at least `overlap`."""
     if length <= tile:
         return [(0, length)]
     count = -(-(length - overlap) // (tile - overlap))
@@ -167,24 +167,24 @@ def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def weights(tiles: list[tuple[int, int]], length: int, scale: int, ramp: float) -> list[Tensor]:
-    """How much each tile counts at each of `length`·`scale` places: float32, 0 outside of the tile, in sum 1.
+    """The weight of each tile at each of `length`·`scale` positions: float32, 0 outside of the tile, in sum 1.
 
-    Tile i takes over from i - 1 by a straight ramp, `ramp` places long, around the middle of what they share.
+    Tile i takes over from i - 1 by a linear ramp, `ramp` positions long, around the middle of their overlap.
     """
-    places = torch.arange(length * scale, dtype=torch.float64) + 0.5
-    rising = [torch.ones_like(places)]
+    positions = torch.arange(length * scale, dtype=torch.float64) + 0.5
+    rising = [torch.ones_like(positions)]
     for (_, end), (start, _) in pairwise(tiles):
         middle = scale * (start + end) / 2
-        rising.append(((places - middle) / max(ramp, 1e-9) + 0.5).clamp(0, 1))
-    rising.append(torch.zeros_like(places))
+        rising.append(((positions - middle) / max(ramp, 1e-9) + 0.5).clamp(0, 1))
+    rising.append(torch.zeros_like(positions))
     return [(own - following).float() for own, following in pairwise(rising)]
 
 
 def _tensor(posterior: Posterior) -> Tensor:
-    """What of a posterior is mixed, [B, C'', h, w].
+    """The part of a posterior that is mixed, [B, C'', h, w].
 
     Raises:
-        UserError: it is of a kind that nobody knows how to mix.
+        UserError: there is no way to mix posteriors of this kind.
     """
     if isinstance(posterior, DiagonalGaussian):
         return torch.cat([posterior.mean, posterior.log_variance], dim=1)

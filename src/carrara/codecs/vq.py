@@ -62,10 +62,10 @@ class VQAutoencoder(LearnedCodec):
         vectors = self.quantiser.lookup(indices)
         loss, commitment, codebook = self.quantiser.loss(latent, vectors)
         if self.latents_learn:
-            self.quantiser.note(latent, indices, noise)
+            self.quantiser.accumulate(latent, indices, noise)
         through = latent + (vectors - latent).detach()  # the decoder's gradient goes straight to the encoder
-        scalars = {"commitment": commitment.detach(), "codebook": codebook.detach(), **self._used()}
-        return self._made(through, loss, scalars, shown=latent)
+        scalars = {"commitment": commitment.detach(), "codebook": codebook.detach(), **self._usage_scalars()}
+        return self._reconstruct(through, loss, scalars, logged=latent)
 
     def end_step(self) -> None:
         self.quantiser.end_step()

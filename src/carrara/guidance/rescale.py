@@ -21,7 +21,7 @@ def rescaled(guided: Prediction, plain: Prediction, fraction: float, of: Quantit
         guided: after guidance.
         plain: the conditional prediction before it, for the same x.
         fraction: φ, 0 (no change) to 1 (the conditional prediction's standard deviation).
-        of: what is measured and multiplied. The paper says "the model's output": "eps" for an ε-model, "v" for
+        of: what is measured and multiplied. The paper has "the model's output": "eps" for an ε-model, "v" for
             a v-model, "x0" for the clean image's own contrast.
     """
     before, after = _quantity(plain, of), _quantity(guided, of)

@@ -177,7 +177,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Parts:
-    """Makes the parts of a network from its params: each use gives only what differs there."""
+    """Makes the parts of a network from its params; each use specifies only what differs there."""
 
     def __init__(self, params: BackboneParams) -> None:
         self.params = params

@@ -48,7 +48,7 @@ class DiscriminatorParams(Params):
 
     def check_size(self, height: int, width: int) -> None:
         """Raises UserError unless pictures of this size leave at least one patch."""
-        # Each halving keeps ⌊side/2⌋, the two last layers take one place each.
+        # Each halving keeps ⌊side/2⌋, the two last layers take one position each.
         side = min(height, width)
         if side // 2**self.layers >= 3:
             return

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.condition import Condition, Site
+from carrara.devices import HALF
 from carrara.errors import UserError
-from carrara.networks.fused import HALF, column, norm_silu, upsampled_convolution
+from carrara.networks.fused import column, norm_silu, upsampled_convolution
 from carrara.networks.memory import maybe_checkpoint
 
 _CONVOLUTION: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.condition import Condition
+from carrara.devices import HALF
 from carrara.errors import UserError
-from carrara.networks.fused import HALF
 from carrara.networks.layers import Block, GroupNorm, attention, zero_module
 from carrara.networks.memory import maybe_checkpoint
 

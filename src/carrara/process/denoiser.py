@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.condition import Condition
+from carrara.devices import HALF
 from carrara.errors import UserError, nearest
 from carrara.process.parameterisation import SIGMA_DATA, Predicts, network_input, to_prediction
 from carrara.process.prediction import Prediction, scales
@@ -71,7 +72,7 @@ class NetworkDenoiser:
         scaled = network_input(self.predicts, x, *scales(self.schedule, t, x), self.sigma_data)
         if isinstance(self.network, nn.Module):
             kept = next((weight.dtype for weight in self.network.parameters()), x.dtype)
-            scaled = scaled.to(kept) if kept in (torch.float16, torch.bfloat16) else scaled
+            scaled = scaled.to(kept) if kept in HALF else scaled
         condition = condition if condition.target is None else replace(condition, target=None)
         return scaled, network_times(self.schedule, t, x), condition
 

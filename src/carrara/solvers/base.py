@@ -121,8 +121,7 @@ def combine(x: Tensor, values: Sequence[Tensor], weights: Sequence[float]) -> Te
 
 def finite(x: Tensor) -> bool:
     """Whether x holds neither NaN nor infinity, by its sum: a tenth of the cost of looking at every number."""
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    return math.isfinite(float(x.detach().sum(dtype=wide)))
+    return math.isfinite(float(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))))
 
 
 class NonFinite(UserError, ArithmeticError):
@@ -174,7 +173,7 @@ def integrate(
         _check_resume(resume, setting)
         first, x, state = resume["index"] + 1, resume["x"], resume["state"]
     dtype = x.dtype
-    x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
+    x = x.to(torch.promote_types(dtype, torch.float32))
     denoise, pairs = bound(denoiser, condition), grid.pairs()
     for index in range(first, len(pairs)):
         t, s = pairs[index]
