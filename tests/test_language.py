@@ -32,8 +32,6 @@ LEFT = {
 
 
 LEFT_IN_PAGES = {
-    "docs/codecs.md": 22,
-    "docs/design.md": 15,
     "docs/results.md": 29,
     "src/carrara/distributed.py": 9,
     "src/carrara/errors.py": 1,
