@@ -21,6 +21,7 @@ from carrara.convert.imported import (
 )
 from carrara.convert.parity import fingerprint, own_network
 from carrara.convert.record import KEY, record, restore
+from carrara.convert.stable_diffusion import import_stable_diffusion, is_stable_diffusion
 from carrara.entries import read_entries
 from carrara.errors import UserError
 from carrara.interop import diffusers_codec, diffusers_scheduler, diffusers_unet2d
@@ -70,6 +71,8 @@ def import_diffusers(contents: Contents, hints: Hints) -> Imported:
                 code="unsupported",
             )
         return _model(contents, first)
+    if is_stable_diffusion(parts):
+        return import_stable_diffusion(contents, parts)
     if first is None:
         raise UserError(
             f"{folder} is a {kind}: pipelines of a {diffusers_unet2d.CLASS} and a scheduler, and first stages of the "

@@ -21,6 +21,10 @@ PARITY = 1e-5
 """The largest difference, as a fraction of the largest output, that float32 rounding explains."""
 
 
+CONTEXT = 77
+"""Tokens of the context that a network's fingerprint is taken with."""
+
+
 @torch.no_grad()
 def fingerprint(part: UNet | EncoderClassifier | LearnedCodec) -> dict[str, Any]:
     """A network's output for x_i = sin(i) over one image, at network time 10, label 0, with the low-resolution image of
@@ -42,6 +46,8 @@ def _answered(network: UNet | EncoderClassifier) -> Tensor:
     elif network.params.concat_channels:
         small = [side // 4 if network.params.upsample_concat else side for side in p.image_size]
         condition = replace(condition, concat=_sines(network.params.concat_channels, *small))
+    if width := network.takes.get("context"):
+        condition = replace(condition, context=_sines(CONTEXT, width))
     answer: Tensor = network(_sines(p.in_channels, *p.image_size), torch.tensor([10.0]), condition)
     return answer
 
