@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from carrara.data.decode import UnreadablePicture, decode
@@ -30,6 +36,78 @@ def test_16_bit_keeps_its_full_scale(kind: str) -> None:
     assert notes == ("16-bit reduced to 8-bit",)
 
 
+def deep_png(values: NDArray[Any]) -> bytes:
+    """A PNG of 16 bits a channel, [H, W, C], which Pillow reads but does not write."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(name, data) for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    )
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def of_depth(brightest: int, dtype: type) -> Image.Image:
+    return Image.fromarray(np.linspace(0, brightest, 16).astype(dtype).reshape(4, 4))
+
+
+DEEP: dict[str, Callable[[int], bytes]] = {
+    "gray PNG": lambda brightest: encoded(of_depth(brightest, np.uint16)),
+    "gray TIFF": lambda brightest: encoded(of_depth(brightest, np.uint16), "tiff"),
+    "gray TIFF of 32 bits": lambda brightest: encoded(of_depth(brightest, np.int32), "tiff"),
+    "gray PGM": lambda brightest: encoded(of_depth(brightest, np.uint16), "ppm"),
+    "colour PNG": lambda brightest: deep_png(np.full((4, 4, 3), brightest)),
+    "colour PNG with alpha": lambda brightest: deep_png(np.full((4, 4, 4), (brightest, 0, 0, 65535))),
+    "gray PNG with alpha": lambda brightest: deep_png(np.full((4, 4, 2), (brightest, 65535))),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@pytest.mark.parametrize(
+    ("brightest", "dark"), [(0, False), (255, True), (1023, True), (4095, True), (4096, False), (65535, False)]
+)
+def test_deep_pictures_that_use_under_a_sixteenth_of_their_range_are_named(
+    kind: str, brightest: int, dark: bool
+) -> None:
+    _, notes = decode(DEEP[kind](brightest))
+    assert notes[0] == "16-bit reduced to 8-bit"
+    if "with alpha" in kind or "colour" in kind:
+        dark = brightest < 4096  # Pillow keeps the upper 8 bits alone: 255 becomes 0, as black does
+    assert any("nearly black" in note for note in notes) is dark
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP", b"tEXt"])
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "after them"])
+def test_a_png_with_a_long_text_is_read(kind: bytes, after: bool) -> None:
+    text = b"x" * (70 * 2**20 if kind == b"tEXt" else 2 * 10**6)  # plain ones count together
+    packed = {b"zTXt": b"\0\0", b"iTXt": b"\0\1\0\0\0", b"iCCP": b"\0\0", b"tEXt": b"\0"}[kind]
+    data = chunk(kind, b"parameters" + packed + (text if kind == b"tEXt" else zlib.compress(text)))
+    whole = png(3)
+    place = whole.index(b"IEND" if after else b"IDAT") - 4
+    image, notes = decode(whole[:place] + data + whole[place:])
+    assert np.array_equal(np.asarray(image), pixels(3))
+    assert notes == ()
+
+
+def test_a_png_with_a_long_text_that_is_cut_is_still_unreadable() -> None:
+    data, whole = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 2 * 10**6)), png(3)
+    place = whole.index(b"IDAT") - 4
+    with pytest.raises(UnreadablePicture):
+        decode((whole[:place] + data + whole[place:])[:-200])
+
+
+def test_very_large_pictures_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    _, notes = decode(png(1), "walls/big.png")
+    assert notes == ("walls/big.png has 144 pixels, which take time and memory at every use",)
+    with pytest.raises(UnreadablePicture, match="exceeds limit"):
+        decode(png(1, 15, 15))
+
+
 @pytest.mark.parametrize(
     ("image", "kind", "mode", "note"),
     [
@@ -39,7 +117,7 @@ def test_16_bit_keeps_its_full_scale(kind: str) -> None:
         (picture(1).convert("1"), "png", "L", "1-bit to gray"),
     ],
 )
-def test_other_modes_are_converted_and_said(image: Image.Image, kind: str, mode: str, note: str) -> None:
+def test_other_modes_are_converted_and_named(image: Image.Image, kind: str, mode: str, note: str) -> None:
     result, notes = decode(encoded(image, kind))
     assert result.mode == mode
     assert notes == (note,)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
+from io import TextIOWrapper
 
 from carrara.errors import UserError
 
@@ -14,6 +16,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's <malloc.h>
+_OF_THE_USER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ELOOP, errno.ENAMETOOLONG}
+"""Of the file system's refusals those that are no fault of the program."""
 _LARGEST = 32 * 2**20  # what glibc allows for the second
 
 
@@ -39,8 +43,16 @@ def main() -> None:
     from carrara.cli.app import app
 
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8, nor terminals show more than ASCII
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:
         print(f"carrara: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_THE_USER:
+            raise
+        print(f"carrara: {error.filename}: {error.strerror}.", file=sys.stderr)
         sys.exit(2)

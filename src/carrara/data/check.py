@@ -76,7 +76,7 @@ class DataReport:
 
     def to_json(self) -> str:
         """All of it, with "ok", as JSON."""
-        return json.dumps({"ok": self.ok, **asdict(self)}, indent=2, ensure_ascii=False)
+        return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
 
 
 @dataclass

@@ -24,7 +24,7 @@ def identity(source: Source) -> dict[str, int | str]:
     count = len(source)
     names = hashlib.blake2b(digest_size=16)
     for index in range(count):
-        names.update(source.pictures.name(index).encode("utf-8", "surrogatepass") + b"\0")
+        names.update(source.pictures.name(index).encode() + b"\0")
     labels = b"none" if source.labels is None else source.labels.tobytes()
     content = hashlib.blake2b(digest_size=16)
     for index in sorted(set(np.linspace(0, count - 1, min(count, SAMPLED)).round().astype(int).tolist())):

@@ -20,7 +20,7 @@ from carrara.data.captions import (
 from carrara.data.columns import class_numbers
 from carrara.data.decode import IMAGE_SUFFIXES
 from carrara.data.digits import open_digits
-from carrara.data.source import Source, counted
+from carrara.data.source import Source, counted, printable
 from carrara.data.splits import Part, files_of_split, part_of_tree
 from carrara.data.tables import open_arrow, open_parquet
 from carrara.data.trees import FolderTree, ShardTree, Tree, ZipTree, base_name, suffix_of
@@ -43,7 +43,7 @@ class TreePictures:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return self.tree.where(self.names[index])
+        return printable(self.tree.where(self.names[index]))
 
     def read(self, index: int) -> bytes:
         return self.tree.read(self.names[index])
@@ -74,7 +74,14 @@ def open_source(
         raise UserError(f"data.unreadable_limit is a share between 0 and 1, not {unreadable_limit}.")
     if not str(path).strip():
         raise UserError("the path of the data is empty: give a folder, a file, or the word 'digits'.")
-    source = _opened(path, split, unreadable_limit, caption_column)
+    try:
+        source = _opened(path, split, unreadable_limit, caption_column)
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename or path} may not be read: give yourself the permission to.",
+            key=str(error.filename or path),
+            code="resources",
+        ) from None
     if caption_column is not None and source.captions is None:
         raise UserError(f"{source.name} has no captions, so no caption column '{caption_column}' to take them from.")
     source.unreadable_limit = unreadable_limit

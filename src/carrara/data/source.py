@@ -127,7 +127,7 @@ class Source:
             UnreadablePicture: it cannot be read.
             UserError: what holds it is gone.
         """
-        return decode(self.pictures.read(index))
+        return decode(self.pictures.read(index), self.pictures.name(index))
 
     def shown(self, image: Image.Image) -> Image.Image:
         """A picture for eyes: its levels spread over 0..255."""
@@ -148,7 +148,7 @@ class Source:
         self.reported |= {*bad, *converted}
         named = [(self.pictures.name(index), self.unreadable[index]) for index in bad]
         lines = [f"{name} cannot be read ({why}): another image replaces it." for name, why in named]
-        return lines + [f"some images are converted: {what}." for what in converted]
+        return lines + [f"some images: {what}." for what in converted]
 
     def refuse_unreadable(self) -> None:
         """Stop when more pictures were found unreadable than `unreadable_limit` allows.

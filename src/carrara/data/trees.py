@@ -70,11 +70,8 @@ class FolderTree:
 def _walk(root: Path, below: str, above: frozenset[tuple[int, int]]) -> list[tuple[str, int]]:
     """Name and size of each file; `above` are the folders on the way here, so that no link leads in a circle."""
     found: list[tuple[str, int]] = []
-    try:
-        entries = list(os.scandir(root / below))
-        here = (root / below).stat()
-    except PermissionError as error:
-        raise UserError(f"{root / below} may not be read: give yourself the permission to.") from error
+    entries = list(os.scandir(root / below))
+    here = (root / below).stat()
     if (here.st_dev, here.st_ino) in above:
         return []
     for entry in entries:
