@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+import carrara
 from carrara import DiffusionModel
-from carrara.recipe import Recipe, load, validate
+from carrara.recipe import Recipe, load, override, validate
 from carrara.sampling import replay
+from carrara.scorer import Scorer
 from tests.errors import refused
 from tests.runs import TINY, train
 from tests.text import encoders
@@ -104,3 +106,19 @@ def test_images_without_captions_are_refused(pictures: Path, tmp_path: Path) -> 
         path.unlink()
     with refused("mismatch", key="conditioning.kind"):
         train(recipe(pictures), tmp_path / "run")
+
+
+def test_a_scorer_of_images_and_captions(pictures: Path, tmp_path: Path) -> None:
+    own = (f"data.path={pictures}", "data.resolution=8", "training.steps=60", "training.batch_size=24")
+    tiny = ("network.channels=8", "network.levels=2", "network.width=16", "network.text_width=16")
+    training = {"learning_rate": 3e-3, "checkpoint_every": 30}
+    data = {"name": "scorer", "kind": "scorer", "data": {}, "training": training}
+    train(validate(override(data, [*own, *tiny, "encoders.vocabulary=300"])), tmp_path / "run")
+    scorer = carrara.load(tmp_path / "run")
+    assert isinstance(scorer, Scorer)
+    pixels = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    images = pixels[:, :, None, None].expand(-1, -1, 8, 8)
+    agreement = scorer.embed_images(images) @ scorer.embed_texts(list(COLOURS)).T
+    assert agreement.argmax(1).tolist() == [0, 1, 2]
+    with refused("conflict", key="training.micro_batch"):
+        validate(override(data, [*own, "training.micro_batch=4"]))

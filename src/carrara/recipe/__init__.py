@@ -2,7 +2,15 @@
 
 from carrara.recipe.files import load, override, read, shipped, validate
 from carrara.recipe.sections import Data, Sampling, Training, Upsampling
-from carrara.recipe.whole import ClassifierRecipe, CodecRecipe, DiffusionRecipe, NetworkRecipe, Recipe, json_schema
+from carrara.recipe.whole import (
+    ClassifierRecipe,
+    CodecRecipe,
+    DiffusionRecipe,
+    NetworkRecipe,
+    Recipe,
+    ScorerRecipe,
+    json_schema,
+)
 
 __all__ = [
     "ClassifierRecipe",
@@ -12,6 +20,7 @@ __all__ = [
     "NetworkRecipe",
     "Recipe",
     "Sampling",
+    "ScorerRecipe",
     "Training",
     "Upsampling",
     "json_schema",

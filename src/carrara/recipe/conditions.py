@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from carrara import conditioning, networks
+from carrara.networks.contrastive import TowersParams
 from carrara.recipe.section import Section, section_from
 
 DECIDED = (
@@ -23,6 +24,8 @@ DECIDED = (
 )
 """Params of a network that follow from the data and the conditioning."""
 CLASSIFIER = "encoder_classifier"
+TOWERS = ("image_features", "text_features", "image_size", "image_channels", "vocabulary")
+"""Of a scorer's towers, what follows from the data and the encoders."""
 
 
 class Network(Section):
@@ -54,6 +57,13 @@ class LabelConditioning(Conditioning):
     """The class of every image."""
 
     kind: Literal["labels"]
+
+
+class TowersSection(section_from(None, TowersParams, decided=TOWERS)):  # type: ignore[misc]
+    """The two towers of a scorer."""
+
+    sparse: ClassVar[bool] = True
+    described_by: ClassVar[tuple[type, ...]] = (TowersParams,)
 
 
 def default_network(kind: str) -> Network:

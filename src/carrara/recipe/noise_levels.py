@@ -206,6 +206,7 @@ class Objective(Section):
 
     Attributes:
         predicts: what the network predicts: "eps", "x0", "v", "flow" or "edm".
+        sigma_data: standard deviation of the data that "edm" presumes.
         loss: "simple", the weighted squared error; "vlb", the variational bound; "hybrid", the first plus
             `vlb_weight` times the second, for a network with `network.learned_variance`.
         vlb_weight: factor of the variational bound in the hybrid loss.
@@ -214,6 +215,7 @@ class Objective(Section):
     """
 
     predicts: Literal["eps", "x0", "v", "flow", "edm"] = "eps"
+    sigma_data: float = Field(0.5, gt=0)
     loss: Literal["simple", "hybrid", "vlb"] = "simple"
     vlb_weight: float = Field(1e-3, gt=0)
     weight: Weight = Weight()

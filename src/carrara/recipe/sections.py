@@ -75,6 +75,23 @@ class Data(Section):
         return Preprocess(*self.resolution, self.channels, resize=self.resize, **drawn)
 
 
+class Encoders(Section):
+    """What a scorer reads images and texts with.
+
+    Attributes:
+        image: "trained", or "efficientnet-lite0", whose frozen features come from its package.
+        text: "trained", "minilm", whose frozen weights come from its package, or the folder of a text encoder of
+            transformers, which is frozen.
+        vocabulary: entries of the trained text encoder's vocabulary, at most; at least 259.
+        length: tokens of a text, those around it included.
+    """
+
+    image: Literal["trained", "efficientnet-lite0"] = "trained"
+    text: str = "trained"
+    vocabulary: int = Field(4096, ge=259)
+    length: int = Field(48, ge=3)
+
+
 class Upsampling(Section):
     """Super-resolution: the model makes an image of `data.resolution` of one that is smaller.
 

@@ -1,4 +1,4 @@
-"""A whole run as one validated piece of data, of one of three kinds, and what in it must go together."""
+"""A whole run as one validated piece of data, of one of four kinds, and what in it must go together."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pydantic import Field, TypeAdapter, model_validator
 from carrara import networks, solvers
 from carrara.conditioning import shrunk_size
 from carrara.errors import UserError
+from carrara.networks.contrastive import TowersParams
 from carrara.process import schedules
 from carrara.recipe import codecs, conditions
 from carrara.recipe.conditions import CLASSIFIER, Conditioning, Network, NoConditioning
 from carrara.recipe.noise_levels import ClassifierObjective, Cosine, Objective, Schedule, Times
 from carrara.recipe.saved import current
 from carrara.recipe.section import OneOf, Section
-from carrara.recipe.sections import Data, Previews, Sampling, Training, Upsampling
+from carrara.recipe.sections import Data, Encoders, Previews, Sampling, Training, Upsampling
 
 Backbone = Annotated[Network, OneOf(conditions.backbones, "unet")]
 ClassifierNetwork = Annotated[Network, OneOf(conditions.classifiers, CLASSIFIER)]
@@ -27,7 +28,7 @@ ClassifierNetwork = Annotated[Network, OneOf(conditions.classifiers, CLASSIFIER)
 CONTEXT_CHANNELS = 256
 """Width of a jointly trained text encoder, by default."""
 _ORDER = (
-    *("name", "kind", "seed", "start", "data", "conditioning", "codec", "upsampling", "network", "loss"),
+    *("name", "kind", "seed", "start", "data", "encoders", "conditioning", "codec", "upsampling", "network", "loss"),
     *("discriminator", "schedule", "objective", "training", "sampling"),
 )
 """Of the sections in a file."""
@@ -292,11 +293,52 @@ class CodecRecipe(Recipe):
         return self
 
 
-AnyRecipe = DiffusionRecipe | ClassifierRecipe | CodecRecipe
+class ScorerRecipe(Recipe):
+    """A run that trains a contrastive scorer of images and captions.
+
+    Attributes:
+        encoders: which halves are frozen, and how texts are read.
+        network: the towers.
+    """
+
+    kind: Literal["scorer"]
+    encoders: Encoders = Encoders()
+    network: conditions.TowersSection = Field(default_factory=conditions.TowersSection)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScorerRecipe:
+        self._refuse_decided([] if self.start is None else ["start"])
+        if self.training.micro_batch is not None:
+            raise UserError(
+                "training.micro_batch would hide most pairs of a batch from a scorer: leave it out.",
+                key="training.micro_batch",
+                code="conflict",
+            )
+        self.towers(image_features=0 if self.encoders.image == "trained" else 1, text_features=1)
+        return self
+
+    def towers(self, image_features: int = 0, text_features: int = 0, vocabulary: int = 0) -> TowersParams:
+        """The towers' params for these images and texts; see there.
+
+        Raises:
+            UserError: params that do not go together.
+        """
+        return TowersParams(
+            image_features=image_features,
+            text_features=text_features,
+            vocabulary=vocabulary,
+            image_size=self.data.resolution,
+            image_channels=self.data.channels,
+            **self.network.given(),
+        )
+
+
+AnyRecipe = DiffusionRecipe | ClassifierRecipe | CodecRecipe | ScorerRecipe
 RUNS: Mapping[str, type[Section]] = {
     "diffusion": DiffusionRecipe,
     "classifier": ClassifierRecipe,
     "codec": CodecRecipe,
+    "scorer": ScorerRecipe,
 }
 RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(Annotated[AnyRecipe, OneOf(lambda: RUNS, "diffusion", prepare=current)])
 

@@ -19,14 +19,16 @@ from carrara.networks import Network
 from carrara.networks.layers import blocks
 from carrara.objectives import CleanTimes, LogitNormalTimes, LogNormalTimes, LossAwareTimes, TimeSampler
 from carrara.process import Schedule
-from carrara.recipe import DiffusionRecipe, NetworkRecipe, Recipe
+from carrara.recipe import DiffusionRecipe, NetworkRecipe, Recipe, ScorerRecipe
 
 
 def open_batches(recipe: Recipe, processes: Processes) -> tuple[Source, Batches]:
     """The recipe's data, and its batches."""
     data = recipe.data
     source = open_source(recipe.data_path(), data.split, data.unreadable_limit, data.caption_column)
-    captioned = isinstance(recipe, DiffusionRecipe) and recipe.conditioning.kind not in ("none", "labels")
+    captioned = isinstance(recipe, ScorerRecipe) or (
+        isinstance(recipe, DiffusionRecipe) and recipe.conditioning.kind not in ("none", "labels")
+    )
     if source.captions is not None and not captioned:
         source.notices.append(f"the captions of {source.name} are not trained on: conditioning.kind=text does that.")
     size, order = recipe.training.batch_size, order_of(recipe, source)

@@ -64,6 +64,7 @@ class DiffusionTask:
             conditioners=conditioners,
             levels=source.levels,
             codec=codec,
+            sigma_data=base.sigma_data if base else recipe.objective.sigma_data,
             sampling=recipe.sampling.model_dump(include={"solver", "steps", "spacing", "guidance"}),
         )
         self.codec = None if codec.bounded else codec
@@ -167,6 +168,7 @@ class DiffusionTask:
             learned_variance=self.model.learned_variance,
             chain=chain,
             vlb_weight=choice.vlb_weight,
+            sigma_data=self.model.sigma_data,
         )
 
     def examples(self, batch: Batch | LatentBatch, draw: Noise) -> Examples:

@@ -13,10 +13,11 @@ from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source
 from carrara.distributed import Processes
 from carrara.objectives import Examples, Objective
 from carrara.process import Noise
-from carrara.recipe import ClassifierRecipe, CodecRecipe, DiffusionRecipe, Recipe
+from carrara.recipe import ClassifierRecipe, CodecRecipe, DiffusionRecipe, Recipe, ScorerRecipe
 from carrara.training.classifier import ClassifierTask
 from carrara.training.codec import CodecTask
 from carrara.training.diffusion import DiffusionTask
+from carrara.training.scorer import ScorerTask
 
 
 class Task(Protocol):
@@ -82,5 +83,7 @@ def make_task(recipe: Recipe, source: Source, processes: Processes) -> Task:
         return DiffusionTask(recipe, source, processes)
     if isinstance(recipe, ClassifierRecipe):
         return ClassifierTask(recipe, source, processes)
-    assert isinstance(recipe, CodecRecipe)
-    return CodecTask(recipe, source, processes)
+    if isinstance(recipe, CodecRecipe):
+        return CodecTask(recipe, source, processes)
+    assert isinstance(recipe, ScorerRecipe)
+    return ScorerTask(recipe, source, processes)
