@@ -202,8 +202,8 @@ def test_model_folders_that_are_damaged(tiny_run: Path, tmp_path: Path) -> None:
     ("change", "code"),
     [
         ({"format": 99}, "newer"),
-        ({"network": None}, "damaged"),
-        ({"sampling": None}, "damaged"),
+        ({"network": None}, "invalid"),
+        ({"sampling": None}, "invalid"),
         ({"conditioners": None}, "damaged"),
         ({"conditioners": [{"kind": "lables"}]}, "unknown"),
         ({"network": "one class"}, "shape"),

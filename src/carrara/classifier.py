@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from carrara import networks, weights
+from carrara.entries import Entry, read_entries
 from carrara.errors import UserError
 from carrara.modes import eval_mode
 from carrara.networks import EncoderClassifier
@@ -118,19 +119,28 @@ class Classifier:
         """
         folder = weights.find(path)
         config = weights.read_config(folder, "classifier")
-        try:
-            network = networks.build({"kind": "encoder_classifier", **config["network"]})
-            if not isinstance(network, EncoderClassifier):
-                raise TypeError(f"a network of kind {network.kind}")
-            schedule = schedules.build(config["schedule"])
-            classifier = cls(network, schedule, tuple(config["names"]), config["noisy"], config["origin"])
-        except (KeyError, TypeError, AttributeError) as error:
+        own = read_entries(config, CONFIG, str(folder / weights.CONFIG), others=True)
+        network = networks.build({"kind": "encoder_classifier", **own["network"]})
+        if not isinstance(network, EncoderClassifier):
             raise UserError(
-                f"{folder / 'config.json'} does not describe a classifier: {error!r} is wrong or missing."
-            ) from None
+                f"{folder / weights.CONFIG} does not describe a classifier: its network is of kind {network.kind}.",
+                key="network.kind",
+                code="mismatch",
+            )
+        classifier = cls(network, schedules.build(own["schedule"]), own["names"], own["noisy"], own["origin"])
         weights.load_weights(network, folder / "network.safetensors")
         network.eval()
         return classifier.to(device)
+
+
+CONFIG = {
+    "network": Entry(dict),
+    "schedule": Entry(dict),
+    "names": Entry(tuple[str, ...]),
+    "noisy": Entry(bool),
+    "origin": Entry(str),
+}
+"""The entries of a classifier's `config.json`."""
 
 
 def _words(schedule: Schedule) -> str:

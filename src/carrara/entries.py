@@ -49,19 +49,22 @@ def fixed(*values: Any) -> Entry:
     return Entry(Any, values[0], only=values)
 
 
-def read_entries(config: Mapping[str, Any], entries: Mapping[str, Entry], owner: str) -> dict[str, Any]:
+def read_entries(
+    config: Mapping[str, Any], entries: Mapping[str, Entry], owner: str, *, others: bool = False
+) -> dict[str, Any]:
     """Every entry by name, with lists as tuples, and with defaults where they are left out.
 
     Args:
         config: what a file contains.
         entries: what it may contain.
-        owner: what it belongs to, for sentences ("the config").
+        owner: what it belongs to, for sentences ("config.json").
+        others: pass over entries that are not known.
 
     Raises:
         UserError: an entry is unknown (the nearest is named), missing, of another type, or not supported.
     """
     for name in config:
-        if name not in entries:
+        if name not in entries and not others:
             hint = nearest(str(name), entries)
             hint = hint if hint.startswith("did") or len(entries) < 20 else "it may be of a newer version."
             raise UserError(f"{owner} has no entry '{name}': {hint}", key=name, code="unknown")
@@ -70,8 +73,8 @@ def read_entries(config: Mapping[str, Any], entries: Mapping[str, Entry], owner:
         if name not in config and entry.default is REQUIRED:
             raise UserError(f"the entry {name} of {owner} is missing.", key=name, code="missing")
         value = config.get(name, entry.default)
-        if name in config and value is not entry.default:
-            value = typed(value, entry.kind, name)
+        if name in config:
+            value = typed(value, entry.kind, name, owner)
             _check_range(value, entry, name)
         if entry.only and value not in entry.only:
             raise UserError(
@@ -103,15 +106,30 @@ def construct(make: Callable[..., T], values: Mapping[str, Any], section: str) -
     return make(**{name: typed(value, kinds[name], f"{section}.{name}") for name, value in values.items()})
 
 
-def typed(value: Any, kind: Any, key: str) -> Any:
+def typed_fields(instance: Any, section: str) -> dict[str, Any]:
+    """The fields of a dataclass, checked against its annotations, lists as tuples.
+
+    Raises:
+        UserError: a value is of another type.
+    """
+    make: Callable[..., Any] = type(instance)
+    kinds, _ = _parameters(make)
+    return {name: typed(getattr(instance, name), kind, f"{section}.{name}") for name, kind in kinds.items()}
+
+
+def typed(value: Any, kind: Any, key: str, owner: str = "") -> Any:
     """The same value, lists as tuples.
 
     Raises:
-        UserError: it is of another kind.
+        UserError: it is of another kind, or an unknown word (the nearest is named).
     """
     if not _fits(value, kind):
         shown = repr(value) if len(repr(value)) < 100 else f"{repr(value)[:97]}…"
-        raise UserError(f"{key} is {shown}: {_words(kind)} is expected.", key=key)
+        where = f" in {owner}" if owner else ""
+        words = _choices(kind)
+        if words and isinstance(value, str):
+            raise UserError(f"{key} is '{value}'{where}: {nearest(value, words)}", key=key, code="unknown")
+        raise UserError(f"{key} is {shown}{where}: {_words(kind)} is expected.", key=key)
     return _plain(value)
 
 
@@ -140,6 +158,13 @@ def _check_range(value: Any, entry: Entry, name: str) -> None:
             raise UserError(f"{name} is {value}: it must be at least {entry.least}.", key=name)
 
 
+def _choices(kind: Any) -> list[str]:
+    """The texts among the values of a kind."""
+    if get_origin(kind) is Literal:
+        return [each for each in get_args(kind) if isinstance(each, str)]
+    return [word for inner in get_args(kind) for word in _choices(inner)]
+
+
 @cache
 def _counts(kind: Any) -> bool:
     """Whether the numbers of a kind are whole."""
@@ -155,8 +180,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in inner)
     if origin in (tuple, list, Sequence):
-        lengths = origin is not tuple or inner[1:] == (...,) or len(inner) == len(value)
-        return isinstance(value, _LISTS) and lengths and all(map(_fits, value, inner[:1] * len(value)))
+        if not isinstance(value, _LISTS) or (origin is tuple and inner[1:] != (...,) and len(inner) != len(value)):
+            return False
+        return all(_fits(each, inner[0]) for each in value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind is float:

@@ -16,6 +16,7 @@ from carrara.classifier import Classifier
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
 from carrara.conditioning import ClassLabels, Conditioner, LowRes, NullForm, WithFiles
+from carrara.entries import Entry, read_entries
 from carrara.errors import UserError, whole_number
 from carrara.guidance import classifier_free, classifier_guidance, interval, static_threshold
 from carrara.process import Denoiser, Grid, Guide, NetworkDenoiser, Noise, Predicts, Schedule, schedules
@@ -341,23 +342,24 @@ class DiffusionModel:
         """
         folder = weights.find(path)
         config = weights.read_config(folder, "diffusion")
+        own = read_entries(config, CONFIG, str(folder / weights.CONFIG), others=True)
         try:
-            network = networks.build({"kind": "unet", **config["network"]})
-            stored = config["codec"]
+            network = networks.build({"kind": "unet", **own["network"]})
+            stored = own["codec"]
             codec = Identity() if stored["kind"] == "identity" else codecs.load(folder / "codec", device)
             if not codec.bounded:
                 codecs.check_same(codec, stored["kind"], stored["hash"], f"the model {folder}")
             model = cls(
                 network=network,
-                schedule=schedules.build(config["schedule"]),
-                shape=tuple(config["shape"]),
-                predicts=config["predicts"],
+                schedule=schedules.build(own["schedule"]),
+                shape=own["shape"],
+                predicts=own["predicts"],
                 conditioners=tuple(conditioning.build(entry, folder) for entry in conditioner_configs(config)),
-                levels=config["levels"],
+                levels=own["levels"],
                 codec=codec,
-                sampling=dict(config["sampling"]),
-                origin=config["origin"],
-                sigma_data=config.get("sigma_data", SIGMA_DATA),
+                sampling=own["sampling"],
+                origin=own["origin"],
+                sigma_data=own["sigma_data"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -372,6 +374,20 @@ class DiffusionModel:
         for module in model._modules():
             module.eval()
         return model.to(device)
+
+
+CONFIG = {
+    "network": Entry(dict),
+    "schedule": Entry(dict),
+    "shape": Entry(tuple[int, ...]),
+    "predicts": Entry(Predicts),
+    "levels": Entry(int, least=2),
+    "codec": Entry(dict),
+    "sampling": Entry(dict),
+    "origin": Entry(str),
+    "sigma_data": Entry(float, SIGMA_DATA, zero=False),
+}
+"""The entries of a model's `config.json`, but for its conditioners."""
 
 
 def conditioner_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -226,7 +226,7 @@ def test_files_and_arguments_that_do_not_fit_are_named_in_one_sentence() -> None
         ({"use_linear_in_transformer": True}, "shape", "input_blocks.3.1.proj_in.weight"),
         ({"num_classes": 3}, "missing", "label_emb.weight"),
         ({"num_clases": 3}, "unknown", "num_clases"),
-        ({"num_classes": "sequental"}, "invalid", "num_classes"),
+        ({"num_classes": "sequental"}, "unknown", "num_classes"),
         ({"num_classes": "sequential"}, "missing", "adm_in_channels"),
         ({"num_heads": -1}, "missing", "num_heads"),
         ({"num_heads": 5}, "invalid", "network.heads"),

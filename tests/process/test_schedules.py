@@ -271,7 +271,7 @@ def test_times_outside_the_schedule_are_refused(schedule: Schedule, wrong: float
         (lambda: schedules.trigonometric(1.0), "invalid", "schedule.first_time"),
         (lambda: schedules.zero_terminal_snr(schedules.edm()), "unsupported", "schedule"),  # type: ignore[arg-type]
         (lambda: schedules.build({"kind": "cosin"}), "unknown", "schedule.kind"),
-        (lambda: schedules.build({"kind": "cosine", "stesp": 10}), "invalid", "schedule"),
+        (lambda: schedules.build({"kind": "cosine", "stesp": 10}), "unknown", "schedule.stesp"),
         (lambda: schedules.build({"kind": "zero_terminal_snr"}), "invalid", "schedule"),
     ],
 )

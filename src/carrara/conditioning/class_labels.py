@@ -13,6 +13,7 @@ from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.conditioning.base import DataFacts, Input, TrainingInputs, check_dropout
+from carrara.entries import construct
 from carrara.errors import UserError, nearest
 from carrara.process.noise import Noise
 
@@ -57,7 +58,7 @@ class ClassLabels:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        return cls(tuple(config["names"]), config["dropout"])
+        return construct(cls, config, "labels")
 
     @classmethod
     def fit(cls, settings: Mapping[str, Any], data: DataFacts) -> Self:

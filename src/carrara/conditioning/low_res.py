@@ -19,6 +19,7 @@ from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.conditioning.base import DROPOUT, DataFacts, Input, TrainingInputs
+from carrara.entries import construct, typed
 from carrara.errors import UserError, nearest
 from carrara.process import schedules
 from carrara.process.noise import Noise
@@ -206,11 +207,11 @@ class LowRes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        noise = config["noise"]
+        noise = typed(config["noise"], dict | None, "low_res.noise")
         if noise is not None:
-            schedule = schedules.build(noise["schedule"])
-            noise = NoiseAugmentation(schedule, noise["highest"], noise["slot"])
-        return cls(tuple(config["shape"]), config["factor"], noise)
+            noise = construct(NoiseAugmentation, {**noise, "schedule": schedules.build(noise["schedule"])}, "low_res")
+        shape = typed(config["shape"], tuple[int, int, int], "low_res.shape")
+        return cls(shape, typed(config["factor"], int | None, "low_res.factor"), noise)
 
     @classmethod
     def fit(cls, settings: Mapping[str, Any], data: DataFacts) -> Self:

@@ -292,7 +292,7 @@ def _unknown_condition(checkpoint: StateDict) -> str | None:
 
 def _model(path: Path, checkpoint: StateDict, hints: Hints, settings: Settings) -> Imported:
     """A model, unconditional or class-conditional."""
-    choices = read_entries({name: settings[name] for name in SETTINGS if name in settings}, SETTINGS, "the config")
+    choices = read_entries(settings, SETTINGS, "the config", others=True)
     arguments, recognised = _unet_arguments(checkpoint, hints.name, settings)
     codec, first = _first_stage(checkpoint, None, settings) if _has_first_stage(checkpoint) else (None, [])
     schedule = compvis_model.schedule(checkpoint, settings)

@@ -11,10 +11,11 @@ import torch
 
 from carrara import conditioning, networks
 from carrara.classifier import Classifier
+from carrara.entries import read_entries, typed
 from carrara.errors import UserError
-from carrara.model import DiffusionModel, conditioner_configs
+from carrara.model import CONFIG, DiffusionModel, conditioner_configs
 from carrara.networks import Network
-from carrara.process import schedules
+from carrara.process import Predicts, schedules
 
 KEY = "carrara"
 """The entry of a config, and the name of the file of a folder, that has it."""
@@ -67,13 +68,15 @@ def restore(model: DiffusionModel | Classifier, record: Record, path: Path, *, w
             if len(model.names) != model.network.params.num_classes:
                 raise ValueError("another number of classes")
             return
-        model.predicts = record["predicts"]
+        model.predicts = typed(record["predicts"], Predicts, "predicts")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from None
 
 
 def _restore_sampling(model: DiffusionModel, record: Record, weights_only: bool) -> None:
-    model.levels, model.sampling, model.shape = record["levels"], dict(record["sampling"]), tuple(record["shape"])
+    stored = {name: entry for name, entry in CONFIG.items() if name in ("levels", "sampling", "shape", "sigma_data")}
+    for name, value in read_entries(record, stored, KEY, others=True).items():
+        setattr(model, name, value)
     own = model.class_labels
     model.conditioners = tuple(conditioning.build(entry) for entry in conditioner_configs(dict(record)))
     recorded = model.class_labels
@@ -82,8 +85,9 @@ def _restore_sampling(model: DiffusionModel, record: Record, weights_only: bool)
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).rstrip(".") if isinstance(error, UserError) else f"{error!r} is wrong or missing"
     return UserError(
-        f"{path} does not describe a model ({error!r} is wrong or missing): export it again, or delete the file.",
+        f"{path} does not describe a model ({reason}): export it again, or delete the file.",
         key=str(path),
         code="damaged",
     )

@@ -74,8 +74,7 @@ def read(config: Mapping[str, Any]) -> tuple[Discrete, Predicts]:
             key="prediction_type",
             code="unknown",
         )
-    known = {name: value for name, value in config.items() if name in ENTRIES}
-    c = read_entries(known, ENTRIES, "the scheduler's config")
+    c = read_entries(config, ENTRIES, "the scheduler's config", others=True)
     schedule = _table(c)
     return schedules.zero_terminal_snr(schedule) if c["rescale_betas_zero_snr"] else schedule, PREDICTS[predicts]
 

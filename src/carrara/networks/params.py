@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
+from carrara.entries import typed_fields
 from carrara.errors import Code, UserError, nearest
 
 
@@ -19,9 +20,8 @@ class Params:
     section: ClassVar[str] = "network"
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]  # JSON and YAML have lists
-            if isinstance(getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        for name, value in typed_fields(self, self.section).items():
+            object.__setattr__(self, name, value)
         self._check()
 
     def _check(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from carrara.entries import construct
 from carrara.errors import UserError, nearest, whole_number
 
 Time = float | Tensor
@@ -441,9 +442,4 @@ def build(spec: dict[str, object]) -> Schedule:
             key="schedule.kind",
             code="unknown",
         )
-    try:
-        return constructors[kind](**arguments)
-    except TypeError as error:
-        raise UserError(
-            f"the schedule '{kind}' cannot be made from {sorted(arguments)}: {error}.", key="schedule"
-        ) from None
+    return construct(constructors[kind], arguments, "schedule")
