@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from carrara.data import Source, open_source
 from carrara.errors import UserError
 from tests.data.builders import Contents, files, folder, jsonl, picture, pixels, png, tarred, zipped
+from tests.errors import refused
 
 CAPTIONED: Contents = {
     name: data for i in range(4) for name, data in ((f"{i}.png", png(i)), (f"{i}.txt", f"picture {i}\n"))
@@ -54,10 +57,10 @@ def test_nested_class_folders_take_the_first_folder(tmp_path: Path) -> None:
     assert source.class_names == ("cat", "dog")
 
 
-def test_images_beside_class_folders_are_told(tmp_path: Path) -> None:
+def test_images_outside_of_class_folders_are_named(tmp_path: Path) -> None:
     source = open_source(folder(tmp_path, {**CLASSES, "stray.png": png(9)}))
     assert source.class_names is None
-    assert source.warnings == ["1 image beside the sub-folders: these are not taken for classes."]
+    assert source.warnings == ["1 image outside of the sub-folders: these are not taken for classes."]
 
 
 @pytest.mark.parametrize("archive", ["folder", "zip"])
@@ -213,9 +216,6 @@ def test_files_that_pillow_does_not_read_are_counted(tmp_path: Path) -> None:
 
 
 def test_metadata_parquet_beside_images(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = folder(tmp_path, files(2))
     pq.write_table(pa.table({"file_name": ["000.png", "001.png"], "text": ["a", "b"]}), path / "metadata.parquet")
     assert [example.caption for example in open_source(path)] == ["a", "b"]
@@ -320,3 +320,77 @@ def test_links_do_not_lead_in_circles(tmp_path: Path) -> None:
     (tmp_path / "set" / "c").symlink_to(tmp_path / "set" / "a")
     source = open_source(tmp_path / "set")
     assert [source[i].name for i in range(len(source))] == ["a/1.png", "b/2.png", "c/1.png"]
+
+
+@pytest.mark.parametrize("shard", ["backup.tar", "more/000.tar"])
+def test_images_and_shards_in_one_folder_are_refused(tmp_path: Path, shard: str) -> None:
+    tarred(folder(tmp_path, files(3)) / shard, files(2))
+    with refused("conflict", key=str(tmp_path)):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("contents", [{"notes.md": "# mine"}, {"weights.bin": b"12"}])
+def test_a_tar_without_images_takes_no_folder_over(tmp_path: Path, contents: Contents) -> None:
+    tarred(folder(tmp_path, files(3)) / "other.tar", contents)
+    source = open_source(tmp_path)
+    assert len(source) == 3
+    assert source.warnings == ["not read: 1 .tar file; give its path to read it."]
+
+
+def test_a_damaged_tar_takes_no_folder_over(tmp_path: Path) -> None:
+    assert len(open_source(folder(tmp_path, {**files(3), "a.tar": b"junk"}))) == 3
+
+
+@pytest.mark.parametrize("columns", [{"a": [1]}, {"embedding": [[0.5, 1.5]]}])
+def test_a_table_without_images_takes_no_folder_over(tmp_path: Path, columns: dict[str, object]) -> None:
+    pq.write_table(pa.table(columns), folder(tmp_path, files(3)) / "features.parquet")
+    source = open_source(tmp_path)
+    assert len(source) == 3
+    assert source.warnings == ["not read: 1 .parquet file; give its path to read it."]
+
+
+def test_images_next_to_a_table_of_images_are_counted(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(7)]}), folder(tmp_path, {"assets/a.png": png(0)}) / "a.parquet")
+    source = open_source(tmp_path)
+    assert same_pixels(source, 0, 7)
+    assert source.warnings == ["not read, as the parquet holds the images: 1 image file."]
+
+
+def test_shards_and_tables_in_one_folder_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(7)]}), tmp_path / "a.parquet")
+    tarred(tmp_path / "a.tar", files(2))
+    with refused("conflict", key=str(tmp_path)):
+        open_source(tmp_path)
+
+
+def test_a_state_of_something_else_is_no_saved_data_set(tmp_path: Path) -> None:
+    assert len(open_source(folder(tmp_path, {**files(2), "state.json": "{}"}))) == 2
+
+
+@pytest.mark.parametrize("others", [["plane"], ["car", "plane"], ["unsorted/deep"]])
+@pytest.mark.parametrize("archive", ["folder", "zip", "tar"])
+def test_a_folder_called_train_among_others_is_refused(tmp_path: Path, others: list[str], archive: str) -> None:
+    contents: Contents = {f"{name}/{i}.png": png(i) for name in ["train", *others] for i in range(2)}
+    path = {"folder": folder, "zip": zipped, "tar": tarred}[archive](tmp_path / f"a.{archive}", contents)
+    with refused("conflict", key=str(path)):
+        open_source(path)
+
+
+@pytest.mark.parametrize("stray", ["stray.png", "extra/1.png"])
+def test_images_of_no_split_are_counted(tmp_path: Path, stray: str) -> None:
+    contents: Contents = {f"{split}/{i}.png": png(i) for split in ("train", "test") for i in range(2)}
+    source = open_source(folder(tmp_path, {**contents, stray: png(5)}))
+    assert len(source) == 2
+    assert source.warnings == [f"images of no split, left out: 1 (the first is {stray})."]
+
+
+def test_two_spellings_of_one_split_are_refused(tmp_path: Path) -> None:
+    path = folder(tmp_path, {f"{split}/1.png": png(1) for split in ("train", "val", "valid")})
+    assert len(open_source(path, split="val")) == 1
+    with refused("conflict", key="data.split"):
+        open_source(path, split="validation")
+
+
+def test_a_plain_tar_has_its_own_splits(tmp_path: Path) -> None:
+    path = tarred(tmp_path / "a.tar", {f"{split}/{i}.png": png(i) for split in ("train", "test") for i in range(2)})
+    assert [example.name for example in open_source(path, split="test")] == ["a.tar/test/0.png", "a.tar/test/1.png"]

@@ -1,21 +1,18 @@
-"""Which caption and which class belong to which file of a tree: metadata files, side files, class folders."""
+"""Which caption and which class belong to which file of a tree: metadata files, and files next to the pictures."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
 import posixpath
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import overload
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from carrara.data.columns import LABELS, choose_caption, named, numbers_or_names
-from carrara.data.decode import IMAGE_SUFFIXES, UnreadablePicture
+from carrara.data.columns import CAPTIONS, LABELS, choose_caption, left_out, named, numbers_or_names
+from carrara.data.decode import IMAGE_SUFFIXES
+from carrara.data.rows import Row, edm_rows, parse_json, read_text, rows_of
+from carrara.data.source import printable
 from carrara.data.trees import Tree, base_name, suffix_of
 from carrara.errors import UserError, nearest
 
@@ -27,33 +24,47 @@ METADATA = (
 )  # the last as EDM and StyleGAN write it
 SIDE_SUFFIXES = (".txt", ".caption")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
+_HALF = re.compile(r"[\ud800-\udfff]")
 _SHOWN = 5
+_ROWS_LOOKED_AT = 100
 
-Row = dict[str, object]
 
-
-@dataclass
+@dataclass(frozen=True)
 class Described:
     """What is known about some files, in sorted order.
 
     Attributes:
         names: the files.
         captions, classes: a text and a class for each, or None.
-        sentence: where this was found.
+        found: where these were found, in words.
         notices: what is worth saying.
         known_classes: classes that occur in other splits.
     """
 
-    names: list[str]
-    captions: Sequence[str] | None
-    classes: list[object] | None
-    sentence: str
-    notices: list[str]
+    names: Sequence[str]
+    captions: Sequence[str] | None = None
+    classes: Sequence[object] | None = None
+    found: tuple[str, ...] = ()
+    notices: list[str] = field(default_factory=list)
     known_classes: Sequence[object] = ()
+
+    def with_captions(self, other: Described) -> Described:
+        """The captions of `other`, which knows some of these files, together with these classes."""
+        if other.captions is None or self.classes is None:
+            return self
+        class_of = dict(zip(self.names, self.classes, strict=True))
+        return Described(
+            other.names,
+            other.captions,
+            [class_of[name] for name in other.names],
+            (*self.found, *other.found),
+            [*self.notices, *other.notices],
+            self.known_classes,
+        )
 
 
 class SideFiles(Sequence[str]):
-    """The text beside each picture, read when asked for."""
+    """The text file of each picture, read when it is needed."""
 
     def __init__(self, tree: Tree, names: Sequence[str]) -> None:
         self._tree = tree
@@ -69,17 +80,17 @@ class SideFiles(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return _text(self._tree, self._names[index]).strip()
+        return read_text(self._tree, self._names[index]).strip()
 
 
 def find_metadata(tree: Tree) -> list[str]:
     """The metadata files of a tree, by name, at the root and in sub-folders."""
-    return [name for name in tree.sizes if base_name(name) in METADATA and not _says_nothing(tree, name)]
+    return [name for name in tree.sizes if base_name(name) in METADATA and not _is_empty(tree, name)]
 
 
-def _says_nothing(tree: Tree, name: str) -> bool:
-    """EDM writes a dataset.json without labels beside images without classes."""
-    return name.endswith("dataset.json") and not _edm_rows(_text(tree, name), tree.where(name))
+def _is_empty(tree: Tree, name: str) -> bool:
+    """EDM writes a dataset.json without labels next to images without classes."""
+    return name.endswith("dataset.json") and not edm_rows(read_text(tree, name), tree.where(name))
 
 
 def misspelt_metadata(tree: Tree) -> list[str]:
@@ -97,29 +108,38 @@ def misspelt_metadata(tree: Tree) -> list[str]:
 def from_metadata(
     tree: Tree, pictures: Sequence[str], folder: str, files: Sequence[str], caption_column: str | None, limit: float
 ) -> Described:
-    """What metadata files say, each about the files at and below its own folder.
+    """What metadata files contain, each about the files at and below its own folder.
 
-    Rows without a file and files without a row are left out, and named, up to the share `limit`. Rows about the
+    Rows without a file and files without a row are left out, and named, up to the fraction `limit`. Rows about the
     files of other splits are passed over.
 
     Args:
         pictures: the files wanted, all below `folder`.
 
     Raises:
-        UserError: a row cannot be read, a column is missing, or more names than `limit` do not match.
+        UserError: a row cannot be read, a column is missing, two rows of one file differ, or more names than `limit`
+            do not match.
     """
     rows: dict[str, Row] = {}
     others: list[Row] = []
     extra: list[str] = []
+    repeated = 0
     wanted = set(pictures)
     near = [file for file in files if folder.startswith(_folder(file)) or _folder(file).startswith(folder)]
     for file in files:
-        table = _rows(tree, file)
+        table = rows_of(tree, file)
         key = _file_column(table[0], tree.where(file))
         for row in table:
-            name = posixpath.normpath(_folder(file) + str(row.get(key) or ""))
+            name = posixpath.normpath(_folder(file) + str(row.pop(key, None) or ""))
             if name in wanted:
-                rows[name] = row
+                repeated += name in rows
+                if rows.setdefault(name, row) != row:
+                    raise UserError(
+                        f"{tree.where(file)} has a second row for {tree.where(name)} that differs from the first: keep "
+                        "one row for each image, several captions as a list.",
+                        key=tree.where(file),
+                        code="conflict",
+                    )
             elif name in tree.sizes or file not in near:
                 others.append(row)
             else:
@@ -128,91 +148,156 @@ def from_metadata(
     missing = [name for name in pictures if name not in rows]
     names = [name for name in pictures if name in rows]
     notices = _unmatched(where, len(rows), len(pictures), extra, missing, limit)
-    described = _from_rows([rows[name] for name in names], caption_column, where)
-    label = next((c for c in LABELS if described.classes and all(c in row for row in others)), None)
-    return replace(
-        described,
-        names=names,
-        notices=notices + described.notices,
-        known_classes=[] if label is None else [row[label] for row in others],
-    )
+    notices += [f"{where}: rows that repeat another: {repeated}."] if repeated else []
+    described = _from_rows(names, [rows[name] for name in names], caption_column, where, others)
+    if described.captions is None and described.classes is None:
+        columns = ", ".join(dict.fromkeys(column for row in rows.values() for column in row))
+        raise UserError(
+            f"{where} has neither a caption nor a label column among {columns}: "
+            "name the caption column (data.caption_column), or call it 'text'.",
+            key=where,
+            code="missing",
+        )
+    return replace(described, notices=notices + described.notices)
 
 
 def _folder(file: str) -> str:
     return file.removesuffix(base_name(file))
 
 
-def _from_rows(rows: Sequence[Row], caption_column: str | None, where: str) -> Described:
-    """The caption and label columns of some rows, one row a picture.
+def _from_rows(
+    names: Sequence[str], rows: Sequence[Row], caption_column: str | None, where: str, others: Sequence[Row] = ()
+) -> Described:
+    """The caption and label columns of some rows, where there are such.
+
+    Args:
+        names: the picture of each row.
+        others: rows of other splits.
 
     Raises:
-        UserError: there is neither, or the caption column asked for is not there, or a label is.
+        UserError: the requested caption column is not there, or captions are texts in some rows only.
     """
     columns = [c for c in dict.fromkeys(c for row in rows for c in row) if c not in FILE_COLUMNS]
-    texts = [c for c in columns if all(isinstance(row.get(c), str | list | None) for row in rows)]
+    some = [c for c in columns if any(_caption(row.get(c)) is not None for row in rows)]
+    bad = {c: next((i for i, row in enumerate(rows) if _is_no_caption(row.get(c))), None) for c in some}
+    for column in [c for c in (caption_column, *named(CAPTIONS, some)) if c in some][:1]:
+        if (index := bad[column]) is not None:
+            raise UserError(
+                f"{where}, {printable(names[index])}: {rows[index][column]!r} in column '{column}' is no caption: "
+                "write a text or a list of texts.",
+                key=where,
+            )
+    texts = [c for c in some if bad[c] is None]
     caption = choose_caption(texts, columns, caption_column, where)
-    label = next((c for c in LABELS if c in columns and c != caption), None)
-    if caption is None and label is None:
-        raise UserError(
-            f"{where} has neither a caption nor a label column among {', '.join(columns)}: "
-            "name the caption column (data.caption_column), or call it 'text'."
-        )
-    captions = None if caption is None else [_first(row.get(caption)) for row in rows]
-    classes = None if label is None else [row.get(label) for row in rows]
-    notices = []
+    flat = [c for c in columns if any(not isinstance(row.get(c), list | dict | None) for row in rows)]
+    label = next((c for c in named(LABELS, flat) if c != caption), None)
+    notices = left_out([c for c in columns if c not in (*texts, label)], label, caption, where)
+    captions = None if caption is None else [_caption(row.get(caption)) or "" for row in rows]
     if captions is not None and (empty := captions.count("")):
         notices.append(f"captions are empty in {where}: {empty} of {len(rows)}.")
-    said = [f"captions in '{caption}'"] * (caption is not None) + [f"classes in '{label}'"] * (label is not None)
-    return Described([], captions, classes, f"{where} ({', '.join(said)})", notices)
+    if captions is not None and (halves := [text for text in captions if _HALF.search(text)]):
+        notices.append(f"captions with half characters in {where}, replaced by \ufffd: {len(halves)} of {len(rows)}.")
+        captions = [_HALF.sub("\ufffd", text) for text in captions]
+    found = [f"captions in '{caption}'"] * (caption is not None) + [f"classes in '{label}'"] * (label is not None)
+    return Described(
+        names,
+        captions,
+        None if label is None else [row.get(label) for row in rows],
+        (f"{where} ({', '.join(found)})",) if found else (),
+        notices,
+        [] if label is None else [row.get(label) for row in others],
+    )
 
 
-def from_side_files(tree: Tree, pictures: Sequence[str], limit: float) -> Described | None:
-    """A text file of the same stem beside each picture; None where no picture has one.
+def _caption(value: object) -> str | None:
+    """A text, or the first of a list of texts; None for anything else."""
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        value = value[0] if value else None
+    return value if isinstance(value, str) else None
+
+
+def _is_no_caption(value: object) -> bool:
+    return value is not None and value != [] and _caption(value) is None
+
+
+def from_side_files(tree: Tree, pictures: Sequence[str], limit: float, caption_column: str | None) -> Described:
+    """The files of the same stem next to each picture: KEY.jpg with KEY.txt, KEY.caption, KEY.cls or KEY.json.
+
+    Captions come from text files, else from a column of the .json files (only from there where one is requested);
+    classes come from .cls files, else from the .json files. Pictures that lack a file that others have are left out,
+    and named, up to the fraction `limit`.
 
     Raises:
-        UserError: the share of pictures without one is above `limit`.
+        UserError: a side file cannot be read, or more pictures than `limit` lack one.
     """
-    beside: dict[str, str] = {}
+    stems = {name: stem_of(name)[0] for name in pictures}
+    sides: dict[str, dict[str, str]] = {"text": {}, ".cls": {}, ".json": {}}
     for name in tree.sizes:
         stem, suffix = stem_of(name)
-        if suffix in SIDE_SUFFIXES:
-            beside.setdefault(stem, name)
-    names = [name for name in pictures if stem_of(name)[0] in beside]
-    if not names:
-        return None
-    missing = [name for name in pictures if stem_of(name)[0] not in beside]
-    stems = {stem_of(name)[0] for name in pictures}
-    extra = [name for stem, name in beside.items() if stem not in stems and not _is_prose(name)]
-    suffix = stem_of(beside[stem_of(names[0])[0]])[1]
-    notices = _unmatched(f"the {suffix} files", len(names), len(pictures), extra, missing, limit)
-    captions = SideFiles(tree, [beside[stem_of(name)[0]] for name in names])
-    return Described(names, captions, None, f"a {suffix} caption beside each image", notices)
+        sides.get("text" if suffix in SIDE_SUFFIXES else suffix, {}).setdefault(stem, name)
+    of_picture = {
+        kind: {name: side[stem] for name, stem in stems.items() if stem in side} for kind, side in sides.items()
+    }
+    texts = of_picture["text"] if caption_column is None else {}
+    numbers, json_files = of_picture[".cls"], of_picture[".json"]
+    table = _from_json_files(tree, json_files, bool(texts), bool(numbers), caption_column)
+    if table.captions is None and table.classes is None:
+        json_files = {}
+    used = [side for side in (texts, numbers, json_files) if side]
+    names = [name for name in pictures if all(name in side for side in used)]
+    if not used:
+        return Described(pictures, notices=table.notices)
+    row_of = {name: row for row, name in enumerate(table.names)}
+    captions: Sequence[str] | None = SideFiles(tree, [texts[name] for name in names]) if texts else None
+    classes: Sequence[object] | None = None
+    if numbers:
+        classes = numbers_or_names([read_text(tree, numbers[name]).strip() for name in names])
+    if table.captions is not None:
+        captions = [table.captions[row_of[name]] for name in names]
+    if table.classes is not None:
+        classes = [table.classes[row_of[name]] for name in names]
+    kinds = [f"{what} in {_suffixes(side)} files" for what, side in (("captions", texts), ("classes", numbers)) if side]
+    missing = [name for name in pictures if any(name not in side for side in used)]
+    every = {stem_of(name)[0] for name in tree.sizes if suffix_of(name) in IMAGE_SUFFIXES}
+    known = {**(sides["text"] if texts else {}), **(sides[".cls"] if numbers else {})}
+    extra = [name for stem, name in known.items() if stem not in every and not _is_prose(name)]
+    where = f"the {', '.join(_suffixes(side) for side in used)} files"
+    notices = _unmatched(where, len(names), len(pictures), extra, missing, limit)
+    return Described(names, captions, classes, (*kinds, *table.found), [*notices, *table.notices])
 
 
-def from_shard_files(tree: Tree, pictures: Sequence[str], limit: float, caption_column: str | None) -> Described | None:
-    """Webdataset's samples: the files of one key, KEY.jpg with KEY.txt, KEY.cls or KEY.json beside it.
+def _suffixes(side: Mapping[str, str]) -> str:
+    return " and ".join(sorted({suffix_of(name) for name in side.values()}))
 
-    Raises:
-        UserError: a side file cannot be read, or too many pictures lack one.
+
+def _from_json_files(
+    tree: Tree, files: Mapping[str, str], has_captions: bool, has_classes: bool, caption_column: str | None
+) -> Described:
+    """What the .json files of some pictures contain of what other files do not.
+
+    Where captions lie in text files, a hundred of the files are looked at first: those of large collections hold
+    addresses and sizes only, and take minutes to read.
     """
-    described = from_side_files(tree, pictures, limit) or Described(list(pictures), None, None, "", [])
-    stems = [stem_of(name)[0] for name in described.names]
-    if all(f"{stem}.json" in tree.sizes for stem in stems) and (described.captions is None or caption_column):
-        rows = [_json_row(tree, f"{stem}.json") for stem in stems]
-        described = replace(_from_rows(rows, caption_column, "the .json files"), names=described.names)
-    if all(f"{stem}.cls" in tree.sizes for stem in stems):
-        texts = [_text(tree, f"{stem}.cls").strip() for stem in stems]
-        said = f"{described.sentence} and classes in .cls" if described.sentence else "classes in .cls"
-        described = replace(described, classes=numbers_or_names(texts), sentence=said)
-    return described if described.sentence else None
+    if not files or (has_captions and has_classes):
+        return Described([])
 
+    def rows(names: Sequence[str]) -> list[Row]:
+        values = [parse_json(read_text(tree, files[name]), tree.where(files[name]), files[name]) for name in names]
+        objects = [value if isinstance(value, dict) else {} for value in values]
+        labels = [set(named(LABELS, row)) for row in objects]
+        return [
+            {c: row[c] for c in row if (c in own if has_captions else not (has_classes and c in own))}
+            for row, own in zip(objects, labels, strict=True)
+        ]
 
-def _json_row(tree: Tree, name: str) -> Row:
-    try:
-        row = json.loads(_text(tree, name))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{tree.where(name)} is no JSON: {error}.") from error
-    return row if isinstance(row, dict) else {}
+    names = list(files)
+    if has_captions and not any(rows(names[:: -(-len(names) // _ROWS_LOOKED_AT)])):
+        return Described([])
+    described = _from_rows(names, rows(names), caption_column, "the .json files")
+    if described.captions is None and described.classes is None and not (has_captions or has_classes):
+        notice = "the .json files hold neither captions nor classes: not read."
+        return replace(described, notices=[*described.notices, notice])
+    return described
 
 
 def stem_of(name: str) -> tuple[str, str]:
@@ -226,98 +311,37 @@ def _is_prose(name: str) -> bool:
     return stem_of(base_name(name))[0].lower() in {"readme", "license", "licence", "classes", "labels", "notes"}
 
 
-def _rows(tree: Tree, file: str) -> list[Row]:
-    where = tree.where(file)
-    if file.endswith(".parquet"):
-        return _parquet_rows(tree, file)
-    text = _text(tree, file)
-    rows: list[Row] = []
-    if file.endswith("dataset.json"):
-        rows = _edm_rows(text, where)
-    elif file.endswith(".csv"):
-        rows = _csv_rows(text)
-    else:
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where} line {number} is no JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise UserError(f'{where} line {number} is no JSON object of the form {{"file_name": …}}.')
-            rows.append(row)
-    if not rows:
-        raise UserError(f"{where} has no rows: write one for each image, or remove the file.")
-    return rows
-
-
-def _parquet_rows(tree: Tree, file: str) -> list[Row]:
-    try:
-        rows: list[Row] = pq.read_table(io.BytesIO(tree.read(file))).to_pylist()
-    except (pa.ArrowException, UnreadablePicture) as error:
-        raise UserError(f"{tree.where(file)} cannot be read as parquet: {error}.") from error
-    if not rows:
-        raise UserError(f"{tree.where(file)} has no rows: write one for each image, or remove the file.")
-    return rows
-
-
-def _csv_rows(text: str) -> list[Row]:
-    """Rows of texts; a label column of numbers becomes numbers, as it would be in JSON."""
-    rows: list[Row] = [dict(row) for row in csv.DictReader(io.StringIO(text))]
-    for column in named(LABELS, rows[0] if rows else ()):
-        for row, value in zip(rows, numbers_or_names([str(row[column] or "") for row in rows]), strict=True):
-            row[column] = value
-    return rows
-
-
-def _edm_rows(text: str, where: str) -> list[Row]:
-    """{"labels": [["00000/img.png", 6], …]}, the description in the data set zips of EDM and StyleGAN."""
-    try:
-        pairs = json.loads(text)["labels"]
-        return [{"file_name": name, "label": label} for name, label in pairs or []]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{where} is not of the form {{"labels": [["NAME.png", 0], …]}}.') from error
-
-
-def _text(tree: Tree, name: str) -> str:
-    try:
-        return tree.read(name).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{tree.where(name)} is not UTF-8 text: save it as UTF-8.") from error
-    except UnreadablePicture as error:
-        raise UserError(f"{tree.where(name)} cannot be read: {error}.") from error
-
-
 def _file_column(row: Row, where: str) -> str:
-    for column in FILE_COLUMNS:
-        if column in row:
-            return column
-    raise UserError(f"{where} has no column 'file_name': {nearest('file_name', map(str, row))}")
-
-
-def _first(value: object) -> str:
-    if isinstance(value, list):
-        value = value[0] if value else ""
-    return "" if value is None else str(value)
+    for column in named(FILE_COLUMNS, row):
+        return column
+    raise UserError(
+        f"{where} has no column 'file_name': {nearest('file_name', map(str, row))}", key=where, code="missing"
+    )
 
 
 def _unmatched(
     where: str, matched: int, images: int, extra: Sequence[str], missing: Sequence[str], limit: float
 ) -> list[str]:
-    sentences = []
-    if extra:
-        sentences.append(f"names without an image: {len(extra)} ({_some(extra)})")
+    """A notice of the names without an image and the images without a row.
+
+    Raises:
+        UserError: they are more than the fraction `limit`.
+    """
+    sentences = [f"names without an image: {len(extra)} ({_some(extra)})"] if extra else []
     if missing:
         sentences.append(f"images without a row or text: {len(missing)} of {images} ({_some(missing)})")
     if not sentences:
         return []
-    told = f"{where}: {matched} matched, {', '.join(sentences)}"
+    sentence = f"{where}: {matched} matched, {', '.join(sentences)}"
     if len(extra) + len(missing) > limit * max(images, 1):
-        raise UserError(f"{told}: mend the names, or raise data.unreadable_limit to leave them out.")
-    return [f"{told}; these are left out."]
+        raise UserError(
+            f"{sentence}: correct the names, or raise data.unreadable_limit to leave them out.",
+            key="data.unreadable_limit",
+            code="mismatch",
+        )
+    return [f"{sentence}; these are left out."]
 
 
 def _some(names: Iterable[str]) -> str:
-    names = list(names)
+    names = list(map(printable, names))
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

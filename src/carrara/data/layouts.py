@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from carrara.data.arrays import open_npz
@@ -13,7 +14,6 @@ from carrara.data.captions import (
     Described,
     find_metadata,
     from_metadata,
-    from_shard_files,
     from_side_files,
     misspelt_metadata,
 )
@@ -21,12 +21,13 @@ from carrara.data.columns import class_numbers
 from carrara.data.decode import IMAGE_SUFFIXES
 from carrara.data.digits import open_digits
 from carrara.data.source import Source, counted, printable
-from carrara.data.splits import Part, files_of_split, part_of_tree
-from carrara.data.tables import open_arrow, open_parquet
+from carrara.data.splits import Part, files_of_split, part_of_tree, split_of_name
+from carrara.data.tables import TablePictures, may_hold_pictures, open_arrow, open_parquet
 from carrara.data.trees import FolderTree, ShardTree, Tree, ZipTree, base_name, suffix_of
 from carrara.errors import UserError, nearest
 
 _FOREIGN = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".svg", ".psd", ".exr", ".jxl")
+_CONTAINERS = (".tar", ".parquet", ".arrow", ".zip", ".npz", ".rar", ".7z")
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -43,7 +44,7 @@ class TreePictures:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return printable(self.tree.where(self.names[index]))
+        return self.tree.where(self.names[index])
 
     def read(self, index: int) -> bytes:
         return self.tree.read(self.names[index])
@@ -58,12 +59,12 @@ def open_source(
     .csv (also nested); parquet file(s) or a folder of them; a data set saved by Hugging Face `datasets`;
     webdataset tar shards (a folder, one file, or "name-{000..099}.tar"); a zip of any of the image layouts
     (also with EDM's dataset.json); an .npz of arrays; or the word "digits" (scikit-learn's scanned digits).
-    Where folders, files or tables tell splits, `split` is taken.
+    Where folders, files or tables are split, `split` is taken.
 
     Args:
         path: where the data lies, or "digits".
         split: which part.
-        unreadable_limit: share of unreadable images, or of captions and images without each other, that is
+        unreadable_limit: fraction of unreadable images, or of captions and images without each other, that is
             left out with a notice; more is refused.
         caption_column: the column of captions where its name is not one of the usual.
 
@@ -71,19 +72,24 @@ def open_source(
         UserError: nothing is there, or it cannot be understood; the sentence says what was looked for.
     """
     if not 0 <= unreadable_limit <= 1:
-        raise UserError(f"data.unreadable_limit is a share between 0 and 1, not {unreadable_limit}.")
+        raise UserError(
+            f"data.unreadable_limit is a fraction between 0 and 1, not {unreadable_limit}.", key="data.unreadable_limit"
+        )
     if not str(path).strip():
-        raise UserError("the path of the data is empty: give a folder, a file, or the word 'digits'.")
+        raise UserError("the path of the data is empty: give a folder, a file, or the word 'digits'.", key="data.path")
     try:
         source = _opened(path, split, unreadable_limit, caption_column)
     except PermissionError as error:
+        where = printable(str(error.filename or path))
         raise UserError(
-            f"{error.filename or path} may not be read: give yourself the permission to.",
-            key=str(error.filename or path),
-            code="resources",
+            f"{where} may not be read: give yourself the permission to.", key=where, code="resources"
         ) from None
     if caption_column is not None and source.captions is None:
-        raise UserError(f"{source.name} has no captions, so no caption column '{caption_column}' to take them from.")
+        raise UserError(
+            f"{source.name} has no captions, so no caption column '{caption_column}'.",
+            key="data.caption_column",
+            code="missing",
+        )
     source.unreadable_limit = unreadable_limit
     return source
 
@@ -91,43 +97,69 @@ def open_source(
 def _opened(path: str | Path, split: str, limit: float, caption_column: str | None) -> Source:
     if str(path) == "digits":
         return open_digits(split)
-    name = str(path)
+    name = printable(str(path))
     if _BRACES.search(name):
         listed = _expand(name)
         _refuse_named_split([shard.name for shard in listed], split, name)
-        return _open_shards(listed, name, limit, caption_column)
+        return _open_shards(listed, name, "train", limit, caption_column)
     path = Path(path).expanduser()
     _refuse_missing(path)
     if path.is_file():
         return _open_file(path, split, limit, caption_column)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    saved = {"dataset_dict.json"}, {"state.json", "dataset_info.json"}
+    if any(all((path / file).exists() for file in files) for files in saved):
         return open_arrow(path, split, name, caption_column)
     tree = FolderTree(path)
-    files = list(tree.sizes)
-    if any(file.endswith(".parquet") and base_name(file) not in METADATA for file in files):
-        return _open_tables(tree, name, split, caption_column)
-    shards = [file for file in files if file.endswith(".tar")]
+    images = [file for file in tree.sizes if suffix_of(file) in IMAGE_SUFFIXES]
+    shards = [file for file in tree.sizes if file.endswith(".tar") and not (images and not _holds_images(path / file))]
+    tables = [file for file in tree.sizes if file.endswith(".parquet") and base_name(file) not in METADATA]
+    tables = [file for file in tables if not (images and not may_hold_pictures(path / file))]
+    _refuse_mixture(name, images, shards, tables)
+    if tables:
+        return _open_tables(tree, tables, len(images), name, split, caption_column)
     if shards:
-        _refuse_packed(name, files)
+        _refuse_packed(name, list(tree.sizes))
         of_split = files_of_split(shards, split, name)
-        source = _open_shards([path / file for file in of_split.own], name, limit, caption_column)
+        source = _open_shards([path / file for file in of_split.own], name, "train", limit, caption_column)
         source.notices += of_split.notices
         return source
     return _open_tree(tree, name, "a folder", split, limit, caption_column)
 
 
-def _open_tables(tree: FolderTree, name: str, split: str, caption_column: str | None) -> Source:
-    files = [file for file in tree.sizes if file.endswith(".parquet") and base_name(file) not in METADATA]
+def _holds_images(shard: Path) -> bool:
+    try:
+        return any(suffix_of(name) in IMAGE_SUFFIXES for name in ShardTree([shard]).sizes)
+    except UserError:
+        return False
+
+
+def _refuse_mixture(name: str, images: Sequence[str], shards: Sequence[str], tables: Sequence[str]) -> None:
+    """Raises UserError where images lie in shards and also in files or tables: which are meant?"""
+    kinds = {"image files": images, "tar shards": shards, "parquet files": tables}
+    found = [f"{what} ({printable(files[0])})" for what, files in kinds.items() if files]
+    if shards and len(found) > 1:
+        raise UserError(
+            f"{name} holds {' and '.join(found)}: move one of them away, or give its own folder or files.",
+            key=name,
+            code="conflict",
+        )
+
+
+def _open_tables(
+    tree: FolderTree, tables: Sequence[str], images: int, name: str, split: str, caption_column: str | None
+) -> Source:
     readme = tree.read("README.md").decode("utf-8", "replace") if "README.md" in tree.sizes else ""
-    of_split = files_of_split(files, split, name, readme)
+    of_split = files_of_split(tables, split, name, readme)
     own, others = ([tree.root / file for file in part] for part in (of_split.own, of_split.others))
     source = open_parquet(own, name, caption_column, others)
     source.notices += of_split.notices
+    if images and isinstance(source.pictures, TablePictures) and not source.pictures.reads_files:
+        source.notices.append(f"not read, as the parquet holds the images: {counted(images, 'image file')}.")
     return source
 
 
-def _open_shards(shards: Sequence[Path], name: str, limit: float, caption_column: str | None) -> Source:
-    source = _open_tree(ShardTree(shards), name, "webdataset shards", "train", limit, caption_column)
+def _open_shards(shards: Sequence[Path], name: str, split: str, limit: float, caption_column: str | None) -> Source:
+    source = _open_tree(ShardTree(shards), name, "webdataset shards", split, limit, caption_column)
     source.notices += _gaps(shards)
     return source
 
@@ -138,12 +170,14 @@ def _refuse_packed(name: str, files: Sequence[str]) -> None:
     if packed:
         raise UserError(
             f"{name} holds compressed shards ({packed[0]}), which can only be read from start to end: decompress them "
-            "to plain .tar (gunzip *.tar.gz); the images inside are compressed already."
+            "to plain .tar (gunzip *.tar.gz); the images inside are compressed already.",
+            key=name,
+            code="unsupported",
         )
 
 
 def _refuse_named_split(files: Sequence[str], split: str, where: object) -> None:
-    """Files named one by one are the split that is meant, unless another one is asked for."""
+    """Raises UserError unless files that are named one by one are of the split: "train", or the one in their names."""
     if split != "train":
         files_of_split(files, split, where)
 
@@ -153,56 +187,56 @@ def _refuse_missing(path: Path) -> None:
         return
     here = path.parent
     siblings = [entry.name for entry in here.iterdir()] if here.is_dir() else []
+    sentence = f"there is no data at {path}: give a folder, a file, or the word 'digits'."
     if path.is_symlink():
-        raise UserError(f"{path} is a link to something that is not there.")
-    if not siblings:
-        raise UserError(f"there is no data at {path}: give a folder, a file, or the word 'digits'.")
-    raise UserError(f"there is no data at {path}: {nearest(path.name, siblings)}")
+        sentence = f"{path} is a link to something that is not there."
+    elif siblings:
+        sentence = f"there is no data at {path}: {nearest(path.name, siblings)}"
+    raise UserError(printable(sentence), key=printable(str(path)), code="missing")
 
 
 def _open_file(path: Path, split: str, limit: float, caption_column: str | None) -> Source:
-    suffix = path.suffix.lower()
+    suffix, name = path.suffix.lower(), printable(str(path))
     if suffix == ".zip":
-        return _open_tree(ZipTree(path), str(path), "a zip", split, limit, caption_column)
+        return _open_tree(ZipTree(path), name, "a zip", split, limit, caption_column)
     if suffix in IMAGE_SUFFIXES:
-        raise UserError(f"{path} is one image: give the folder that holds it.")
+        raise UserError(f"{name} is one image: give the folder that holds it.", key=name)
+    if suffix == ".tar" and split_of_name(path.name) is None:
+        return _open_shards([path], name, split, limit, caption_column)
     _refuse_named_split([path.name], split, path)
     if suffix == ".parquet":
-        return open_parquet([path], str(path), caption_column)
+        return open_parquet([path], name, caption_column)
     if suffix == ".npz":
         return open_npz(path)
     if suffix == ".tar":
-        return _open_shards([path], str(path), limit, caption_column)
-    _refuse_packed(str(path), [path.name])
-    raise UserError(f"{path} is no data set: give a folder, or a .parquet, .npz, .zip or .tar file.")
+        return _open_shards([path], name, "train", limit, caption_column)
+    _refuse_packed(name, [path.name])
+    raise UserError(f"{name} is no data set: give a folder, or a .parquet, .npz, .zip or .tar file.", key=name)
 
 
 def _open_tree(tree: Tree, name: str, kind: str, split: str, limit: float, caption_column: str | None) -> Source:
     """The image layouts, the same in a folder, a zip and in shards."""
-    every = [file for file in tree.sizes if suffix_of(file) in IMAGE_SUFFIXES]
-    if not every:
+    images = [file for file in tree.sizes if suffix_of(file) in IMAGE_SUFFIXES]
+    if not images:
         _refuse_packed(name, list(tree.sizes))
-        raise UserError(_no_pictures(tree, name))
-    part = part_of_tree(every, split, name)
-    pictures = list(part.pictures.values())
-    described = _describe(tree, part, limit, caption_column)
-    notices = _unread(tree)
-    if caption_column is not None and not find_metadata(tree) and not isinstance(tree, ShardTree):
-        raise UserError(
-            f"there is no caption column '{caption_column}' in {name}: looked for metadata.jsonl and "
-            f"metadata.csv at its root and in every sub-folder, and found neither."
-        )
-    if described is None:
-        notices += _mixed_depth(part) + _classes_in_names(pictures)
-        described = Described(pictures, None, None, "no captions or classes", [])
+        raise UserError(_no_pictures(tree, name), key=name, code="missing")
+    several = isinstance(tree, ShardTree) and len(tree.shards) > 1  # below the shards lies one set of folders
+    inside = {file: file.partition("/")[2] if several else file for file in images}
+    part = part_of_tree(inside, None if several else split, name)
+    described = _describe(tree, part, name, limit, caption_column)
+    notices = part.notices + _unread(tree)
+    if not described.found:
+        notices += _mixed_depth(part) + _classes_in_names(described.names)
     labels, class_names = None, None
     if described.classes is not None:
-        labels, class_names = class_numbers(described.classes, described.known_classes, name, described.names)
-    below = f" in {part.folder}" if part.folder and not isinstance(tree, ShardTree) else ""
+        rows = [tree.where(file) for file in described.names]
+        labels, class_names = class_numbers(described.classes, described.known_classes, name, rows)
+    below = f" in {printable(part.folder)}" if part.folder and not isinstance(tree, ShardTree) else ""
+    found = " and ".join(described.found) or "no captions or classes"
     classes = f", {len(class_names)} classes" if class_names else ""
     return Source(
         name=name,
-        layout=f"{kind} of {counted(len(described.names), 'image')}{below}: {described.sentence}{classes}",
+        layout=f"{kind} of {counted(len(described.names), 'image')}{below}: {found}{classes}",
         pictures=TreePictures(tree, described.names),
         labels=labels,
         captions=described.captions,
@@ -216,32 +250,40 @@ def _shard_sizes(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(Counter(name.split("/")[0] for name in names).values())
 
 
-def _describe(tree: Tree, part: Part, limit: float, caption_column: str | None) -> Described | None:
-    files = find_metadata(tree)
-    pictures = list(part.pictures.values())
-    if files:
-        return from_metadata(tree, pictures, part.folder, files, caption_column, limit)
-    if isinstance(tree, ShardTree):
-        described = from_shard_files(tree, pictures, limit, caption_column)
-        # Below several shards the first folders are the shards themselves, which are no classes.
-        return described or (_from_class_folders(part) if len(tree.shards) == 1 else None)
-    return from_side_files(tree, pictures, limit) or _from_class_folders(part)
+def _describe(tree: Tree, part: Part, name: str, limit: float, caption_column: str | None) -> Described:
+    """What metadata files contain of the pictures, else the files next to them; classes from there, else by folder."""
+    pictures = list(part.pictures)
+    if files := find_metadata(tree):
+        described = from_metadata(tree, pictures, part.folder, files, caption_column, limit)
+        if described.captions is None:
+            described = described.with_captions(from_side_files(tree, described.names, limit, None))
+    else:
+        described = from_side_files(tree, pictures, limit, caption_column)
+    if caption_column is not None and described.captions is None:
+        raise UserError(
+            f"there is no caption column '{caption_column}' in {name}: looked for metadata.jsonl and metadata.csv at "
+            "its root and in every sub-folder, and for .json files next to the images.",
+            key="data.caption_column",
+            code="missing",
+        )
+    return described if described.classes is not None else _with_class_folders(described, part)
 
 
-def _from_class_folders(part: Part) -> Described | None:
+def _with_class_folders(described: Described, part: Part) -> Described:
     """The first folder of each picture's path as its class; at least two, and no picture outside them."""
-    if len(part.class_folders) < 2 or any("/" not in rest for rest in part.pictures):
-        return None
-    classes: list[object] = [rest.split("/")[0] for rest in part.pictures]
-    return Described(list(part.pictures.values()), None, classes, "class folders", [], part.class_folders)
+    if len(part.class_folders) < 2 or any("/" not in rest for rest in part.pictures.values()):
+        return described
+    classes = [part.pictures[name].split("/")[0] for name in described.names]
+    found = (*described.found, "class folders")
+    return replace(described, classes=classes, found=found, known_classes=part.class_folders)
 
 
 def _mixed_depth(part: Part) -> list[str]:
-    """A notice where images lie both beside and inside sub-folders, so that these are no classes."""
-    loose = sum("/" not in rest for rest in part.pictures)
+    """A notice where images lie both in a folder and in its sub-folders, so that these are no classes."""
+    loose = sum("/" not in rest for rest in part.pictures.values())
     if not 0 < loose < len(part.pictures):
         return []
-    return [f"{counted(loose, 'image')} beside the sub-folders: these are not taken for classes."]
+    return [f"{counted(loose, 'image')} outside of the sub-folders: these are not taken for classes."]
 
 
 def _unread(tree: Tree) -> list[str]:
@@ -250,10 +292,12 @@ def _unread(tree: Tree) -> list[str]:
         f"{tree.where(file)} is not read: call it metadata.jsonl or metadata.csv if it holds captions."
         for file in misspelt_metadata(tree)
     ]
-    foreign = Counter(map(suffix_of, tree.sizes)) & Counter(dict.fromkeys(_FOREIGN, 10**9))
-    return notices + [
-        f"not read: {counted(n, f'{suffix} file')}; convert to .png or .jpg." for suffix, n in foreign.items()
-    ]
+    endings = Counter(suffix_of(file) for file in tree.sizes if base_name(file) not in METADATA)
+    for suffix, count in endings.items():
+        if suffix in (*_FOREIGN, *_CONTAINERS):
+            advice = "convert to .png or .jpg" if suffix in _FOREIGN else "give its path to read it"
+            notices.append(f"not read: {counted(count, f'{suffix} file')}; {advice}.")
+    return notices
 
 
 def _classes_in_names(pictures: Sequence[str]) -> list[str]:
@@ -280,12 +324,12 @@ def _expand(name: str) -> list[Path]:
     low, high = match.groups()
     numbers = [str(i).zfill(len(low)) for i in range(int(low), int(high) + 1)]
     if not numbers:
-        raise UserError(f"the braces of {name} count down: write the smaller number first.")
+        raise UserError(f"the braces of {name} count down: write the smaller number first.", key=name)
     return [shard for n in numbers for shard in _expand(name[: match.start()] + n + name[match.end() :])]
 
 
 def _gaps(shards: Sequence[Path]) -> list[str]:
-    """A notice for each shard that a running number says is missing."""
+    """A notice for the shards that are missing from a running number."""
     numbered: dict[str, dict[int, str]] = {}
     for shard in shards:
         match = re.search(r"(\d+)(?=\D*$)", shard.name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
+from carrara.data.source import printable
 from carrara.errors import UserError, nearest
 
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev")
@@ -28,12 +29,18 @@ def choose_split(split: str, known: Sequence[str], where: object) -> str:
     """The known split that is meant by `split`, with the usual other spellings of "validation".
 
     Raises:
-        UserError: there is no such split.
+        UserError: there is no such split, or several.
     """
-    for name in known:
-        if _split_of_word(name) == _split_of_word(split):
-            return name
-    raise UserError(f"{where} has no split '{split}': {nearest(split, known)}", key="data.split", code="unknown")
+    meant = [name for name in known if _split_of_word(name) == _split_of_word(split)]
+    if not meant:
+        raise UserError(f"{where} has no split '{split}': {nearest(split, known)}", key="data.split", code="unknown")
+    if len(meant) > 1 and split not in meant:
+        raise UserError(
+            f"{where} has several splits that may be '{split}', {' and '.join(meant)}: rename or move all but one.",
+            key="data.split",
+            code="conflict",
+        )
+    return split if split in meant else meant[0]
 
 
 def _split_of_word(word: str) -> str:
@@ -160,40 +167,70 @@ class Part:
     """The pictures of one split in a tree of files.
 
     Attributes:
-        pictures: their names, by what is left of the name below the folder that holds them all.
+        pictures: what is left of the name below the folder that holds them all, by name.
         folder: that folder, "" or ending in "/".
         class_folders: the folders right below it, of this split and of the others, sorted, so that classes are
             numbered alike in all splits.
+        notices: which pictures lie in no split.
     """
 
     pictures: dict[str, str]
     folder: str
     class_folders: list[str]
+    notices: list[str]
 
 
-def part_of_tree(names: Sequence[str], split: str, where: object) -> Part:
-    """Walk down from the root: into the split's folder where the folders are splits, and into lone folders.
+def part_of_tree(names: Mapping[str, str], split: str | None, where: object) -> Part:
+    """The pictures of a split and the folder that holds them all, below folders of splits and lone folders.
 
-    Folders are splits when one of them is "train" or all of them bear names of splits.
+    Folders are splits when all of them have names of splits, or several have, "train" among them.
+
+    Args:
+        names: the path of each picture within the tree, by name.
+        split: None where the whole tree is of one split.
 
     Raises:
-        UserError: there is no such split.
+        UserError: there is no such split, or "train" lies among folders that are no splits.
     """
-    left = {name: name for name in names}  # what is left of each name, below where the walk has come
-    own: set[str] | None = None
+    left = dict(names)  # what is left of each name below the folders descended into
+    own: set[str] | None = None if split is not None else set(names)
+    notices: list[str] = []
     while True:
         tops = sorted({rest.split("/")[0] for rest in left.values() if "/" in rest})
         known = [top for top in tops if top.lower() in SPLIT_NAMES]
-        if own is None and known and ("train" in map(str.lower, known) or len(known) == len(tops)):
-            wanted = choose_split(split, known, where)
+        if own is None and _are_splits(known, tops, where):
+            wanted = choose_split(str(split), known, where)
             own = {name for name, rest in left.items() if rest.startswith(f"{wanted}/")}
-            left = {name: rest for name, rest in left.items() if rest.split("/")[0] in known}
+            every = left
+            left = {name: rest for name, rest in left.items() if "/" in rest and rest.split("/")[0] in known}
+            notices += _left_out([name for name in every if name not in left])
         elif len(tops) != 1 or not all("/" in rest for rest in left.values()):
             break
         left = {name: rest.partition("/")[2] for name, rest in left.items()}
     if own is None:
-        refuse_split(split, where)
+        refuse_split(str(split), where)
         own = set(names)
-    pictures = {rest: name for name, rest in left.items() if name in own}
-    rest, name = next(iter(pictures.items()))
-    return Part(pictures, name.removesuffix(rest), tops)
+    pictures = {name: left[name] for name in names if name in own}
+    folders = {name.removesuffix(rest) for name, rest in pictures.items()}
+    return Part(pictures, folders.pop() if len(folders) == 1 else "", tops, notices)
+
+
+def _are_splits(known: Sequence[str], tops: Sequence[str], where: object) -> bool:
+    """Whether the folders `tops` are splits, of which those in `known` have the name of one."""
+    if not known or len(known) == len(tops):
+        return bool(known)
+    if "train" not in map(str.lower, known):
+        return False
+    if len(known) == 1:
+        others = [printable(top) for top in tops if top not in known]
+        raise UserError(
+            f"{where} has a folder '{known[0]}' and others ({', '.join(others[:3])}): rename '{known[0]}' if it is a "
+            "class, or move the others away if it is a split.",
+            key=str(where),
+            code="conflict",
+        )
+    return True
+
+
+def _left_out(names: Sequence[str]) -> list[str]:
+    return [f"images of no split, left out: {len(names)} (the first is {printable(names[0])})."] if names else []

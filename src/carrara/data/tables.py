@@ -80,6 +80,8 @@ class TablePictures:
         self._ends = list(itertools.accumulate(rows for rows, _ in folders))
         self._folders = [folder for _, folder in folders]
         self.encoded_bytes = int(column.nbytes)
+        structs = column.chunks if pa.types.is_struct(column.type) else []
+        self.reads_files = any(chunk.field("bytes").null_count > chunk.null_count for chunk in structs)
 
     def __len__(self) -> int:
         return len(self._column)
@@ -347,6 +349,14 @@ def _picture_columns(table: pa.Table, declared: Mapping[str, Mapping[str, Any]],
     if len(found) < 2:
         return taken, []
     return taken, [f"{name} has {len(found)} columns of images ({', '.join(found)}): '{taken}' is taken."]
+
+
+def may_hold_pictures(file: Path) -> bool:
+    """Whether a parquet file is whole and has a column of bytes."""
+    try:
+        return any(_holds_bytes(_plain(field.type)) for field in pq.read_schema(file))
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _shows_pictures(column: pa.ChunkedArray) -> bool:

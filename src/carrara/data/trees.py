@@ -1,4 +1,4 @@
-"""Trees of files: a folder, a zip archive, or tar shards, all asked the same two questions."""
+"""Trees of files: a folder, a zip archive, or tar shards, all with the same two methods."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import posixpath
 import tarfile
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from carrara.data.decode import UnreadablePicture
+from carrara.data.source import printable
 from carrara.errors import UserError
 
 _NOISE = ("__MACOSX", "Thumbs.db", "desktop.ini")
@@ -64,7 +66,7 @@ class FolderTree:
             raise UnreadablePicture(error.strerror or str(error)) from error
 
     def where(self, name: str) -> str:
-        return name
+        return printable(name)
 
 
 def _walk(root: Path, below: str, above: frozenset[tuple[int, int]]) -> list[tuple[str, int]]:
@@ -95,16 +97,19 @@ class ZipTree:
         self._local = threading.local()
         members = self._archive().infolist()
         if any(member.flag_bits & 1 for member in members):
-            raise UserError(f"{path} is encrypted: unpack it into a folder first.")
-        names = {m.filename: m.file_size for m in members if not m.is_dir() and not _hidden(m.filename)}
-        self.sizes = dict(sorted(names.items()))
+            raise UserError(f"{path} is encrypted: unpack it into a folder first.", key=str(path), code="unsupported")
+        files = [(m.filename, m.file_size) for m in members if not m.is_dir() and not _hidden(m.filename)]
+        _refuse_equal_names([name for name, _ in files], path)
+        self.sizes = dict(sorted(files))
 
     def _archive(self) -> zipfile.ZipFile:
-        if getattr(self._local, "process", None) != os.getpid():  # a fork shares the file offset: open anew
+        if getattr(self._local, "process", None) != os.getpid():  # a fork shares the file offset: open it again
             try:
                 self._local.archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
-                raise UserError(f"{self.path} cannot be opened as a zip archive: {error}.") from error
+                raise UserError(
+                    f"{self.path} cannot be opened as a zip archive: {error}.", key=str(self.path), code="damaged"
+                ) from error
             self._local.process = os.getpid()
         archive: zipfile.ZipFile = self._local.archive
         return archive
@@ -132,13 +137,14 @@ class ShardTree:
     """The files inside webdataset tar shards, read in place by their offset: nothing is unpacked.
 
     Names are "SHARD/MEMBER". Opening reads only the headers of the members, so sets far larger than memory
-    start at once and every process reads just the samples of its own share.
+    start at once and every process reads just the samples of its own part.
     """
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self.shards = {shard.name: shard for shard in shards}
         if len(self.shards) < len(shards):
-            raise UserError(f"two of the {len(shards)} shards bear the same name: rename one of them.")
+            double = next(name for name, count in Counter(shard.name for shard in shards).items() if count > 1)
+            raise UserError(f"several shards are called '{double}': rename all but one.", key=double, code="conflict")
         self._at: dict[str, tuple[str, int]] = {}
         sizes: dict[str, int] = {}
         for shard in shards:
@@ -155,12 +161,14 @@ class ShardTree:
                 file.seek(offset)
                 return file.read(self.sizes[name])
         except FileNotFoundError as error:
-            raise UserError(f"the shard {self.shards[shard]} is gone: put it back, then continue.") from error
+            raise UserError(
+                f"the shard {self.shards[shard]} is gone: put it back, then continue.", key=shard, code="missing"
+            ) from error
         except OSError as error:
             raise UnreadablePicture(error.strerror or str(error)) from error
 
     def where(self, name: str) -> str:
-        return name
+        return printable(name)
 
 
 def _members(shard: Path) -> list[tuple[str, int, int]]:
@@ -169,17 +177,36 @@ def _members(shard: Path) -> list[tuple[str, int, int]]:
         with tarfile.open(shard, "r:") as archive:
             files = [member for member in archive if member.isfile() and not _hidden(member.name)]
     except FileNotFoundError as error:
-        raise UserError(f"the shard {shard} is missing: fetch it, or leave it out of the list.") from error
+        raise UserError(
+            f"the shard {shard} is missing: fetch it, or leave it out of the list.", key=str(shard), code="missing"
+        ) from error
     except tarfile.TarError as error:
         raise UserError(
-            f"{shard} is no whole, uncompressed tar file ({error}): fetch it again, or decompress it."
+            f"{shard} is no whole, uncompressed tar file ({error}): fetch it again, or decompress it.",
+            key=str(shard),
+            code="damaged",
         ) from error
     if not files:
-        raise UserError(f"the shard {shard} holds no files: fetch it again, or remove it.")
+        raise UserError(
+            f"the shard {shard} holds no files: fetch it again, or remove it.", key=str(shard), code="missing"
+        )
     end = shard.stat().st_size
     if any(member.offset_data + member.size > end for member in files):
-        raise UserError(f"the shard {shard} is cut off at {end} bytes: fetch it again.")
-    return [(member.name.removeprefix("./"), member.offset_data, member.size) for member in files]
+        raise UserError(f"the shard {shard} is cut off at {end} bytes: fetch it again.", key=str(shard), code="damaged")
+    names = [member.name.removeprefix("./") for member in files]
+    _refuse_equal_names(names, shard)
+    return [(name, member.offset_data, member.size) for name, member in zip(names, files, strict=True)]
+
+
+def _refuse_equal_names(names: Sequence[str], archive: Path) -> None:
+    """Raises UserError unless all names in an archive differ; unpacked, one file would replace the other."""
+    double = [name for name, count in Counter(names).items() if count > 1]
+    if double:
+        raise UserError(
+            f"{archive} holds several files called '{printable(double[0])}': write it again with a name for each.",
+            key=str(archive),
+            code="conflict",
+        )
 
 
 def _hidden(name: str) -> bool:
