@@ -208,3 +208,14 @@ def test_a_grid_prints_itself_readably() -> None:
 def test_nonsense_is_refused(make: Callable[[], Grid], code: Code, key: str) -> None:
     with refused(code, key):
         make()
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 7, 10, 19, 20, 50])
+def test_linspace_is_diffusers_but_for_exact_halves(steps: int) -> None:
+    """Both round halves to the even number, ours counts the entries from 1 and diffusers from 0."""
+    theirs = np.linspace(0, 999, steps).round()[::-1] + 1
+    ours = grids.linspace(TABLE, steps).times[:-1].numpy()
+    halves = np.linspace(0, 999, steps)[::-1] % 1 == 0.5
+    assert halves.any() == (steps in (3, 7, 19))
+    assert (ours == theirs)[~halves].all()
+    assert (abs(ours - theirs) == 1)[halves].all()
