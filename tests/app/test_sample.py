@@ -31,12 +31,19 @@ def run_folder(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 WAYS: list[dict[str, Any]] = [
-    {"labels": ("3", "7", "1"), "steps": 3, "guidance": 2.0},
-    {"labels": (4, 5, 6), "steps": 2, "solver": "ddim", "eta": 0.5, "seed": 9},
-    {"labels": ("0", "2", "8"), "steps": 3, "solver": "unipc", "spacing": "log_snr", "guidance": 1.5, "rescale": 0.7},
-    {"labels": ("1", "2", "3"), "steps": 3, "solver": "euler-ancestral", "eta": 0.5},
-    {"labels": ("1", "2", "3"), "steps": 3, "solver": "DPM++ 2M SDE", "eta": 0.25},
-    {"labels": ("1", "2", "3"), "steps": 3, "solver": "dpm++3m", "spacing": "optimised"},
+    {"inputs": {"labels": ("3", "7", "1")}, "steps": 3, "guidance": 2.0},
+    {"inputs": {"labels": (4, 5, 6)}, "steps": 2, "solver": "ddim", "eta": 0.5, "seed": 9},
+    {
+        "inputs": {"labels": ("0", "2", "8")},
+        "steps": 3,
+        "solver": "unipc",
+        "spacing": "log_snr",
+        "guidance": 1.5,
+        "rescale": 0.7,
+    },
+    {"inputs": {"labels": ("1", "2", "3")}, "steps": 3, "solver": "euler-ancestral", "eta": 0.5},
+    {"inputs": {"labels": ("1", "2", "3")}, "steps": 3, "solver": "DPM++ 2M SDE", "eta": 0.25},
+    {"inputs": {"labels": ("1", "2", "3")}, "steps": 3, "solver": "dpm++3m", "spacing": "optimised"},
 ]
 
 
@@ -63,7 +70,7 @@ def changed(picture: Path, to: Path, **change: Any) -> Path:
 
 
 def test_pictures_that_cannot_be_made_again_are_refused(run_folder: Path, tmp_path: Path) -> None:
-    run(model=run_folder, out=tmp_path / "a", labels=("1",), steps=1)
+    run(model=run_folder, out=tmp_path / "a", inputs={"labels": ("1",)}, steps=1)
     picture = tmp_path / "a" / "seed0-00000.png"
     newer = changed(picture, tmp_path / "newer.png", format=99)
     other = changed(picture, tmp_path / "other.png", weights="EMA of step 3")
@@ -74,32 +81,37 @@ def test_pictures_that_cannot_be_made_again_are_refused(run_folder: Path, tmp_pa
     for bad in (tmp_path / "a" / "grid.png", tmp_path / "a" / "samples.npz", tmp_path / "none.png"):
         with refused("missing", key="like"):
             run(model=run_folder, like=bad)
-    for name, value in (("steps", 3), ("seed", 1), ("labels", ("2",)), ("count", 4)):
-        with refused("conflict", key=name):
-            run(model=run_folder, like=picture, **{name: value})
+    for key, values in (
+        ("steps", {"steps": 3}),
+        ("seed", {"seed": 1}),
+        ("labels", {"inputs": {"labels": ("2",)}}),
+        ("count", {"count": 4}),
+    ):
+        with refused("conflict", key=key):
+            run(model=run_folder, like=picture, **values)
 
 
 def test_two_sets_of_samples_are_never_mixed(run_folder: Path, tmp_path: Path) -> None:
     words: dict[str, Any] = {"model": run_folder, "steps": 1}
-    first = run(**words, labels=("1", "2", "3"), out=tmp_path / "s")[-1]
+    first = run(**words, inputs={"labels": ("1", "2", "3")}, out=tmp_path / "s")[-1]
     assert isinstance(first, Saved)
     before = {file: file.read_bytes() for file in (tmp_path / "s").iterdir()}
     with refused("exists", key="out"):
-        run(**words, labels=("4",), out=tmp_path / "s")
+        run(**words, inputs={"labels": ("4",)}, out=tmp_path / "s")
     assert {file: file.read_bytes() for file in (tmp_path / "s").iterdir()} == before
-    run(**words, labels=("4",), out=tmp_path / "s", overwrite=True)
+    run(**words, inputs={"labels": ("4",)}, out=tmp_path / "s", overwrite=True)
     assert len(list((tmp_path / "s").glob("seed*.png"))) == 1
-    folders = [run(**words, labels=("4",), seed=5)[-1].path.name for _ in range(3)]  # type: ignore[union-attr]
+    folders = [run(**words, inputs={"labels": ("4",)}, seed=5)[-1].path.name for _ in range(3)]  # type: ignore[union-attr]
     assert folders == ["samples-seed5", "samples-seed5-2", "samples-seed5-3"]
     (tmp_path / "s" / "notes.txt").write_text("mine")
-    run(**words, labels=("4",), out=tmp_path / "s", overwrite=True)
+    run(**words, inputs={"labels": ("4",)}, out=tmp_path / "s", overwrite=True)
     assert (tmp_path / "s" / "notes.txt").read_text() == "mine"
 
 
 def test_what_cannot_be_written_is_refused_before_the_first_step(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "deep"):
-        events = sample(SampleRequest(model=run_folder, labels=("1",), out=out))
+        events = sample(SampleRequest(model=run_folder, inputs={"labels": ("1",)}, out=out))
         with refused("exists", key="out"):
             next(events)
 
@@ -129,15 +141,15 @@ def test_a_label_is_a_name_first_and_it_is_said(run_folder: Path, tmp_path: Path
     model = DiffusionModel.load(run_folder)
     names = ("10", "2", *(str(k) for k in range(20, 28)))
     replace(model, conditioners=(ClassLabels(names, 0.1),)).save(tmp_path / "m")
-    by_name = run(model=tmp_path / "m", labels=("2",), steps=1, out=tmp_path / "a")
-    by_number = run(model=tmp_path / "m", labels=(2,), steps=1, out=tmp_path / "b")
+    by_name = run(model=tmp_path / "m", inputs={"labels": ("2",)}, steps=1, out=tmp_path / "a")
+    by_number = run(model=tmp_path / "m", inputs={"labels": (2,)}, steps=1, out=tmp_path / "b")
     assert [event.about["labels"] for event in (by_name[-1], by_number[-1])] == [[1], [2]]  # type: ignore[union-attr]
     assert any(isinstance(event, Notice) and "number 1" in event.text for event in by_name)
     assert not any(isinstance(event, Notice) for event in by_number)
 
 
 def test_sampling_is_cancelled_by_closing(run_folder: Path, tmp_path: Path) -> None:
-    events = sample(SampleRequest(model=run_folder, labels=("1",), steps=1000, out=tmp_path / "s"))
+    events = sample(SampleRequest(model=run_folder, inputs={"labels": ("1",)}, steps=1000, out=tmp_path / "s"))
     first = next(events)
     assert isinstance(first, StepDone)
     assert first.preview is not None
@@ -146,8 +158,8 @@ def test_sampling_is_cancelled_by_closing(run_folder: Path, tmp_path: Path) -> N
 
 
 def test_bf16_is_recorded_and_repeated(run_folder: Path, tmp_path: Path) -> None:
-    run(model=run_folder, labels=("1",), steps=2, out=tmp_path / "a", precision="bf16")
-    run(model=run_folder, labels=("1",), steps=2, out=tmp_path / "b")
+    run(model=run_folder, inputs={"labels": ("1",)}, steps=2, out=tmp_path / "a", precision="bf16")
+    run(model=run_folder, inputs={"labels": ("1",)}, steps=2, out=tmp_path / "b")
     run(model=run_folder, out=tmp_path / "c", like=tmp_path / "a" / "seed0-00000.png")
     pixels = []
     for name in "abc":
@@ -158,7 +170,7 @@ def test_bf16_is_recorded_and_repeated(run_folder: Path, tmp_path: Path) -> None
 
 
 def test_a_picture_in_a_models_folder_needs_no_model(run_folder: Path, tmp_path: Path) -> None:
-    saved = run(model=run_folder, labels=("6",), steps=2, seed=77)[-1]
+    saved = run(model=run_folder, inputs={"labels": ("6",)}, steps=2, seed=77)[-1]
     assert isinstance(saved, Saved)
     picture = next(saved.path.glob("seed*.png"))
     run(like=picture, out=tmp_path / "again")
@@ -168,4 +180,4 @@ def test_a_picture_in_a_models_folder_needs_no_model(run_folder: Path, tmp_path:
     with refused("missing", key="model"):
         run(like=tmp_path / picture.name)
     with refused("missing", key="model"):
-        run(labels=("1",))
+        run(inputs={"labels": ("1",)})

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,9 +37,11 @@ class Brightness:
     kind: ClassVar[str] = "test-brightness"
     dropout: float = 0.5
 
+    declared: ClassVar[tuple[Input, ...]] = (Input("brightness", "number", "mean of the pixels", low=0.0, high=1.0),)
+
     @property
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("brightness", "number", "mean of the pixels", low=0.0, high=1.0),)
+        return self.declared
 
     @property
     def slots(self) -> dict[str, int]:
@@ -126,3 +129,58 @@ def test_guidance_moves_away_from_what_was_dropped() -> None:
     assert (null.label.item(), null.vector.item()) == (1, -1)
     with refused("unsupported", "guidance"):
         NullForm((ClassLabels(("a",), 0.0),))
+
+
+NUMBER = Input("strength", "number", "how strong", low=0.0, high=1.0)
+SINGLE = Input("level", "number", "how much", per_sample=False, required=False, low=0.0)
+CLASSES = Input("labels", "class", "the class", choices=("cat", "dog"))
+TEXTS = Input("prompts", "text", "what is shown")
+IMAGE = Input("map", "image", "the map", shape=(1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("declared", "value"),
+    [
+        (NUMBER, [0, 1.0, np.float32(0.5)]),
+        (NUMBER, torch.tensor([0.2, 0.8])),
+        (SINGLE, 3),
+        (SINGLE, torch.tensor(0.5)),
+        (SINGLE, None),
+        (CLASSES, ["cat", 1, "0"]),
+        (CLASSES, torch.tensor([0, 1])),
+        (TEXTS, ["a", ""]),
+        (TEXTS, "a"),
+        (IMAGE, torch.zeros(2, 1, 4, 4)),
+    ],
+)
+def test_values_that_fit_an_input(declared: Input, value: Any) -> None:
+    declared.check(value)
+
+
+@pytest.mark.parametrize(
+    ("declared", "value", "code"),
+    [
+        (NUMBER, None, "missing"),
+        (NUMBER, 0.5, "invalid"),
+        (NUMBER, [1.5], "invalid"),
+        (NUMBER, [True], "invalid"),
+        (NUMBER, ["0.5"], "invalid"),
+        (NUMBER, [float("nan")], "invalid"),
+        (NUMBER, torch.tensor([0.5, -1.0]), "invalid"),
+        (SINGLE, -1, "invalid"),
+        (SINGLE, "much", "invalid"),
+        (CLASSES, ["cta"], "unknown"),
+        (CLASSES, [2], "invalid"),
+        (CLASSES, "cat", "invalid"),
+        (TEXTS, ["a", 3], "invalid"),
+        (TEXTS, 3, "invalid"),
+        (IMAGE, torch.zeros(2, 1, 4, 5), "shape"),
+        (IMAGE, torch.zeros(1, 4, 4), "shape"),
+        (IMAGE, [[0.0]], "shape"),
+        (IMAGE, torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "shape"),
+        (IMAGE, torch.full((1, 1, 4, 4), 255.0), "invalid"),
+    ],
+)
+def test_values_that_do_not_fit_an_input_are_refused(declared: Input, value: Any, code: Any) -> None:
+    with refused(code, declared.name):
+        declared.check(value)

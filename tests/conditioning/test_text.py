@@ -105,9 +105,9 @@ def test_a_model_folder_holds_it(text: Text, tmp_path: Path) -> None:
 
 def test_bad_inputs_are_refused(text: Text) -> None:
     with refused("missing", key="prompts"):
-        text.encode({}, rows(1))
+        conditioning.encode([text], {}, rows(1))
     with refused("invalid", key="prompts"):
-        text.encode({"prompts": ["a", 3]}, rows(2))
+        conditioning.encode([text], {"prompts": ["a", 3]}, rows(2))
     with refused("shape", key="negative"):
         text.encode({"prompts": ["a"] * 3, "negative": ["b", "c"]}, rows(3))
     with refused("missing", key="data.path"):

@@ -117,6 +117,14 @@ def test_the_command_line_takes_a_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["network"]["kind"] == "pixelwise"
+    words = ("sample", tmp_path / "run", "--steps", 1, "--out", tmp_path / "samples", "--brightness")
+    assert carrara(*words, 0.5).returncode == 2, "without the file there is no such option"
+    for value in (2, "bright"):
+        failed = carrara("--extension", toys, *words, value)
+        assert (failed.returncode, "brightness" in failed.stderr, "Traceback" in failed.stderr) == (2, True, False)
+    done = carrara("--extension", toys, *words, 0.5, "--brightness", -0.5, "--count", 3)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "samples").glob("seed*.png"))) == 3
     broken = tmp_path / "broken.py"
     broken.write_text("raise RuntimeError('no')")
     for path in (broken, tmp_path / "nowhere.py"):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from carrara import networks
 from carrara.condition import Condition
 from carrara.conditioning import DataFacts, Input, TrainingInputs, register
-from carrara.errors import UserError
 from carrara.networks import Network
 from carrara.process import Noise
 
@@ -62,20 +61,19 @@ class Brightness:
     """
 
     kind: ClassVar[str] = "brightness"
+    declared: ClassVar[tuple[Input, ...]] = (Input("brightness", "number", "the mean of the pixels", low=-1.0),)
     dropout: float
     highest: float = 1.0
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("brightness", "number", "the mean of the pixels", low=-1.0, high=self.highest),)
+        return (replace(self.declared[0], high=self.highest),)
 
     @property
     def slots(self) -> Mapping[str, int]:
         return {"vector": 1}
 
     def encode(self, inputs: Mapping[str, Any], noise: Noise) -> Condition:
-        if "brightness" not in inputs:
-            raise UserError("give brightness, a number for each picture.", key="brightness", code="missing")
         return Condition(vector=torch.as_tensor(inputs["brightness"], dtype=torch.float32).reshape(-1, 1))
 
     def examples(self, batch: TrainingInputs, noise: Noise) -> Condition:

@@ -7,12 +7,15 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from carrara import weights
 from carrara.app.events import Event, Notice, Saved, StepDone
 from carrara.app.models import open_model
+from carrara.app.pictures import read_pictures
 from carrara.app.request import Request, check_folder
 from carrara.app.stream import Report, streamed
 from carrara.classifier import Classifier
@@ -32,8 +35,9 @@ class Draw(Request):
         model: a run folder, or its model folder.
         out: where the pictures go; None is a new folder in the model's.
         overwrite: replace the samples in the folder.
-        labels: a class for each picture, by name, or by number where no class has that name; a shorter list is
-            repeated.
+        inputs: what the model's conditioners read, by name (`carrara.conditioning.Input`): a list of values, one for
+            each picture, a shorter one being repeated; of images their paths. A class is a name, or a number where no
+            class has that name.
         count: how many pictures.
         steps, solver, guidance, rescale, eta, spacing, seed: as of `DiffusionModel.sample`.
         codec: a codec whose decoder was fine-tuned, in place of the model's own.
@@ -44,7 +48,7 @@ class Draw(Request):
     model: Path
     out: Path | None = None
     overwrite: bool = False
-    labels: tuple[int | str, ...] = ()
+    inputs: dict[str, Any] = Field(default_factory=dict)
     count: int | None = Field(None, ge=1)
     steps: int | None = None
     solver: str | None = None
@@ -60,7 +64,7 @@ class Draw(Request):
 
     @property
     def choices(self) -> dict[str, Any]:
-        """The arguments of `DiffusionModel.sample`, labels and images aside."""
+        """The arguments of `DiffusionModel.sample`, inputs aside."""
         return {name: getattr(self, name) for name in CHOICES}
 
 
@@ -68,7 +72,7 @@ class SampleRequest(Draw):
     """Pictures of a model.
 
     Attributes:
-        count: by default one per label, 16 without labels, or all classes in turn.
+        count: by default one per value of the longest input, else 16, or all classes in turn.
         classifier, classifier_scale: a noisy classifier's folder, to guide toward the labels.
         like: a picture to make again from its metadata; of a picture in a model's folder, `model` is that model.
     """
@@ -105,9 +109,9 @@ def sample(request: SampleRequest) -> Iterator[Event]:
     guide = None if request.classifier is None else Classifier.load(request.classifier, device)
     if metadata is None:
         names = model.class_names(guide)
-        labels, total = requested(request, names)
+        inputs, total = requested(request, model, names)
         yield from _by_name(request, names)
-        arguments = {**request.choices, "labels": labels, "count": total, "classifier_scale": request.classifier_scale}
+        arguments = {**request.choices, **inputs, "count": total, "classifier_scale": request.classifier_scale}
     else:
         arguments = _replayed(metadata, model, guide)
     arguments["classifier"] = guide
@@ -125,7 +129,7 @@ def _refuse(request: SampleRequest) -> None:
             key="classifier_scale",
             code="conflict",
         )
-    others = sorted(given & {"labels", "count", "classifier_scale", *CHOICES})
+    others = sorted([*request.inputs, *(given & {"count", "classifier_scale", *CHOICES})])
     if request.like is not None and others:
         raise UserError(
             f"--like takes {', '.join(others)} from the picture's metadata: leave it out.",
@@ -134,21 +138,36 @@ def _refuse(request: SampleRequest) -> None:
         )
 
 
-def requested(request: Draw, names: tuple[str, ...] | None) -> tuple[list[int | str] | None, int]:
-    """The class of every picture, None where there are no classes, and how many pictures."""
-    given = list(request.labels) or None
-    count = request.count
-    if count is None:
-        count = len(given) if given else max(16, len(names or ()))
-    if names is None:
-        return given, count
-    known = given or list(range(len(names)))
-    return [known[row % len(known)] for row in range(count)], count
+def requested(
+    request: Draw, model: DiffusionModel, names: tuple[str, ...] | None, most: int | None = None
+) -> tuple[dict[str, Any], int]:
+    """The inputs of every picture, and how many pictures.
+
+    Args:
+        names: the classes that pictures can have; all in turn where no label is given. None: no classes.
+        most: the number of pictures where the request has none.
+
+    Raises:
+        UserError: an image that cannot be read.
+    """
+    declared = {one.name: one for conditioner in model.conditioners for one in conditioner.inputs}
+    inputs = dict(request.inputs)
+    lists = {name: value for name, value in inputs.items() if isinstance(value, list | tuple) and value}
+    for name, value in lists.items():
+        if name in declared and declared[name].type == "image":
+            lists[name] = list(read_pictures([Path(path) for path in value], model.shape[0]))
+    count = request.count or most or max(map(len, lists.values()), default=max(16, len(names or ())))
+    if names is not None:
+        lists.setdefault("labels", list(range(len(names))))
+    for name, values in lists.items():
+        rows = [values[row % len(values)] for row in range(count)]
+        inputs[name] = torch.stack(rows) if isinstance(rows[0], Tensor) else rows
+    return inputs, count
 
 
 def _by_name(request: Draw, names: tuple[str, ...] | None) -> Iterator[Notice]:
     """Report which class is meant where a label is both a name and another class's number."""
-    for label in dict.fromkeys(request.labels):
+    for label in dict.fromkeys(request.inputs.get("labels", ())):
         if (
             isinstance(label, str)
             and label.isdecimal()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from carrara.cli import convert, data, data_encode, demo, ema, evaluate, recipes, sample, train
+from carrara.cli import convert, data, data_encode, demo, ema, evaluate, inputs, recipes, sample, train
 from carrara.cli.options import Commands
 
 app = typer.Typer(
@@ -23,8 +23,8 @@ app.command("demo")(demo.demo)
 data.app.command("encode")(data_encode.encode)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
-app.command("sample")(sample.sample)
-app.command("upscale")(sample.upscale)
+app.command("sample", cls=inputs.Sampling)(sample.sample)
+app.command("upscale", cls=inputs.Upscaling)(sample.upscale)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("sweep")(evaluate.sweep)

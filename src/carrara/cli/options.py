@@ -61,6 +61,7 @@ Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 FAMILIAR = {
     "grid": "spacing",
     "guidance-rescale": "rescale",
+    "negative-prompt": "negative",
     "guidance-scale": "guidance",
     "judge": "evaluator",
     "max-train-steps": "steps",

@@ -9,6 +9,7 @@ import typer
 from typer import Option
 
 from carrara.cli import options as o
+from carrara.cli.inputs import given_inputs
 from carrara.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,19 +23,10 @@ Model = Annotated[
 ]
 Out = Annotated[Path | None, Option(help="Where the pictures go; default: a new folder in MODEL.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the samples in the folder.")]
-Labels = Annotated[
-    list[str] | None,
-    Option(
-        "--label",
-        "-l",
-        help="A class by name, or by number where no class has that name. Repeatable; --count repeats the list.",
-    ),
-]
 Rescale = Annotated[
     float, Option(help="φ, 0..1: how much of the unguided contrast is restored.", rich_help_panel=o.PANEL)
 ]
 Codec = Annotated[o.Words, Option(help="A codec with MODEL's latents whose decoder was fine-tuned.")]
-NoiseLevel = Annotated[o.Real, Option(help="Noise on the pictures, 0 (default) up to what training had.")]
 
 
 def sample(
@@ -42,10 +34,9 @@ def sample(
     model: Model = None,
     out: Out = None,
     overwrite: Overwrite = False,
-    labels: Labels = None,
     count: Annotated[
         int | None,
-        Option("--count", "-n", help="How many pictures; default: one per label, else 16, or all classes in turn."),
+        Option("--count", "-n", help="How many pictures; default: one per input, else 16, or all classes in turn."),
     ] = None,
     like: Annotated[Path | None, Option(help="Make this picture again, from the metadata in its PNG.")] = None,
     steps: o.Steps = None,
@@ -71,7 +62,7 @@ def sample(
     from carrara.app.sample import SampleRequest
     from carrara.app.sample import sample as events
 
-    given = o.typed(context)
+    given = o.typed(context) | {"inputs": given_inputs(context)}
     if {"small", "small_noise", "upsampler", "upsampler_steps"} & given.keys():
         _enlarge(given, json_output)
         return
@@ -84,9 +75,7 @@ def upscale(
     pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders and data sets of them.")],
     out: Out = None,
     overwrite: Overwrite = False,
-    labels: Labels = None,
     count: Annotated[int | None, Option("--count", "-n", help="How many of them; default: all.")] = None,
-    noise_level: NoiseLevel = None,
     steps: o.Steps = None,
     solver: o.Solver = None,
     guidance: o.Guidance = None,
@@ -104,7 +93,7 @@ def upscale(
     from carrara.app.upscale import UpscaleRequest
     from carrara.app.upscale import upscale as events
 
-    _show(events(UpscaleRequest(**o.typed(context))), json_output)
+    _show(events(UpscaleRequest(**o.typed(context), inputs=given_inputs(context))), json_output)
 
 
 def _enlarge(given: dict[str, Any], json_output: bool) -> None:
@@ -114,7 +103,7 @@ def _enlarge(given: dict[str, Any], json_output: bool) -> None:
     if "upsampler_steps" in given and "upsampler" not in given:
         raise UserError("--upsampler-steps belongs to --upsampler.", key="upsampler_steps", code="conflict")
     if "small_noise" in given:
-        given["noise_level"] = given.pop("small_noise")
+        given["inputs"] = {**given["inputs"], "noise_level": given.pop("small_noise")}
     if "upsampler" in given:
         o.moved("sample --upsampler", "carrara sample, then carrara upscale")
         _show(cascade(CascadeRequest(**given)), json_output)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, is_dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -17,6 +20,8 @@ from carrara.process.noise import Noise
 DROPOUT = 2
 """The sub-draw of condition dropout; 0 and 1 are the objective's noise and time."""
 
+_WHITE = 1.001
+"""The largest value of an image, up to rounding."""
 _STREAMS = 2**32
 """From this draw of a training position on, conditioners have streams of their own."""
 
@@ -34,6 +39,7 @@ class Input:
         choices: the names of the classes.
         low, high: the range of a number.
         shape: of an image, where it is fixed.
+        flags: its spellings on the command line; default: the name, "--noise-level".
     """
 
     name: str
@@ -45,6 +51,69 @@ class Input:
     low: float | None = None
     high: float | None = None
     shape: tuple[int, ...] | None = None
+    flags: tuple[str, ...] = ()
+
+    def check(self, value: Any) -> None:
+        """Raises UserError, whose key is the name, unless a value fits: one, or a list or tensor of one per sample."""
+        if value is None:
+            if self.required:
+                raise UserError(f"this model needs {self.name}: {self.about}.", key=self.name, code="missing")
+            return
+        if self.type == "image":
+            self._check_images(value)
+            return
+        single = isinstance(value, str) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+        if single and self.per_sample and self.type != "text":
+            raise UserError(f"{self.name} is {value!r}: give a list, one entry for each picture.", key=self.name)
+        for entry in [value] if single else value.tolist() if isinstance(value, Tensor) else value:
+            self._check_one(entry)
+
+    def _check_one(self, value: Any) -> None:
+        if self.type == "class":
+            class_number(value, self.choices, self.name)
+        elif self.type == "text":
+            if not isinstance(value, str):
+                raise UserError(f"{self.name} has {value!r}: it must be a text.", key=self.name)
+        elif isinstance(value, bool | str) or not isinstance(value, Real | Tensor) or not math.isfinite(value):
+            raise UserError(f"{self.name} is {value!r}: it must be a number.", key=self.name)
+        else:
+            low = -math.inf if self.low is None else self.low
+            high = math.inf if self.high is None else self.high
+            if not low <= float(value) <= high:
+                raise UserError(f"{self.name} is {float(value):g}: it must be in {low:g}..{high:g}.", key=self.name)
+
+    def _check_images(self, value: Any) -> None:
+        if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
+            raise UserError(
+                f"{self.name} must be a float tensor of images, [N, C, H, W] in [-1, 1].", key=self.name, code="shape"
+            )
+        if self.shape is not None and tuple(value.shape[1:]) != self.shape:
+            expected, found = ("×".join(map(str, shape)) for shape in (self.shape, value.shape[1:]))
+            raise UserError(f"{self.name} must be images of {expected}, not {found}.", key=self.name, code="shape")
+        if not bool((value.abs() <= _WHITE).all()):
+            raise UserError(
+                f"{self.name} lies outside of [-1, 1]: carrara.images.from_uint8 makes such images, for example.",
+                key=self.name,
+            )
+
+
+def class_number(label: int | str, names: Sequence[str], key: str = "labels") -> int:
+    """The number of one class: a text is a class's name, or else its number; a number is its number.
+
+    Raises:
+        UserError: an unknown name, a number out of range, or anything else; `key` is the input's name.
+    """
+    if isinstance(label, str) and label in names:
+        return list(names).index(label)
+    if isinstance(label, str) and not (label.isascii() and label.removeprefix("-").isdigit()):
+        raise UserError(f"the model knows no class '{label}': {nearest(label, names)}", key=key, code="unknown")
+    try:
+        number = int(label) if isinstance(label, str) else operator.index(label)
+    except TypeError:
+        raise UserError(f"the label {label!r} is neither a class's number nor its name.", key=key) from None
+    if not 0 <= number < len(names):
+        raise UserError(f"label {number} is out of range: the model knows the classes 0..{len(names) - 1}.", key=key)
+    return number
 
 
 @dataclass(frozen=True)
@@ -86,12 +155,14 @@ class Conditioner(Protocol):
         kind: the word that recipes and `config.json` name it by.
         dropout: the probability with which training replaces it by its null form, by its own draw; 0 means that it has
             none, and guidance does not move away from it.
-        inputs: what `encode` reads.
+        declared: what `encode` reads, as far as it is known without a model: the command line makes its options of it.
+        inputs: the same, with a model's classes, ranges and sizes; `encode` gets values that fit them.
         slots: the slots of the condition that it fills, with their widths as the network has to be made for ("label":
             the number of classes).
     """
 
     kind: ClassVar[str]
+    declared: ClassVar[tuple[Input, ...]]
 
     @property
     def dropout(self) -> float: ...
@@ -110,7 +181,7 @@ class Conditioner(Protocol):
             noise: bound to the B samples; draw 0.
 
         Raises:
-            UserError: a missing input, or one that does not fit; `key` is its name.
+            UserError: inputs that do not go together; `key` is the name of one.
         """
         ...
 
@@ -265,13 +336,15 @@ def encode(conditioners: Iterable[Conditioner], inputs: Mapping[str, Any], noise
         UserError: an input that none of them reads, a missing one, or one that does not fit.
     """
     conditioners = tuple(conditioners)
-    known = {i.name for c in conditioners for i in c.inputs}
+    known = {i.name: i for c in conditioners for i in c.inputs}
     for name in inputs:
         if name not in known:
             takes = f"it takes {', '.join(sorted(known))}" if known else "it takes no inputs"
             raise UserError(
                 f"this model is not conditioned on {name}: leave it out ({takes}).", key=name, code="unsupported"
             )
+    for name, declared in known.items():
+        declared.check(inputs.get(name))
     return _merged(c.encode(inputs, noise) for c in conditioners)
 
 

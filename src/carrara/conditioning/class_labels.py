@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from carrara.condition import Condition
-from carrara.conditioning.base import DataFacts, Input, TrainingInputs, check_dropout
+from carrara.conditioning.base import DataFacts, Input, TrainingInputs, check_dropout, class_number
 from carrara.entries import construct
-from carrara.errors import UserError, nearest
+from carrara.errors import UserError
 from carrara.process.noise import Noise
 
 
@@ -29,6 +28,9 @@ class ClassLabels:
     """
 
     kind: ClassVar[str] = "labels"
+    declared: ClassVar[tuple[Input, ...]] = (
+        Input("labels", "class", "the class of every picture, by name or number", flags=("--label", "-l")),
+    )
     names: tuple[str, ...]
     dropout: float = 0.0
 
@@ -37,7 +39,7 @@ class ClassLabels:
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("labels", "class", "the class of every picture, by name or number", choices=self.names),)
+        return (replaced(self.declared[0], choices=self.names),)
 
     @property
     def slots(self) -> dict[str, int]:
@@ -80,37 +82,6 @@ class ClassLabels:
         Raises:
             UserError: none, no list, or a label that the model does not know.
         """
-        known = f"0..{len(self.names) - 1} or their names"
-        if labels is None:
-            raise UserError(
-                f"this model is conditioned on a class: give labels, {known}.", key="labels", code="missing"
-            )
-        if isinstance(labels, Tensor):
-            labels = labels.tolist()
-        if isinstance(labels, str) or (not isinstance(labels, Sequence) and not hasattr(labels, "__iter__")):
-            raise UserError(
-                f"labels is {labels!r}: give a list with one label for each picture, {known}.", key="labels"
-            )
-        return torch.tensor([self.index(value) for value in labels], dtype=torch.int64)
-
-    def index(self, label: int | str) -> int:
-        """The number of one class: a text is a class's name, or else its number; a number is its number.
-
-        Raises:
-            UserError: an unknown name, a number out of range, or anything else.
-        """
-        if isinstance(label, str) and label in self.names:
-            return self.names.index(label)
-        if isinstance(label, str) and not (label.isascii() and label.removeprefix("-").isdigit()):
-            raise UserError(
-                f"the model knows no class '{label}': {nearest(label, self.names)}", key="labels", code="unknown"
-            )
-        try:
-            number = int(label) if isinstance(label, str) else operator.index(label)
-        except TypeError:
-            raise UserError(f"the label {label!r} is neither a class's number nor its name.", key="labels") from None
-        if not 0 <= number < len(self.names):
-            raise UserError(
-                f"label {number} is out of range: the model knows the classes 0..{len(self.names) - 1}.", key="labels"
-            )
-        return number
+        self.inputs[0].check(labels)
+        rows = labels.tolist() if isinstance(labels, Tensor) else labels or ()
+        return torch.tensor([class_number(value, self.names) for value in rows], dtype=torch.int64)

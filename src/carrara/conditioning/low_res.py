@@ -10,7 +10,7 @@ without an autoencoder (docs/math.md §8): large images from small ones, or late
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -30,9 +30,6 @@ LevelSlot = Literal["vector", "label"]
 
 LEVEL, IMAGE = DROPOUT + 1, DROPOUT + 2
 """The sub-draws of the noise level, and of the low-resolution image's noise."""
-
-_WHITE = 1.001
-"""The largest value of an image, up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +139,17 @@ class LowRes:
     """
 
     kind: ClassVar[str] = "low_res"
+    declared: ClassVar[tuple[Input, ...]] = (
+        Input("low_res", "image", "the low-resolution images to enlarge"),
+        Input(
+            "noise_level",
+            "number",
+            "noise on the low-resolution images, as a fraction of its schedule: 0 (default) trusts every pixel",
+            per_sample=False,
+            required=False,
+            low=0.0,
+        ),
+    )
     dropout: ClassVar[float] = 0.0
     shape: tuple[int, ...]
     factor: int | None = None
@@ -149,12 +157,10 @@ class LowRes:
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        small = None if self.factor is None else (self.shape[0], *shrunk_size(self.factor, *self.shape[1:]))
-        image = Input("low_res", "image", "the low-resolution images to enlarge", shape=small)
-        high = 0.0 if self.augmentation is None else self.augmentation.fraction
-        about = "noise on the low-resolution images, as a fraction of its schedule: 0 trusts every pixel"
-        level = Input("noise_level", "number", about, per_sample=False, required=False, low=0.0, high=high)
-        return image, level
+        image, level = self.declared
+        shape = None if self.factor is None else (self.shape[0], *shrunk_size(self.factor, *self.shape[1:]))
+        high = None if self.augmentation is None else self.augmentation.fraction
+        return replace(image, shape=shape), replace(level, high=high)
 
     @property
     def slots(self) -> dict[str, int]:
@@ -166,15 +172,8 @@ class LowRes:
     def encode(self, inputs: Mapping[str, Any], noise: Noise) -> Condition:
         """`low_res` is float [B, C, h, w] in [-1, 1]; `noise_level` a fraction, 0 by default: what another model made
         is better not trusted to the pixel (0.1, say)."""
-        images, level = inputs.get("low_res"), float(inputs.get("noise_level") or 0.0)
-        if images is None:
-            raise UserError(
-                "this model is an up-sampler: give it the low-resolution images, or use it after a base model.",
-                key="low_res",
-                code="missing",
-            )
+        images, level = inputs["low_res"].to(torch.float32), float(inputs.get("noise_level") or 0.0)
         self._check(images)
-        images = images.to(torch.float32)
         if self.augmentation is not None:
             return self.augmentation.condition(images, self.augmentation.level(level), noise)
         if level:
@@ -220,25 +219,14 @@ class LowRes:
         return cls(data.shape, settings["factor"], NoiseAugmentation.up_to(settings["noise"]))
 
     def _check(self, images: Tensor) -> None:
-        """Raises UserError unless these can be enlarged."""
-        expected = self.inputs[0].shape
-        if expected is not None:
-            fits, words = images.shape[1:] == expected, "×".join(map(str, expected))
-        else:
-            fits = images.ndim == 4 and not any(self.shape[i] % images.shape[i + 1] for i in (1, 2))
-            fits = fits and images.shape[1] == self.shape[0]
-            words = f"{self.shape[0]} channels whose sides divide its own"
-        if not fits:
+        """Raises UserError unless the sides of these divide those of the large images."""
+        if images.shape[1] != self.shape[0] or any(self.shape[i] % images.shape[i + 1] for i in (1, 2)):
             raise UserError(
                 f"this up-sampler makes images of {'×'.join(map(str, self.shape))} from low-resolution ones of "
-                f"{words}, not from {'×'.join(map(str, images.shape[1:]))}.",
+                f"{self.shape[0]} channels whose sides divide its own, not from "
+                f"{'×'.join(map(str, images.shape[1:]))}.",
                 key="low_res",
                 code="shape",
-            )
-        if not bool((images.abs() <= _WHITE).all()):
-            raise UserError(
-                "the low-resolution images lie outside of [-1, 1]: carrara.images.from_uint8 makes such, for example.",
-                key="low_res",
             )
 
 

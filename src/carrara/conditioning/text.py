@@ -59,6 +59,16 @@ class Text:
     """
 
     kind: ClassVar[str] = "text"
+    declared: ClassVar[tuple[Input, ...]] = (
+        Input("prompts", "text", "what every picture shows; an empty text is the null condition", flags=("--prompt",)),
+        Input(
+            "negative",
+            "text",
+            "what guidance moves away from, in place of the empty text; one, or one for each picture",
+            per_sample=False,
+            required=False,
+        ),
+    )
     encoder: TextEncoder
     dropout: float = 0.0
     emphasis: bool = True
@@ -69,28 +79,19 @@ class Text:
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        return (
-            Input("prompts", "text", "what every picture shows; an empty text is the null condition"),
-            Input(
-                "negative",
-                "text",
-                "what guidance moves away from, in place of the empty text; one, or one for each picture",
-                per_sample=False,
-                required=False,
-            ),
-        )
+        return self.declared
 
     @property
     def slots(self) -> Mapping[str, int]:
         return self.encoder.slots
 
     def encode(self, inputs: Mapping[str, Any], noise: Noise) -> Condition:
-        prompts = _texts(inputs.get("prompts"), "prompts")
+        prompts = _texts(inputs["prompts"])
         prompts = prompts * len(noise.ids or (0,)) if len(prompts) == 1 else prompts
         negative = inputs.get("negative")
         if negative is None:
             return self._stack([self._spans(text) for text in prompts])
-        others = _texts(negative, "negative")
+        others = _texts(negative)
         if len(others) not in (1, len(prompts)):
             raise UserError(
                 f"negative has {len(others)} texts for {len(prompts)} prompts: give one, or one for each.",
@@ -205,16 +206,6 @@ def _widened(own: Condition, slot: str, like: Tensor) -> Tensor:
     return F.pad(value, (0, 0, 0, length - value.shape[1])) if slot == "context" else value
 
 
-def _texts(value: Any, key: str) -> list[str]:
-    """A list of texts.
-
-    Raises:
-        UserError: none, or anything else; one text alone is a list of one.
-    """
-    if value is None:
-        raise UserError(f"this model is conditioned on text: give {key}, a list.", key=key, code="missing")
-    texts = [value] if isinstance(value, str) else list(value)
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"{key} holds {text!r}, which is no text.", key=key)
-    return texts
+def _texts(value: str | Sequence[str]) -> list[str]:
+    """A list of texts; one text alone is a list of one."""
+    return [value] if isinstance(value, str) else list(value)
