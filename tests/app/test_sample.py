@@ -119,10 +119,10 @@ def test_what_cannot_be_written_is_refused_before_the_first_step(run_folder: Pat
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("labels", {"labels": ("²",)}),
-        ("labels", {"labels": ("①",)}),
-        ("labels", {"labels": ("-1",)}),
-        ("labels", {"labels": ("three",)}),
+        ("labels", {"inputs": {"labels": ("²",)}}),
+        ("labels", {"inputs": {"labels": ("①",)}}),
+        ("labels", {"inputs": {"labels": ("-1",)}}),
+        ("labels", {"inputs": {"labels": ("three",)}}),
         ("count", {"count": 0}),
         ("batch_size", {"batch_size": 0}),
         ("device", {"device": "cuda:99"}),
@@ -132,7 +132,7 @@ def test_what_cannot_be_written_is_refused_before_the_first_step(run_folder: Pat
 )
 def test_values_that_mean_nothing_are_refused(key: str, values: dict[str, Any], run_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"\w") as caught:
-        run(**{"model": run_folder, "labels": ("1",), "steps": 1, **values})
+        run(**{"model": run_folder, "inputs": {"labels": ("1",)}, "steps": 1, **values})
     assert getattr(caught.value, "key", None) == key
 
 

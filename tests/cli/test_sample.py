@@ -61,7 +61,7 @@ def test_ones_own_pictures_are_enlarged(
     assert "at least 1" in refused(*words, "-n", "-1")
     assert "noise_level" in refused(*words, "--noise-level", "0.4")
     assert "0.png is 4×4" in refused(*words, gray(tmp_path / "wide", 1, side=5))
-    assert "1×4×4, not from 1×5×5" in refused("upscale", upsampler_run, tmp_path / "wide")
+    assert "1×4×4, not 1×5×5" in refused("upscale", upsampler_run, tmp_path / "wide")
     (own / "0.png").write_bytes(b"")
     assert "0.png cannot be read: the file is empty" in refused("upscale", upsampler_run, own / "0.png")
 
@@ -98,7 +98,7 @@ def test_an_up_sampler_of_classes_wants_them_named(
     base = tiny_recipe(*plain, "sampling.guidance=1", "training.steps=2", "training.sample_every=100")
     train(base, tmp_path / "base")
     late = ("sample", tmp_path / "base", "--upsampler", tmp_path / "run", "--out", tmp_path / "late")
-    assert "give labels" in refused(*late)
+    assert "needs labels" in refused(*late)
     assert not (tmp_path / "late").exists()
 
 
