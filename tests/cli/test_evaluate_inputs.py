@@ -14,11 +14,12 @@ from PIL import Image
 
 from carrara import codecs
 from carrara.classifier import Classifier
-from carrara.codecs.perceptual import LPIPS, VGG16
+from carrara.codecs.perceptual import VGG16
 from carrara.evaluation import Moments, data_pictures, frechet_distance
 from carrara.evaluation.features.checksum import file_checksum
 from carrara.evaluation.features.inception_network import InceptionNetwork
 from carrara.images import from_uint8, save_npz, to_uint8
+from carrara.interop import lpips
 from carrara.model import DiffusionModel
 from tests.cli.conftest import Command, photographs
 from tests.codecs.small import make
@@ -119,7 +120,7 @@ def test_a_learned_distance_carries_its_checksum(
     words = (copy, "--originals", square, "--lpips", weights)
     found = printed(carrara, *words, "--lpips-checksum", checksum)["lpips"]
     with torch.no_grad():
-        expected = LPIPS.of(state)(images.flip(0), images).mean()
+        expected = lpips.from_state_dict(state)(images.flip(0), images).mean()
     assert found["value"] == pytest.approx(float(expected), rel=1e-4)
     assert found["stamp"]["settings"]["weights"] == checksum
     assert "another file" in refused("evaluate", *words, "--lpips-checksum", "0" * 64)

@@ -17,7 +17,6 @@ from carrara.app.models import is_codec, open_model
 from carrara.app.stream import Report, streamed
 from carrara.classifier import Classifier
 from carrara.codecs import Codec, LearnedCodec
-from carrara.codecs.perceptual import LPIPS
 from carrara.errors import UserError
 from carrara.evaluation import Evaluation, Measurements, Pictures, Reference, page, protocol, stamp, tables
 from carrara.evaluation.collect import ROWS
@@ -27,6 +26,7 @@ from carrara.evaluation.held_out import measure_held_out
 from carrara.evaluation.latents import measure_latents
 from carrara.evaluation.pictures import Size, data_pictures, decoded_pictures, model_pictures
 from carrara.files import write_whole
+from carrara.interop import lpips
 from carrara.model import DiffusionModel
 
 Proportions = Mapping[str, int] | None
@@ -280,7 +280,7 @@ class Work:
         """How close pictures are to the originals, one by one; of a codec also what its latents cost."""
         perceptual, checksum = None, ""
         if request.lpips is not None:
-            perceptual = LPIPS.load(request.lpips, request.lpips_checksum)
+            perceptual = lpips.load(request.lpips, request.lpips_checksum)
             checksum = file_checksum(request.lpips)
         originals = data_pictures(path, request.originals_split, request.n, self.size)
         pictures = self.finished

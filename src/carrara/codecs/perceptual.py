@@ -6,9 +6,7 @@ by channel, averaged over the positions and added up over the depths.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -58,7 +56,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 class LPIPS(nn.Module):
-    """The learned perceptual distance on VGG-16's features (Zhang et al. 2018), from a local weights file.
+    """The learned perceptual distance on VGG-16's features (Zhang et al. 2018); `interop.lpips.load` reads its weights.
 
     Args:
         learned: whether channels have weights fitted to human judgements; False weighs them alike.
@@ -108,105 +106,9 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The distance of pictures [B, C, H, W] in [-1, 1], [B]."""
         weights = None if self.weights is None else list(self.weights)
         return feature_distance(self.features(x), self.features(y), weights)
-
-    @classmethod
-    def load(cls, path: str | Path, checksum: str | None = None) -> LPIPS:
-        """The distance from a weights file on this machine: nothing is ever downloaded.
-
-        Args:
-            path: `.safetensors` or a PyTorch file, with VGG-16's convolutions under torchvision's names
-                (`features.0.weight`, …) or LPIPS' own (`net.slice1.0.weight`, …), and `lin0.model.1.weight`, …
-                where channels are to be weighted as learned. A whole VQGAN or latent-diffusion checkpoint, which
-                holds them under `loss.perceptual_loss.`, serves as well.
-            checksum: the file's SHA-256 in hexadecimal; None accepts any file.
-
-        Raises:
-            UserError: the file is missing or another one, or lacks a layer.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(
-                f"there is no perceptual weights file at '{path}': name one, or set loss.perceptual=0.",
-                key="loss.perceptual_from",
-                code="missing",
-            )
-        if checksum is not None:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != checksum.lower():
-                raise UserError(
-                    f"'{path}' has the SHA-256 {found}, not {checksum}: it is another file.",
-                    key="loss.perceptual_checksum",
-                    code="mismatch",
-                )
-        return cls.of(_read(path), str(path))
-
-    @classmethod
-    def of(cls, state: Mapping[str, Tensor], name: str = "the perceptual weights") -> LPIPS:
-        """The distance from a state dict; see `load`."""
-        prefix = "loss.perceptual_loss."
-        theirs = {key.removeprefix(prefix): value for key, value in state.items()}
-        learned = "lin0.model.1.weight" in theirs
-        network = cls(learned)
-        ours: dict[str, Tensor] = {}
-        number = 0  # torchvision counts rectifiers and pools, too
-        for depth, widths in enumerate(VGG16):
-            number += depth > 0
-            for index in range(len(widths)):
-                own = f"groups.{depth}.{index}"
-                for part in ("weight", "bias"):
-                    keys = (f"features.{number}.{part}", f"net.slice{depth + 1}.{number}.{part}")
-                    ours[f"{own}.{part}"] = _find(theirs, keys, network.state_dict()[f"{own}.{part}"], name)
-                number += 2
-            if learned:
-                weight = theirs.get(f"lin{depth}.model.1.weight", torch.empty(0)).flatten()
-                ours[f"weights.{depth}"] = _find({"lin": weight}, ("lin",), torch.empty(widths[-1]), name)
-        network.load_state_dict(ours)
-        return network.requires_grad_(False).eval()
-
-
-def _find(state: Mapping[str, Tensor], keys: Sequence[str], like: Tensor, name: str) -> Tensor:
-    for key in keys:
-        if key in state and state[key].shape == like.shape:
-            return state[key].float()
-    raise UserError(
-        f"{name} lack '{keys[0]}' of shape {tuple(like.shape)}: they are not VGG-16's.",
-        key="loss.perceptual_from",
-        code="damaged",
-    )
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"'{path}' is cut short or no safetensors file ({error}): fetch it again.",
-                key="loss.perceptual_from",
-                code="damaged",
-            ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a cut pickle fails in whatever it was about to do
-        raise UserError(
-            f"'{path}' is cut short, holds code, or is no PyTorch file: fetch it again.",
-            key="loss.perceptual_from",
-            code="damaged",
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise UserError(
-            f"'{path}' holds no table of named weights: name a file of VGG-16's or LPIPS' weights.",
-            key="loss.perceptual_from",
-            code="damaged",
-        )
-    return {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 class ClassifierFeatures(nn.Module):
@@ -247,4 +149,5 @@ class ClassifierFeatures(nn.Module):
         return [*ends, last]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The distance of pictures [B, C, H, W] in [-1, 1], [B]."""
         return feature_distance(self.features(x), self.features(y))

@@ -116,6 +116,7 @@ class Level(nn.Module):
         self.resample = resample
 
     def forward(self, h: Tensor) -> Tensor:
+        """[B, C, H, W] to the next level's [B, C_i, H/2, W/2] or [B, C_i, 2·H, 2·W]."""
         for index, block in enumerate(self.blocks):
             h = block(h)  # [B, C_i, H, W]
             if self.attentions:

@@ -129,6 +129,7 @@ class Stage(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, embedding: Tensor, condition: Condition) -> Tensor:
+        """[B, C, *S] to [B, C', *S]."""
         h: Tensor = self.block(x, embedding)
         return h if self.attention is None else self.attention(h, condition)
 
@@ -172,6 +173,7 @@ class TimeEmbedding(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
+        """Times [B] to [B, 4·channels]."""
         waves = sinusoidal_embedding(time, self.channels).to(self.hidden.weight.dtype)
         return self.out(self.activation(self.hidden(waves)))  # type: ignore[no-any-return]
 
@@ -183,6 +185,7 @@ class Parts:
         self.params = params
 
     def block(self, channels: int, out_channels: int, resample: Upsample | Downsample | None = None) -> ResidualBlock:
+        """A residual block, which changes the size where `resample` is given."""
         p = self.params
         return ResidualBlock(
             p.dims,
@@ -224,6 +227,7 @@ class Parts:
         )
 
     def stage(self, site: str, level: int, channels: int, out_channels: int, heads: int | None = None) -> Stage:
+        """A residual block with the attention of its level, "SITE.self" where it has one."""
         p, factor = self.params, self.params.factors[level]
         block = self.block(channels, out_channels)
         if factor not in p.attention:
@@ -232,11 +236,13 @@ class Parts:
         return Stage(block, self.attention(site, out_channels, p.depths[level], heads, context_only=only))
 
     def middle(self, channels: int) -> Middle:
+        """Block, attention, block at the lowest resolution."""
         p = self.params
         attention = self.attention("middle", channels, p.depths[-1], context_only=p.context_only_middle)
         return Middle(self.block(channels, channels), attention, self.block(channels, channels))
 
     def resample(self, kind: type[Upsample | Downsample], channels: int) -> Upsample | Downsample | ResidualBlock:
+        """The way to the next level: a block, a convolution, or pooling, as the params have it."""
         p = self.params
         if p.resampling == "residual":
             return self.block(channels, channels, kind(p.dims, channels, learned=False))

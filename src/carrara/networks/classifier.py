@@ -65,6 +65,7 @@ class AttentionPool(nn.Module):
         self.out = nn.Linear(channels, out)
 
     def forward(self, maps: list[Tensor], condition: Condition) -> Tensor:
+        """Maps [B, C_i, H_i, W_i], from fine to coarse, to logits [B, K]."""
         tokens = F.silu(self.norm(maps[-1])).flatten(2).transpose(1, 2)  # [B, N, C]
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positions.T  # [B, 1 + N, C]
         q, k, v = split_heads(self.qkv(tokens), self.heads, "new")  # [B, heads, 1 + N, d]
@@ -82,6 +83,7 @@ class AdaptivePool(nn.Module):
         self.out = zero_module(nn.Linear(channels, out))
 
     def forward(self, maps: list[Tensor], condition: Condition) -> Tensor:
+        """Maps [B, C_i, H_i, W_i], from fine to coarse, to logits [B, K]."""
         return self.out(F.silu(self.norm(maps[-1])).mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
@@ -95,6 +97,7 @@ class SpatialPool(nn.Module):
         self.out = nn.Linear(2048, out)
 
     def forward(self, maps: list[Tensor], condition: Condition) -> Tensor:
+        """Maps [B, C_i, H_i, W_i], from fine to coarse, to logits [B, K]."""
         h = self.hidden(torch.cat([h.mean(dim=(2, 3)) for h in maps], dim=1))  # [B, 2048]
         h = F.relu(h) if self.norm is None else F.silu(self.norm(h))
         return self.out(h)  # type: ignore[no-any-return]  # [B, K]

@@ -86,6 +86,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(largest_divisor(channels, groups), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, *S] to [B, C, *S] in x's type."""
         if x.dtype in HALF:
             weight, bias = self.weight.float(), self.bias.float()  # half types themselves in a network turned into one
             return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
@@ -101,6 +102,7 @@ class Upsample(nn.Module):
         self.conv = convolution(dims, channels, channels) if learned else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """[B, C, *S] to [B, C, *2S]."""
         if self.conv is not None:
             return upsampled_convolution(x, self.conv.weight, self.conv.bias)
         return F.interpolate(x, scale_factor=self.factors, mode="nearest")
@@ -124,6 +126,7 @@ class Downsample(nn.Module):
         self.conv = convolution(dims, channels, channels, stride=self.stride, padding=padding) if learned else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """[B, C, *S] to [B, C, *S/2]."""
         if self.conv is None:
             return _AVERAGE[self.dims](x, self.stride, self.stride)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)  # type: ignore[no-any-return]

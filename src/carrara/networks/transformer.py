@@ -78,6 +78,7 @@ class GatedFeedForward(nn.Module):
         self.out = nn.Linear(4 * channels, channels)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L, C] to [B, L, C]."""
         value, gate = self.hidden(tokens).chunk(2, dim=-1)
         return self.out(value * F.gelu(gate))  # type: ignore[no-any-return]
 

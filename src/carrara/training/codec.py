@@ -16,6 +16,7 @@ from carrara.codecs.perceptual import LPIPS, ClassifierFeatures, Perceptual
 from carrara.data import Batch, Batches, LatentBatch, Source
 from carrara.distributed import Processes
 from carrara.errors import UserError
+from carrara.interop import lpips
 from carrara.networks.discriminator import Discriminator, DiscriminatorParams
 from carrara.objectives import Examples
 from carrara.objectives.codec import CODEC, DISCRIMINATOR, CodecLoss, CodecObjective
@@ -29,7 +30,7 @@ SCALE_IMAGES = 4096
 
 
 class CodecTask:
-    """A codec that learns to give images back, against a discriminator where its loss has one.
+    """A codec that learns to reconstruct images, against a discriminator where its loss has one.
 
     Raises:
         UserError: choices of the recipe that do not go together, or with the images.
@@ -61,7 +62,7 @@ class CodecTask:
         }
         if recipe.start is not None:
             self.summary["starts from"] = recipe.start
-            self.summary["learns"] = "the decoder alone: latents stay what they are" if codec.decoder_only else "all"
+            self.summary["learns"] = "the decoder alone: latents stay the same" if codec.decoder_only else "all"
         images = recipe.training.steps * recipe.training.batch_size
         self.notices = self.objective(self.modules).notices(images)
 
@@ -92,7 +93,7 @@ class CodecTask:
 
     @torch.no_grad()
     def preview(self, module: nn.Module, rows: range) -> tuple[Tensor, dict[str, Any]]:
-        """Images beside what the codec gives back of them, [len(rows), C, H, 2·W]."""
+        """Images and their reconstructions side by side, [len(rows), C, H, 2·W]."""
         codec = cast(LearnedCodec, module)
         training = codec.training
         codec.eval()
@@ -102,8 +103,8 @@ class CodecTask:
         return torch.cat([images, again], dim=3), {"left": "image", "right": "reconstruction"}
 
     def save(self, module: nn.Module, folder: Path, origin: str) -> None:
-        """The codec with its latent scale, measured on the training images; with a decoder that learned alone the old
-        scale stays, as models of its latents rely on it."""
+        """The codec with its latent scale, measured on the training images; of a decoder that was fine-tuned alone
+        the old scale stays, as models of its latents rely on it."""
         codec = cast(LearnedCodec, module)
         if not codec.decoder_only:
             prepare, count = self.recipe.data.preprocess(), len(self.source)
@@ -150,30 +151,39 @@ def make_loss(recipe: CodecRecipe, codec: LearnedCodec) -> CodecLoss:
 
 
 def _perceptual(recipe: CodecRecipe, loss: CodecLoss) -> Perceptual | None:
-    """What the perceptual term looks through."""
+    """The distance of the perceptual term; None where its weight is 0."""
     path, checksum = recipe.loss.perceptual_from, recipe.loss.perceptual_checksum
     if checksum is not None and (path is None or Path(path).is_dir()):
         raise UserError(
             "loss.perceptual_checksum is given, but loss.perceptual_from names no file of weights: name one, or leave "
-            "this out."
+            "this out.",
+            key="loss.perceptual_checksum",
+            code="conflict",
         )
     if not loss.perceptual:
         if path is not None:
-            raise UserError("loss.perceptual_from is given, but loss.perceptual is 0: set it above 0, or leave it out.")
+            raise UserError(
+                "loss.perceptual_from is given, but loss.perceptual is 0: set it above 0, or leave it out.",
+                key="loss.perceptual_from",
+                code="conflict",
+            )
         return None
     if path is None:
         raise UserError(
             "loss.perceptual is above 0: name a classifier's folder or a file of VGG or LPIPS weights as "
-            "loss.perceptual_from, or set loss.perceptual=0."
+            "loss.perceptual_from, or set loss.perceptual=0.",
+            key="loss.perceptual_from",
+            code="missing",
         )
     perceptual: LPIPS | ClassifierFeatures
     if Path(path).is_dir():
         classifier = Classifier.load(path)
         perceptual = ClassifierFeatures(classifier.network, classifier.clean_network_time)
     else:
-        perceptual = LPIPS.load(path, checksum)
+        perceptual = lpips.load(path, checksum)
     try:
         perceptual.check_size(recipe.data.channels, *recipe.data.resolution)
     except UserError as error:
-        raise UserError(f"loss.perceptual_from={path} does not fit the data: {error}") from None
+        sentence = f"loss.perceptual_from={path} does not fit the data: {error}"
+        raise UserError(sentence, key="loss.perceptual_from", code="shape") from None
     return perceptual
