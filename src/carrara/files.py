@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 from carrara.errors import UserError
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those it lies in, unless it is there.
+    """Make a folder and its parents unless they are there.
 
     Raises:
-        UserError: a file stands in the way, or the place is not writable.
+        UserError: a file is in the way, or the place is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +35,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all: to a temporary name, synced, then renamed.
 
     Raises:
-        UserError: the disk is full, or the folder not writable or no folder; what stood there before is untouched.
+        UserError: the disk is full, or the folder not writable or no folder; what was there before is untouched.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.partial")
@@ -71,6 +74,30 @@ def append_line(path: Path, line: str) -> None:
 def json_bytes(text: str) -> bytes:
     """JSON as UTF-8. Half surrogates, which names that are not UTF-8 have, become JSON's own escapes of them."""
     return text.encode("utf-8", "backslashreplace")
+
+
+def read_arrays(path: str | Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file by name: all, or those of some names that it has.
+
+    Raises:
+        UserError: there is no such file, or it is damaged or has Python objects.
+    """
+    import zipfile
+    import zlib
+
+    import numpy as np
+
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}.", key=str(path), code="missing")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if names is None or name in names}
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is not a whole .npz file of plain arrays ({error}): write or download it again.",
+            key=str(path),
+            code="damaged",
+        ) from None
 
 
 _locks: set[IO[str]] = set()

@@ -1,4 +1,4 @@
-"""Pictures at the program's edge: tensors in [-1, 1] to 8 bits, PNG files with their history, npz, grids."""
+"""Pictures at the program's edge: tensors in [-1, 1] to 8 bits, PNG files with their metadata, npz, grids."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def to_pil(image: Tensor) -> Image.Image:
     """
     pixels = to_uint8(image[None])[0].numpy()
     if pixels.shape[2] not in (1, 3, 4):
-        raise UserError(f"an image of {pixels.shape[2]} channels cannot be shown: 1, 3 and 4 can.")
+        raise UserError(
+            f"an image of {pixels.shape[2]} channels cannot be shown: 1, 3 and 4 can.", key="image", code="shape"
+        )
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
@@ -74,7 +76,11 @@ def save_png(image: Tensor, path: Path, history: Mapping[str, Any] | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, format="PNG", pnginfo=metadata)
     except OSError as error:
-        raise UserError(f"the picture {path} could not be written ({error.strerror or error}): make room.") from None
+        raise UserError(
+            f"the picture {path} could not be written ({error.strerror or error}): make room.",
+            key=str(path),
+            code="resources",
+        ) from None
 
 
 def save_npz(path: Path, images: Tensor, labels: Sequence[int] | Tensor | None = None) -> None:

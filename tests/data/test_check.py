@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from carrara.data.check import check_data
-from carrara.errors import UserError
 from tests.data.builders import Contents, encoded, files, folder, picture, png
+from tests.errors import refused
 
 
 def test_a_sound_folder(tmp_path: Path) -> None:
@@ -150,18 +150,18 @@ def test_the_report_is_the_same_each_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["batch_size", "steps", "sample"])
 def test_impossible_numbers_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"{name} must be at least 1"):
+    with refused("invalid", key=name):
         check_data(tmp_path, **{name: 0})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("nan")])
 def test_an_impossible_speed_is_refused(tmp_path: Path, speed: float) -> None:
-    with pytest.raises(UserError, match="images_per_second must be above 0"):
+    with refused("invalid", key="images_per_second"):
         check_data(tmp_path, images_per_second=speed)
 
 
 def test_a_preview_that_cannot_be_written(tmp_path: Path) -> None:
     path = folder(tmp_path / "set", files(3))
     for target in (tmp_path / "no" / "p.png", tmp_path / "p.unknown"):
-        with pytest.raises(UserError, match="preview cannot be written"):
+        with refused("resources", key=str(target)):
             check_data(path, batch_size=1, preview=target)

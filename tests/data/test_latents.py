@@ -1,4 +1,4 @@
-"""The cache of latents: exact, incremental, refused where stale, walked as the images are."""
+"""The cache of latents: exact, incremental, refused where stale, in the order of the images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from carrara.codecs import (
 )
 from carrara.data import Batches, LatentBatches, Preprocess, encode_latents, open_latents, open_source
 from carrara.data.latent_index import INDEX, JOURNAL
-from carrara.errors import UserError
+from carrara.errors import Code, UserError
 from carrara.networks.autoencoder import AutoencoderParams
 from carrara.process import Noise
 from tests.data import builders
@@ -45,7 +45,7 @@ SHAPE = AutoencoderParams(channels=8, channel_mult=(1, 2), blocks_per_level=1, l
 
 
 class Toy(nn.Module):
-    """A codec of the protocol and nothing else: means over 2×2 pixels, with a spread that depends on the image."""
+    """A codec of the protocol and nothing else: means over 2×2 pixels, with a deviation that depends on the image."""
 
     kind = "toy"
     reduction = 2
@@ -145,15 +145,15 @@ def test_draws_are_fresh_at_every_use(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_latents_are_walked_as_images_are(flip: bool, images: Path, tmp_path: Path) -> None:
-    (images / "a" / "broken.png").write_bytes(b"no picture")  # replaced by another, the same one in both walks
+def test_latents_come_in_the_order_of_images(flip: bool, images: Path, tmp_path: Path) -> None:
+    (images / "a" / "broken.png").write_bytes(b"no picture")  # replaced by another, the same one in both
     source, codec = open_source(images, unreadable_limit=0.1), learned("identity")
     encode_latents(source, PREPARE, codec, tmp_path / "cache")
     prepare = replace(PREPARE, flip=flip)
     pictures = Batches(open_source(images, unreadable_limit=0.1), prepare, seed=7, batch_size=8)
     latents = open_latents(tmp_path / "cache", prepare=prepare)
-    walked = LatentBatches(latents, seed=7, batch_size=8, flip=flip)
-    for step, batch in zip(range(5), walked.iterate(), strict=False):
+    batches = LatentBatches(latents, seed=7, batch_size=8, flip=flip)
+    for step, batch in zip(range(5), batches.iterate(), strict=False):
         expected = pictures.at(step)
         assert torch.equal(batch.posterior.mode(), expected.images)
         assert torch.equal(batch.positions, expected.positions)
@@ -182,21 +182,21 @@ def test_captions_come_along(tmp_path: Path) -> None:
 
 
 def test_latents_of_other_captions_or_class_names_are_refused(images: Path, tmp_path: Path) -> None:
-    folder, cache = captioned(tmp_path / "told", ["one", "two", "three"]), tmp_path / "cache"
+    folder, cache = captioned(tmp_path / "captioned", ["one", "two", "three"]), tmp_path / "cache"
     encode_latents(open_source(folder), PREPARE, Toy(), cache)
     captioned(folder, ["one", "zwei", "drei"])
-    with pytest.raises(UserError, match=r"2 of 3 captions of .* 001\.png the first: run `carrara data encode` again"):
+    with refused("mismatch", key="001.png"):
         open_latents(cache, source=open_source(folder))
     assert encode_latents(open_source(folder), PREPARE, Toy(), cache).encoded == 0
     assert open_latents(cache, source=open_source(folder)).captions == ["one", "zwei", "drei"]
     (folder / "metadata.jsonl").unlink()
-    with pytest.raises(UserError, match=r"3 of 3 captions of"):
+    with refused("mismatch", key="000.png"):
         open_latents(cache, source=open_source(folder))
 
     source = open_source(images)
     encode_latents(source, PREPARE, Toy(), tmp_path / "classes")
     source.class_names = ("a", "c")
-    with pytest.raises(UserError, match=r"the classes of .* have other names than in .*: run `carrara data encode`"):
+    with refused("mismatch", key=str(tmp_path / "classes")):
         open_latents(tmp_path / "classes", source=source)
 
 
@@ -244,7 +244,7 @@ def test_an_interrupted_run_goes_on_where_it_was(images: Path, tmp_path: Path) -
     cache = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
         encode_latents(open_source(images), PREPARE, Stops(), cache, batch_size=4, shard_images=4)
-    with pytest.raises(UserError, match=r"15 of 23 images .* have no latents: run `carrara data encode` again"):
+    with refused("missing", key=str(cache)):
         open_latents(cache)
     codec = Toy()
     assert encode_latents(open_source(images), PREPARE, codec, cache, batch_size=4).encoded == 15
@@ -329,30 +329,31 @@ def test_a_second_process_that_encodes_into_a_cache_is_refused_before_it_reads_a
     assert encode_latents(open_source(images), PREPARE, other, cache).encoded == 0
 
 
-def test_damaged_caches_are_refused_and_mended(images: Path, tmp_path: Path) -> None:
+def test_damaged_caches_are_refused_and_repaired(images: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     encode_latents(open_source(images), PREPARE, Toy(), cache, batch_size=5, shard_images=10)
     shard = cache / "latents-00001.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-7])
-    with pytest.raises(UserError, match=r"latents-00001\.safetensors is cut short"):
+    with refused("damaged", key=str(shard)):
         open_latents(cache)
     shard.unlink()
-    with pytest.raises(UserError, match=r"latents-00001\.safetensors is missing: run `carrara data encode` again"):
+    with refused("damaged", key=str(shard)):
         open_latents(cache)
     assert encode_latents(open_source(images), PREPARE, Toy(), cache, batch_size=5).encoded == 10
     assert len(open_latents(cache, source=open_source(images))) == 23
-    for text, sentence in (("{", "is damaged"), ("[]", "is damaged"), (json.dumps({"format": 9}), "of the format 9")):
+    codes: dict[str, Code] = {"{": "damaged", "[]": "damaged", json.dumps({"format": 9}): "newer"}
+    for text, code in codes.items():
         (cache / INDEX).write_text(text)
-        with pytest.raises(UserError, match=sentence):
+        with refused(code, key=str(cache / INDEX)):
             open_latents(cache)
-    with pytest.raises(UserError, match="no cache of latents in"):
+    with refused("missing", key=str(tmp_path / "nowhere")):
         open_latents(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("damage", ["header", "body", "one bit", "no checksum"])
 def test_a_shard_whose_content_changed_is_refused_and_made_again(damage: str, images: Path, tmp_path: Path) -> None:
-    """A file of the right size that cannot be read, or that can and holds what no codec said."""
+    """A file of the right size that cannot be read, or that can and has what no codec made."""
     cache = tmp_path / "cache"
     encode_latents(open_source(images), PREPARE, Toy(), cache, batch_size=5, shard_images=10)
     whole = open_latents(cache).posterior(range(23)).mode()
@@ -369,9 +370,7 @@ def test_a_shard_whose_content_changed_is_refused_and_made_again(damage: str, im
         del index["shards"][1]["checksum"]
         (cache / INDEX).write_text(json.dumps(index))
     shard.write_bytes(content.tobytes())
-    with pytest.raises(
-        UserError, match=r"latents-00001\.safetensors (is damaged|was written).*: run `carrara data encode`"
-    ):
+    with refused("damaged", key=str(shard)):
         open_latents(cache)
     assert encode_latents(open_source(images), PREPARE, Toy(), cache, batch_size=5).encoded == 10
     assert not shard.exists()
@@ -382,7 +381,7 @@ def test_a_place_where_no_cache_can_be_is_refused_before_anything_is_encoded(ima
     taken, codec = tmp_path / "taken", Toy()
     taken.write_bytes(b"precious")
     for folder in (taken, taken / "below"):
-        with pytest.raises(UserError, match=r"folder .* cannot be made \(.*taken is a file\): name another one"):
+        with refused("resources", key=str(folder)):
             encode_latents(open_source(images), PREPARE, codec, folder)
     assert codec.encoded == 0
     assert taken.read_bytes() == b"precious"
@@ -399,46 +398,45 @@ def test_a_codec_in_tiles_is_in_evaluation_mode_meanwhile(images: Path, tmp_path
 def test_latents_of_another_codec_size_or_image_are_refused(images: Path, tmp_path: Path) -> None:
     cache, other = tmp_path / "cache", Toy(2.0)
     encode_latents(open_source(images), PREPARE, Toy(), cache)
-    hashes = f"{content_hash(Toy())} .toy., not of {content_hash(other)}"
-    with pytest.raises(UserError, match=hashes):
+    with refused("mismatch", key=str(cache)):
         open_latents(cache, content_hash(other))
-    with pytest.raises(UserError, match=f"{hashes}: encode into another folder"):
+    with refused("mismatch", key=str(cache)):
         encode_latents(open_source(images), PREPARE, other, cache)
     changes: dict[str, Any]
-    for changes, sentence in (
-        ({"height": 16}, r"data\.resolution = 8×8, not 16×8"),
-        ({"resize": "box"}, r"data\.resize = adm, not box"),
+    for changes, key in (
+        ({"height": 16}, "data.resolution"),
+        ({"resize": "box"}, "data.resize"),
     ):
         prepare = replace(PREPARE, **changes)
-        with pytest.raises(UserError, match=sentence):
+        with refused("mismatch", key=key):
             open_latents(cache, prepare=prepare)
-        with pytest.raises(UserError, match=sentence):
+        with refused("mismatch", key=key):
             encode_latents(open_source(images), prepare, Toy(), cache)
     assert open_latents(cache, prepare=replace(PREPARE, flip=False)).index.flips  # flips serve both
     (images / "b" / "015.png").write_bytes(builders.png(99))
-    with pytest.raises(UserError, match=r"1 of 23 images .* are not those whose latents .*015\.png the first"):
+    with refused("mismatch", key="b/015.png"):
         open_latents(cache, source=open_source(images))
     (images / "b" / "015.png").unlink()
-    with pytest.raises(UserError, match=r"holds 22 images, the latents in .* are of 23"):
+    with refused("mismatch", key=str(cache)):
         open_latents(cache, source=open_source(images))
 
 
 def test_what_cannot_be_cached_is_refused(images: Path, tmp_path: Path) -> None:
     source = open_source(images)
-    with pytest.raises(UserError, match="freeze one random crop"):
+    with refused("conflict", key="data.crop"):
         encode_latents(source, replace(PREPARE, crop="random"), Toy(), tmp_path / "cache")
     with pytest.raises(UserError, match="is not even"):
         encode_latents(source, replace(PREPARE, height=7), Toy(), tmp_path / "cache")
-    with pytest.raises(UserError, match="a codec whose posterior is of the type object cannot be cached"):
+    with refused("unsupported", key="codec"):
         encode_latents(source, PREPARE, Strange(), tmp_path / "cache")
-    with pytest.raises(UserError, match=r"the latents of .*000\.png are not finite: name another codec"):
+    with refused("not_finite", key="a/000.png"):
         encode_latents(source, PREPARE, Toy(float("nan")), tmp_path / "cache")
     encode_latents(source, replace(PREPARE, flip=False), Toy(), tmp_path / "plain")
     plain = open_latents(tmp_path / "plain")
-    with pytest.raises(UserError, match=r"data\.flip = False, not True"):
+    with refused("mismatch", key="data.flip"):
         open_latents(tmp_path / "plain", prepare=PREPARE)
     for call in (lambda: LatentBatches(plain, batch_size=4, flip=True), lambda: plain.stored([0], [True])):
-        with pytest.raises(UserError, match="holds no mirrored images"):
+        with refused("mismatch", key="data.flip"):
             call()
     with refused("missing", key="training.batch_size"):
         LatentBatches(plain, batch_size=24)
@@ -449,13 +447,13 @@ def test_what_cannot_be_cached_is_refused(images: Path, tmp_path: Path) -> None:
 def test_unreadable_images_are_counted_against_the_limit_and_tried_once(images: Path, tmp_path: Path) -> None:
     for i in range(3):
         (images / "a" / f"{i:03d}.png").write_bytes(b"no picture" + bytes([i]))
-    with pytest.raises(UserError, match="3 of 23 images"):
+    with refused("damaged", key="data.unreadable_limit"):
         encode_latents(open_source(images, unreadable_limit=0.05), PREPARE, Toy(), tmp_path / "cache")
     done = encode_latents(open_source(images, unreadable_limit=0.2), PREPARE, Toy(), tmp_path / "cache")
     assert (done.encoded, done.unreadable) == (0, 3)
     latents = open_latents(tmp_path / "cache")
     assert set(latents.unreadable) == {0, 1, 2}
-    with pytest.raises(UserError, match=r"000\.png has no latent: no image that Pillow can read"):
+    with refused("missing", key="a/000.png"):
         latents.posterior([0])
 
 
@@ -468,7 +466,7 @@ def test_the_digits_keep_their_seventeen_levels(tmp_path: Path) -> None:
     assert latents.levels == 17
 
 
-def test_the_command_encodes_and_says_what_it_did(images: Path, tmp_path: Path) -> None:
+def test_the_command_encodes_and_reports(images: Path, tmp_path: Path) -> None:
     codec = learned("kl")
     codecs.save(codec, tmp_path / "codec")
     arguments = ["data", "encode", str(images), "--codec", str(tmp_path / "codec"), "--resolution", "8", "--flip"]
@@ -482,10 +480,10 @@ def test_the_command_encodes_and_says_what_it_did(images: Path, tmp_path: Path) 
     stored = open_latents(tmp_path / "cache", content_hash(codec)).posterior(rows)
     assert torch.equal(stored.mode(), direct(images, codec, rows).mode())
     for device in ("cuda:99", "gpu"):
-        refused = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "cache"), "--device", device])
-        assert isinstance(refused.exception, UserError)
-        assert (refused.exception.key, refused.exception.code) == ("device", "unsupported")
+        failed = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "cache"), "--device", device])
+        assert isinstance(failed.exception, UserError)
+        assert (failed.exception.key, failed.exception.code) == ("device", "unsupported")
     arguments[4] = str(tmp_path / "nowhere")
-    refused = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "cache")])
-    assert isinstance(refused.exception, UserError)
-    assert refused.exception.code == "missing"
+    failed = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "cache")])
+    assert isinstance(failed.exception, UserError)
+    assert failed.exception.code == "missing"

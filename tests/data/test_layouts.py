@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -303,7 +304,15 @@ def test_arrays_as_adm_writes_them(tmp_path: Path, channels: int) -> None:
 )
 def test_other_arrays_are_refused(tmp_path: Path, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> None:
     np.savez(tmp_path / "a.npz", array)
-    with pytest.raises(UserError, match=r"'arr_0' must be uint8 \[N, H, W, C\]"):
+    with refused("shape", key=str(tmp_path / "a.npz")):
+        open_source(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("labels", [None, np.zeros(0, np.int64)])
+def test_an_npz_of_no_images_is_refused(tmp_path: Path, labels: np.ndarray[Any, Any] | None) -> None:
+    arrays = {"arr_0": np.zeros((0, 8, 8, 3), np.uint8)} | ({} if labels is None else {"arr_1": labels})
+    np.savez(tmp_path / "a.npz", **arrays)
+    with refused("missing", key=str(tmp_path / "a.npz")):
         open_source(tmp_path / "a.npz")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from carrara.codecs import LearnedCodec
 from carrara.condition import Condition
 from carrara.convert.imported import Convertible
 from carrara.errors import UserError
+from carrara.files import read_arrays
 from carrara.networks import EncoderClassifier, UNet, UNetParams
 
 PARITY = 1e-5
@@ -101,11 +101,7 @@ def check_outputs(model: Convertible, path: str | Path) -> dict[str, Any]:
 
 
 def _arrays(path: str | Path, needed: tuple[str, ...]) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: torch.from_numpy(file[key]) for key in file.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as .npz: {error}.", key=str(path), code="damaged") from None
+    arrays = {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
     for key in needed:
         if key not in arrays:
             raise UserError(

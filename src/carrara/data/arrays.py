@@ -1,9 +1,8 @@
-"""Pictures that lie in memory as one array: .npz files as ADM's evaluator reads and writes them, and the digits."""
+"""Pictures in memory as one array: .npz files as ADM's evaluator reads and writes them, and the digits."""
 
 from __future__ import annotations
 
 import io
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 from carrara.data.columns import class_numbers
 from carrara.data.source import Source
 from carrara.errors import UserError
+from carrara.files import read_arrays
 
 
 class ArrayPictures:
@@ -40,20 +40,22 @@ def open_npz(path: Path) -> Source:
     """`arr_0` uint8 [N, H, W, C] and, where it is there, `arr_1` labels [N].
 
     Raises:
-        UserError: the file is damaged, or holds something else.
+        UserError: the file is damaged, or has no images.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            content = {name: arrays[name] for name in arrays.files if name in ("arr_0", "arr_1")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as npz: {error}.") from error
+    content = read_arrays(path, ("arr_0", "arr_1"))
     array, labels = content.get("arr_0"), content.get("arr_1")
     if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3, 4):
-        raise UserError(f"{path} holds no images: 'arr_0' must be uint8 [N, H, W, C] with C 1, 3 or 4.")
+        raise UserError(
+            f"{path} has no images: 'arr_0' must be uint8 [N, H, W, C] with C 1, 3 or 4.", key=str(path), code="shape"
+        )
     if not len(array):
-        raise UserError(f"{path} holds 0 images: 'arr_0' is empty.", key=str(path), code="missing")
+        raise UserError(f"{path} has 0 images: 'arr_0' is empty.", key=str(path), code="missing")
     if labels is not None and (labels.shape != (len(array),) or labels.dtype.kind not in "iufbU"):
-        raise UserError(f"the labels 'arr_1' of {path} must be one class for each of the {len(array)} images.")
+        raise UserError(
+            f"the labels 'arr_1' of {path} must be one class for each of the {len(array)} images.",
+            key=str(path),
+            code="mismatch",
+        )
     numbers, names = (None, None) if labels is None else class_numbers(labels.tolist(), where=str(path))
     classes = "" if names is None else f", {len(names)} classes in 'arr_1'"
     return Source(

@@ -200,7 +200,9 @@ class Batches(Sampler):
                 rows.unreadable[index] = picture.reason
                 index = next(replacements, -1)
                 if index < 0:
-                    raise UserError(f"none of the images in {self.source.name} can be read.", code="damaged")
+                    raise UserError(
+                        f"none of the images in {self.source.name} can be read.", key=self.source.name, code="damaged"
+                    )
                 picture = self._picture(index, rows)
             rows.index.append(index)
             pixels[:] = prepare.cut(picture.pixels, draw).numpy()

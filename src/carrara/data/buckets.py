@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pictures of like shape share a batch, so that little is cut away."""
+"""Aspect-ratio buckets: a batch has pictures of similar shape, so that little is cut away."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AspectBuckets:
     """An order in which every global batch comes from one bucket, and is prepared to that bucket's size.
 
     The batches come in rounds of about eight epochs: in each round a bucket of n samples gives
-    max(1, round(8·n / batch_size)) batches, at places that a permutation shuffles, and walks on through its own
+    max(1, round(8·n / batch_size)) batches, at places that a permutation shuffles, and continues through its own
     permutations of its samples. All of it is a function of (seed, step).
 
     Attributes:
@@ -47,8 +47,8 @@ class AspectBuckets:
     @cached_property
     def round(self) -> Integers:
         """How many batches of a round each bucket gives."""
-        share = [round(_ROUND_EPOCHS * len(members) / self.batch_size) for members in self.members]
-        return np.maximum(share, 1)
+        counts = [round(_ROUND_EPOCHS * len(members) / self.batch_size) for members in self.members]
+        return np.maximum(counts, 1)
 
     def select(self, seed: int, positions: Integers) -> Selection:
         step, offset = divmod(int(positions[0]), self.batch_size)
@@ -75,7 +75,11 @@ class AspectBuckets:
     def check(self, count: int, batch_size: int) -> None:
         refuse_other_count(len(self.bucket), count)
         if batch_size != self.batch_size:
-            raise UserError(f"buckets of batch {self.batch_size} cannot give batches of {batch_size}: make them anew.")
+            raise UserError(
+                f"buckets of batch {self.batch_size} cannot give batches of {batch_size}: make them for these.",
+                key="training.batch_size",
+                code="mismatch",
+            )
 
 
 def aspect_buckets(
@@ -88,7 +92,7 @@ def aspect_buckets(
 ) -> AspectBuckets:
     """Sort the pictures of a source by shape.
 
-    The buckets are the `sizes` that are asked for, else all with sides a multiple of `multiple` and an area that is
+    The buckets are the given `sizes`, else all with sides a multiple of `multiple` and an area that is
     as large as `resolution` allows, from 1:`largest_aspect` to `largest_aspect`:1. A picture goes where its aspect
     ratio is nearest on a logarithmic scale; a bucket with less than a batch is closed and its pictures go to the
     nearest that is left.
@@ -96,13 +100,13 @@ def aspect_buckets(
     Args:
         resolution: height and width whose area no bucket exceeds.
         batch_size: the global batch.
-        multiple: what the network's levels (and a codec's) ask of a side.
+        multiple: what the network's levels (and a codec's) need of a side.
         sizes: height and width of each bucket.
 
     Raises:
-        UserError: fewer pictures than a batch, no size fits, or `multiple` does not divide a side that is asked for.
+        UserError: fewer pictures than a batch, no size fits, or `multiple` does not divide a given side.
     """
-    sizes = _sizes(resolution, multiple, largest_aspect) if sizes is None else _asked(sizes, multiple)
+    sizes = _sizes(resolution, multiple, largest_aspect) if sizes is None else _given(sizes, multiple)
     refuse_fewer_than(batch_size, len(source), source.name)
     aspects = np.log([width / height for height, width in sizes])
     wanted = np.log(_aspect_ratios(source))
@@ -116,10 +120,14 @@ def aspect_buckets(
         open_buckets = np.delete(open_buckets, counts.argmin())
 
 
-def _asked(sizes: Sequence[tuple[int, int]], multiple: int) -> list[tuple[int, int]]:
+def _given(sizes: Sequence[tuple[int, int]], multiple: int) -> list[tuple[int, int]]:
     for height, width in sizes:
         if height % multiple or width % multiple:
-            raise UserError(f"the network halves images, so {multiple} must divide both sides of {height}×{width}.")
+            raise UserError(
+                f"the network halves images, so {multiple} must divide both sides of {height}×{width}.",
+                key="data.buckets",
+                code="shape",
+            )
     return sorted(set(sizes))
 
 
@@ -131,7 +139,11 @@ def _sizes(resolution: tuple[int, int], multiple: int, largest_aspect: float) ->
         if long <= largest_aspect * short:
             sizes |= {(short, long), (long, short)}
     if not sizes:
-        raise UserError(f"no size of {resolution[0]}×{resolution[1]} or less has sides that {multiple} divides.")
+        raise UserError(
+            f"no size of {resolution[0]}×{resolution[1]} or less has sides that {multiple} divides.",
+            key="data.resolution",
+            code="shape",
+        )
     return sorted(sizes)
 
 

@@ -1,4 +1,4 @@
-"""What is in a data set, and what would go wrong with it, told before a day is lost."""
+"""What is in a data set, and what would go wrong with it, before a day is lost."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def check_data(
     preview: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
-    """Decode the pictures of a data set and tell what training would meet.
+    """Decode the pictures of a data set and report what training would meet.
 
     Args:
         path, split, caption_column, unreadable_limit: as for `open_source`.
@@ -116,21 +116,21 @@ def check_data(
         images_per_second: training speed, for the hours.
         sample: look at this many evenly spaced pictures only; None looks at all.
         preview: write three pictures before and after preparation here, as one image.
-        progress: told (pictures looked at, pictures to look at).
+        progress: called with (pictures looked at, pictures to look at).
 
     Raises:
         UserError: there is no data set, or its description is at odds with its files.
     """
     for name, value in (("batch_size", batch_size), ("steps", steps), ("sample", sample)):
         if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}.")
+            raise UserError(f"{name} must be at least 1, not {value}.", key=name)
     if images_per_second is not None and not images_per_second > 0:
-        raise UserError(f"images_per_second must be above 0, not {images_per_second}.")
-    began = time.perf_counter()
+        raise UserError(f"images_per_second must be above 0, not {images_per_second}.", key="images_per_second")
+    start = time.perf_counter()
     source = open_source(path, split, unreadable_limit, caption_column)
     indices = np.unique(np.linspace(0, len(source) - 1, min(sample or len(source), len(source))).astype(int)).tolist()
     looks = _look(source, indices, progress)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     report = DataReport(str(path), split, source.layout, len(source), len(indices))
     report.unreadable = {source.pictures.name(i): why for i, why in sorted(source.unreadable.items())}
     report.classes = _classes(source)
@@ -189,11 +189,11 @@ def _captions(source: Source, indices: Sequence[int]) -> dict[str, Any] | None:
         "count": len(texts),
         "empty": sum(not text.strip() for text in texts),
         "distinct": len(set(texts)),
-        "words": _spread(words),
+        "words": _range(words),
     }
 
 
-def _spread(values: Sequence[int]) -> list[int]:
+def _range(values: Sequence[int]) -> list[int]:
     return [int(min(values)), int(np.median(values)), int(max(values))]
 
 
@@ -211,9 +211,9 @@ def _measure(report: DataReport, looks: Sequence[_Look]) -> None:
     width, height = (np.array(side) for side in zip(*(look.size for look in looks), strict=True))
     shorter = np.minimum(width, height)
     report.sizes = {
-        "width": _spread(width.tolist()),
-        "height": _spread(height.tolist()),
-        "shorter_side": _spread(shorter.tolist()),
+        "width": _range(width.tolist()),
+        "height": _range(height.tolist()),
+        "shorter_side": _range(shorter.tolist()),
         "shapes": len({look.size for look in looks}),
         "aspect": [round(float((width / height).min()), 3), round(float((width / height).max()), 3)],
     }
@@ -240,33 +240,33 @@ def _find_duplicates(report: DataReport, source: Source, looks: Sequence[_Look])
 
 
 def _warn(report: DataReport, source: Source, looks: Sequence[_Look], prepare: Preprocess) -> None:
-    say = report.warnings.append
+    warn = report.warnings.append
     report.warnings += source.warnings if report.ok else source.notices
     smaller = sum(look.size[0] < prepare.width or look.size[1] < prepare.height for look in looks)
     if smaller:
-        say(f"{smaller} of {len(looks)} images would be enlarged to {prepare.height}×{prepare.width}.")
-    cut = [1 - _share_kept(look.size, prepare) for look in looks]
+        warn(f"{smaller} of {len(looks)} images would be enlarged to {prepare.height}×{prepare.width}.")
+    cut = [1 - _fraction_kept(look.size, prepare) for look in looks]
     if max(cut) > 0.05:
-        say(f"the centre crop cuts away {float(np.mean(cut)):.0%} of a picture on average, {max(cut):.0%} at most.")
+        warn(f"the centre crop cuts away {float(np.mean(cut)):.0%} of a picture on average, {max(cut):.0%} at most.")
     if report.modes.get("RGBA") and prepare.channels != 4:
-        say(f"{report.modes['RGBA']} of {len(looks)} images would be laid on white, for their transparency.")
+        warn(f"{report.modes['RGBA']} of {len(looks)} images would be laid on white, for their transparency.")
     if prepare.channels == 1 and (colour := len(looks) - report.modes.get("L", 0) - report.modes.get("gray in RGB", 0)):
-        say(f"{colour} of {len(looks)} images would lose their colour.")
+        warn(f"{colour} of {len(looks)} images would lose their colour.")
     if report.classes:
         few, many = min(report.classes.values()), max(report.classes.values())
         if few == 0 or many > 10 * few:
-            say(f"the classes are uneven: the rarest has {few} images, the most frequent {many}.")
+            warn(f"the classes are uneven: the rarest has {few} images, the most frequent {many}.")
     if report.captions and report.captions["empty"]:
-        say(f"captions are empty: {report.captions['empty']} of {report.captions['count']}.")
+        warn(f"captions are empty: {report.captions['empty']} of {report.captions['count']}.")
     blank = [look for look in looks if np.ptp(look.gray) == 0 and np.ptp(look.colour.reshape(-1, 3), axis=0).max() == 0]
     if blank:
-        say(f"images look blank: {len(blank)}, the first is {source.pictures.name(blank[0].index)}.")
+        warn(f"images look blank: {len(blank)}, the first is {source.pictures.name(blank[0].index)}.")
     for kind, groups in (("exact", report.exact_duplicates), ("near", report.near_duplicates)):
         if groups:
-            say(f"{kind} duplicates: {sum(map(len, groups))} images in {counted(len(groups), 'group')}.")
+            warn(f"{kind} duplicates: {sum(map(len, groups))} images in {counted(len(groups), 'group')}.")
 
 
-def _share_kept(size: tuple[int, int], prepare: Preprocess) -> float:
+def _fraction_kept(size: tuple[int, int], prepare: Preprocess) -> float:
     width, height = size
     scale = max(prepare.width / width, prepare.height / height)
     return min(1.0, prepare.width * prepare.height / (width * height * scale**2))

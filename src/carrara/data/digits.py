@@ -21,7 +21,9 @@ def open_digits(split: str) -> Source:
         UserError: an unknown split.
     """
     if split not in SPLITS:
-        raise UserError(f"the digits have no split '{split}': {nearest(split, SPLITS)}")
+        raise UserError(
+            f"the digits have no split '{split}': {nearest(split, SPLITS)}", key="data.split", code="unknown"
+        )
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

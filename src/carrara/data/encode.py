@@ -2,7 +2,7 @@
 
 A latent is known by the hash of its image's file; the cache as a whole belongs to one codec and one preparation, both
 named in its index. So encoding again does only what is new. What is stored is the posterior, not a draw from it, and
-the mirrored image as an entry of its own: training draws anew at every use (a draw or a flip frozen at caching time
+the mirrored image as an entry of its own: training draws again at every use (a draw or a flip frozen at caching time
 is a smaller data set).
 """
 

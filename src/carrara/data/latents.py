@@ -278,4 +278,4 @@ class LatentBatches(Sampler):
         for candidate in itertools.chain([number], replacements):
             if candidate not in self.source.unreadable:
                 return candidate
-        raise UserError(f"none of the images in {self.source.name} has a latent.", code="damaged")
+        raise UserError(f"none of the images in {self.source.name} has a latent.", key=self.source.name, code="damaged")

@@ -1,4 +1,4 @@
-"""Which sample stands at global position p, and with which augmentation: functions of (seed, p) alone.
+"""Which sample is at global position p, and with which augmentation: functions of (seed, p) alone.
 
 Nothing is stored and nothing is counted, so stopping, resuming, the number of processes and the number of
 workers cannot change the order.
@@ -43,7 +43,7 @@ class Selection:
 
 
 class Order(Protocol):
-    """Which sample stands where. Frozen: nothing is counted along the way."""
+    """Which sample is where. Frozen: nothing is counted along the way."""
 
     def select(self, seed: int, positions: Integers) -> Selection:
         """The samples at positions that lie in one global batch."""
@@ -54,7 +54,7 @@ class Order(Protocol):
         ...
 
     def check(self, count: int, batch_size: int) -> None:
-        """Refuse a data set of another size, or another global batch, than the order was made for."""
+        """Raises UserError unless a data set and a global batch are those that the order was made for."""
         ...
 
 
@@ -91,7 +91,7 @@ class ShuffledShards:
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 1 or self.mixed < 1:
-            raise UserError("shards are mixed at least one at a time, and each holds at least one sample.")
+            raise UserError("shards are mixed at least one at a time, and each has at least one sample.", key="mixed")
 
     def select(self, seed: int, positions: Integers) -> Selection:
         epochs, places = np.divmod(positions, sum(self.sizes))
@@ -107,7 +107,7 @@ class ShuffledShards:
         return Selection(index)
 
     def _within(self, seed: int, turn: int, places: Integers, shards: Integers) -> Integers:
-        """The samples at some places of a group of shards, shuffled anew at each turn."""
+        """The samples at some places of a group of shards, shuffled again at each turn."""
         sizes = np.asarray(self.sizes)
         held = np.cumsum(sizes[shards])
         chosen = shuffled_index(seed, turn * held[-1] + places, int(held[-1]))
@@ -132,7 +132,7 @@ class Sampler:
         seed: of the order and the augmentation.
         batch_size: the global batch, over all processes.
         rank, world: this process and their number.
-        order: which sample stands at which position; None is `Shuffled`.
+        order: which sample is at which position; None is `Shuffled`.
 
     Raises:
         UserError: fewer samples than a batch, a batch that the processes cannot divide, or an order of other data.
@@ -190,9 +190,13 @@ def refuse_fewer_than(batch_size: int, count: int, name: str) -> None:
 
 
 def refuse_other_count(expected: int, count: int) -> None:
-    """Stop where an order of `expected` samples meets a data set of `count`."""
+    """Raises UserError unless an order of `expected` samples is of a data set of `count`."""
     if expected != count:
-        raise UserError(f"an order of {expected} images does not fit a data set of {count}: make it from this one.")
+        raise UserError(
+            f"an order of {expected} images does not fit a data set of {count}: make it from this one.",
+            key="order",
+            code="mismatch",
+        )
 
 
 @lru_cache(maxsize=4)
@@ -208,9 +212,9 @@ def shuffled_index(seed: int, positions: ArrayLike, count: int, stream: int = _S
     """The index in 0..count-1 of the sample at each global position; each epoch is its own permutation.
 
     Position p lies in epoch p // count, and the `count` positions of an epoch visit every index once. The
-    permutation is a Feistel network on pairs (left, right) of Z_m × Z_m, m = ⌈√count⌉, with addition mod m, walked
-    until it lands below `count` (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains", generalised
-    Feistel and cycle-walking), so an epoch of a billion entries costs no memory.
+    permutation is a Feistel network on pairs (left, right) of Z_m × Z_m, m = ⌈√count⌉, with addition mod m,
+    applied until the result is below `count` (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains",
+    generalised Feistel and cycle-walking), so an epoch of a billion entries costs no memory.
 
     Args:
         seed: any integer from 0 to 2**64 - 1.
@@ -226,9 +230,9 @@ def shuffled_index(seed: int, positions: ArrayLike, count: int, stream: int = _S
     """
     where = np.asarray(positions, dtype=np.int64)
     if count < 1 or (where.size and int(where.min()) < 0):
-        raise UserError(f"positions count from 0 in a data set of at least 1 sample, not {count}.")
+        raise UserError(f"positions count from 0 in a data set of at least 1 sample, not {count}.", key="positions")
     epoch, value = (part.astype(np.uint64).ravel() for part in np.divmod(where, count))
-    # A floor of 8 keeps the group of permutations rich for a handful of samples; the walk there is still short.
+    # A floor of 8 keeps the group of permutations rich for a handful of samples; few more rounds follow.
     side = np.uint64(max(math.isqrt(count - 1) + 1, 8))
     keys = np.random.Philox(key=_key(seed, stream)).random_raw(_ROUNDS)
     tweaks = [_mix(epoch + key) for key in keys]
@@ -244,7 +248,7 @@ def augmentation_draws(seed: int, start: int, count: int) -> NDArray[np.float64]
     """`DRAWS` uniform draws in [0, 1) for each of the positions start..start+count-1: float64 [count, DRAWS].
 
     One position is one counter of the Philox4x64 generator (Salmon et al. 2011), so row p is the same in
-    whatever slice it is asked for.
+    whatever slice it is in.
     """
     words = np.random.Philox(key=_key(seed, _AUGMENTATION), counter=start).random_raw(DRAWS * count)
     return ((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(count, DRAWS)
@@ -253,7 +257,7 @@ def augmentation_draws(seed: int, start: int, count: int) -> NDArray[np.float64]
 def _key(seed: int, stream: int) -> int:
     """Philox's 128-bit key: the stream in the high word, the seed in the low one."""
     if not 0 <= seed < 2**64:
-        raise UserError(f"seed must lie between 0 and 2**64 - 1, not {seed}.")
+        raise UserError(f"seed must be between 0 and 2**64 - 1, not {seed}.", key="seed")
     return (stream << 64) | seed
 
 

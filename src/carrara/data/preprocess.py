@@ -49,13 +49,23 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
-            raise UserError(f"data.resolution must be at least 1×1, not {self.height}×{self.width}.")
+            raise UserError(
+                f"data.resolution must be at least 1×1, not {self.height}×{self.width}.", key="data.resolution"
+            )
         if self.channels not in _MODES:
-            raise UserError(f"data.channels must be 1, 3 or 4, not {self.channels}.")
+            raise UserError(f"data.channels must be 1, 3 or 4, not {self.channels}.", key="data.channels")
         if self.resize != "adm" and self.resize not in FILTERS:
-            raise UserError(f"data.resize is unknown: '{self.resize}', {nearest(self.resize, ['adm', *FILTERS])}")
+            raise UserError(
+                f"data.resize is unknown: '{self.resize}', {nearest(self.resize, ['adm', *FILTERS])}",
+                key="data.resize",
+                code="unknown",
+            )
         if self.crop not in ("center", "random"):
-            raise UserError(f"data.crop is unknown: '{self.crop}', {nearest(self.crop, ['center', 'random'])}")
+            raise UserError(
+                f"data.crop is unknown: '{self.crop}', {nearest(self.crop, ['center', 'random'])}",
+                key="data.crop",
+                code="unknown",
+            )
 
     def __call__(self, image: Image.Image, draw: Sequence[float] | None = None) -> Tensor:
         """The picture as the network sees it: uint8 [C, H, W].

@@ -1,4 +1,4 @@
-"""Three pictures as they lie in the data set, and as training would see them."""
+"""Three pictures as they are in the data set, and as training would see them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def save_preview(source: Source, prepare: Preprocess, indices: Sequence[int], pa
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"the preview cannot be written to {path}: {error}.") from error
+        raise UserError(
+            f"the preview cannot be written to {path}: {error}.", key=str(path), code="resources"
+        ) from error
 
 
 def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:

@@ -112,7 +112,8 @@ class Source:
         try:
             image, _ = self.decode(index)
         except UnreadablePicture as error:
-            raise UserError(f"{self.pictures.name(index)} cannot be read: {error}.") from error
+            name = self.pictures.name(index)
+            raise UserError(f"{name} cannot be read: {error}.", key=name, code="damaged") from error
         label = None if self.labels is None else int(self.labels[index])
         caption = None if self.captions is None else self.captions[index]
         return Example(image, label, caption, self.pictures.name(index))
@@ -151,15 +152,13 @@ class Source:
         return lines + [f"some images: {what}." for what in converted]
 
     def refuse_unreadable(self) -> None:
-        """Stop when more pictures were found unreadable than `unreadable_limit` allows.
-
-        Raises:
-            UserError: names the first of them and the limit.
-        """
+        """Raises UserError where more pictures were found unreadable than `unreadable_limit` allows."""
         if len(self.unreadable) > self.unreadable_limit * len(self):
             raise UserError(
                 f"{self._unreadable_sentence()} more than the limit of {self.unreadable_limit:.2%}: "
-                "mend or remove them, or raise data.unreadable_limit."
+                "repair or remove them, or raise data.unreadable_limit.",
+                key="data.unreadable_limit",
+                code="damaged",
             )
 
     def _unreadable_sentence(self) -> str:

@@ -2,7 +2,7 @@
 
 PyTorch's `DataLoader` raises from a signal handler when a worker dies, at whatever line the training loop
 happens to be, and the one pipe of `ProcessPoolExecutor` hangs when a worker dies while writing to it. Here each
-worker has a pipe of its own, its death is met where its next result is asked for, and a new one does its work.
+worker has a pipe of its own, its death is found where its next result is needed, and a new one does its work.
 """
 
 from __future__ import annotations
@@ -57,13 +57,15 @@ def in_order(work: Callable[[int], Result], start: int, workers: int) -> Generat
                 deaths += 1
                 if deaths == _LIVES:
                     raise UserError(
-                        f"{_LIVES} data workers died over batch {start} (out of memory?): set data.workers lower."
+                        f"{_LIVES} data workers died over batch {start} (out of memory?): set data.workers lower.",
+                        key="data.workers",
+                        code="resources",
                     ) from None
                 crew[number].stop()
                 crew[number] = _Worker(work, range(start, start + reach, workers))
                 continue
             deaths = 0
-            crew[number].ask(start + reach)
+            crew[number].request(start + reach)
             start += 1
             yield result
     finally:
@@ -87,10 +89,10 @@ class _Worker:
         self._stopped = False
         _living.add(self)
         for item in items:
-            self.ask(item)
+            self.request(item)
 
-    def ask(self, item: int) -> None:
-        with contextlib.suppress(OSError):  # a dead one cannot be asked, as waiting for its result will tell
+    def request(self, item: int) -> None:
+        with contextlib.suppress(OSError):  # a dead one cannot be reached, which waiting for its result will show
             self._pipe.send(item)
 
     def result(self) -> Any:
@@ -131,7 +133,7 @@ def _stop_all() -> None:
 
 
 def _serve(work: Callable[[int], Any], pipe: Connection, parent: int) -> None:
-    """A worker's life: take an item, give its result or the traceback."""
+    """What a worker does: take an item, give its result or the traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training loop's to answer: it saves first
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the thread pool of the parent is not there after a fork

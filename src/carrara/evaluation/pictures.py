@@ -19,7 +19,7 @@ from carrara import codecs
 from carrara.classifier import Classifier
 from carrara.codecs import Codec
 from carrara.data import Example, Preprocess, Source, open_source
-from carrara.data.batches import in_threads
+from carrara.data.batches import in_threads, normalised
 from carrara.errors import UserError, nearest
 from carrara.images import from_uint8, to_uint8
 from carrara.model import DiffusionModel
@@ -199,7 +199,7 @@ def data_pictures(
 
     def make(rows: range) -> Tensor:
         values = torch.stack(list(in_threads(source, pixels, [order[row] for row in rows])))
-        images = values.clamp(max=source.levels - 1).float().mul(2 / (source.levels - 1)).sub(1)
+        images = normalised(values, source.levels)
         return _rounded(images) if rounded else images
 
     return Pictures(

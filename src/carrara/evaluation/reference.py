@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from carrara.errors import UserError
 from carrara.evaluation.moments import Moments, Statistics
+from carrara.files import read_arrays
 
 
 def write_statistics(
@@ -58,7 +58,7 @@ def read_statistics(path: str | Path, expected: Mapping[str, Any] | None = None)
         UserError: no such file, not an archive, no `mu` and `sigma`, shapes that do not fit, NaN, or other features.
     """
     path = Path(path)
-    arrays = _open(path)
+    arrays = read_arrays(path)
     if "mu" not in arrays or "sigma" not in arrays:
         raise UserError(f"'{path}' holds {sorted(arrays)}, not 'mu' and 'sigma': it is no statistics file.")
     for name in ("mu", "sigma"):
@@ -110,7 +110,7 @@ def read_images(path: str | Path) -> tuple[Tensor, Tensor | None]:
     from carrara.images import from_uint8
 
     path = Path(path)
-    arrays = _open(path)
+    arrays = read_arrays(path)
     pixels = arrays.get("arr_0")
     if pixels is None:
         raise UserError(f"'{path}' holds {sorted(arrays)}, no images 'arr_0': give an archive of samples.")
@@ -144,13 +144,3 @@ def cached_statistics(
     statistics = compute().statistics()
     write_statistics(path, statistics, key)
     return statistics
-
-
-def _open(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    if not path.is_file():
-        raise UserError(f"there is no file '{path}'.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError):
-        raise UserError(f"'{path}' is not a whole .npz archive of plain arrays: write or download it again.") from None
