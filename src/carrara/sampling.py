@@ -17,6 +17,7 @@ from carrara import images as pictures
 from carrara.condition import Condition
 from carrara.errors import UserError, whole_number
 from carrara.modes import eval_mode
+from carrara.networks.packed import packed_weights
 from carrara.process import Denoiser, Grid, Guide, Noise, Prediction, Schedule
 from carrara.process.schedules import Time
 from carrara.solvers import SOLVERS, Solver, Step, integrate, resolve
@@ -129,8 +130,8 @@ class Plan:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Without gradients, and with every network in evaluation mode."""
-        with torch.no_grad(), eval_mode(*self.modules):
+        """Without gradients, with every network in evaluation mode, and with packed weights."""
+        with torch.no_grad(), eval_mode(*self.modules), packed_weights():
             yield
 
 

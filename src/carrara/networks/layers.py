@@ -19,10 +19,11 @@ from carrara.devices import HALF
 from carrara.errors import UserError
 from carrara.networks.fused import column, norm_silu, upsampled_convolution
 from carrara.networks.memory import maybe_checkpoint
+from carrara.networks.packed import Convolution2d
 
 _CONVOLUTION: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
-    2: nn.Conv2d,
+    2: Convolution2d,
     3: nn.Conv3d,
 }
 _AVERAGE: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
