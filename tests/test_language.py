@@ -24,7 +24,7 @@ LEFT = {
     "objectives": 0,
     "presets": 0,
     "process": 0,
-    "recipe": 6,
+    "recipe": 0,
     "solvers": 0,
     "training": 45,
 }

@@ -89,8 +89,8 @@ def test_each_conditioner_is_dropped_by_its_own_draw() -> None:
     assert dropped.label is not None
     assert dropped.vector is not None
     label, vector = dropped.label == 2, dropped.vector[:, 0] == -1
-    for share in (label.double().mean(), vector.double().mean()):
-        assert abs(float(share) - 0.5) < 0.04  # 5 standard errors of a coin thrown 4,000 times
+    for fraction in (label.double().mean(), vector.double().mean()):
+        assert abs(float(fraction) - 0.5) < 0.04  # 5 standard errors of a coin thrown 4,000 times
     assert abs(float((label & vector).double().mean()) - 0.25) < 0.035
 
 

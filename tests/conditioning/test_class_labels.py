@@ -17,6 +17,9 @@ PETS = ClassLabels(("cat", "dog", "7"), dropout=0.1)
 
 
 def test_labels_by_number_and_by_name() -> None:
+    array = PETS.encode({"labels": np.array([2, 0])}, Noise()).label
+    assert array is not None
+    assert array.tolist() == [2, 0]
     condition = PETS.encode({"labels": ["dog", 0, "2", "7", np.int64(1)]}, Noise())
     assert condition.label is not None
     assert condition.label.tolist() == [1, 0, 2, 2, 1], "a text is a class's name before it is a number"

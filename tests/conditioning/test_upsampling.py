@@ -73,13 +73,13 @@ def test_shrunk_again_a_sample_is_the_small_image() -> None:
     assert float(rest.var()) == pytest.approx(VARIANCE * (1 - FACTOR**-2), rel=0.13)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
-def test_with_noise_a_sample_keeps_to_the_small_image_as_far_as_that_goes(share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_with_noise_a_sample_keeps_to_the_small_image_as_far_as_that_goes(fraction: float) -> None:
     """m given α m_0 + σ ε is N(κ (α m_0 + σ ε), V), V = 1/(f²/v + α²/σ²), κ = V α/σ². A network that is given another
     level than the image has trusts it too much or too little, which these moments show."""
     truth, count = 0.12, 600
-    made = exact().sample(low_res=torch.full((count, 1, 4, 4), truth), steps=100, noise_level=share)
-    level = AUGMENTATION.level(share)
+    made = exact().sample(low_res=torch.full((count, 1, 4, 4), truth), steps=100, noise_level=fraction)
+    level = AUGMENTATION.level(fraction)
     alpha, sigma = float(AUGMENTATION.schedule.alpha(level)), float(AUGMENTATION.schedule.sigma(level))
     variance = 1 / (FACTOR**2 / VARIANCE + (alpha / sigma) ** 2)
     trust = variance * alpha / sigma**2
@@ -102,13 +102,13 @@ def test_training_and_sampling_give_a_level_alike() -> None:
     trained = network.conditions[-1]
     assert trained.vector is not None
     assert trained.concat is not None
-    for row, share in enumerate(trained.vector[:, 0].tolist()):
-        model.sample(low_res=shrunk(images)[row : row + 1], steps=1, noise_level=share, seed=3, first=row)
-        told = network.conditions[-1]
-        assert told.vector is not None
-        assert told.concat is not None
-        torch.testing.assert_close(told.vector[0], trained.vector[row], atol=1e-7, rtol=0)  # float32's last digit
-        torch.testing.assert_close(told.concat[0], trained.concat[row], atol=1e-5, rtol=0)
+    for row, fraction in enumerate(trained.vector[:, 0].tolist()):
+        model.sample(low_res=shrunk(images)[row : row + 1], steps=1, noise_level=fraction, seed=3, first=row)
+        condition = network.conditions[-1]
+        assert condition.vector is not None
+        assert condition.concat is not None
+        torch.testing.assert_close(condition.vector[0], trained.vector[row], atol=1e-7, rtol=0)  # float32's last digit
+        torch.testing.assert_close(condition.concat[0], trained.concat[row], atol=1e-5, rtol=0)
 
 
 def test_levels_below_the_first_are_none() -> None:

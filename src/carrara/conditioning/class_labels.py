@@ -83,5 +83,6 @@ class ClassLabels:
             UserError: none, no list, or a label that the model does not know.
         """
         self.inputs[0].check(labels)
-        rows = labels.tolist() if isinstance(labels, Tensor) else labels or ()
+        assert labels is not None  # it is required
+        rows = labels.tolist() if isinstance(labels, Tensor) else labels
         return torch.tensor([class_number(value, self.names) for value in rows], dtype=torch.int64)

@@ -35,7 +35,8 @@ def _refusal(error: ValidationError, origin: str) -> UserError:
     cause, message = first.get("ctx", {}).get("error"), first["msg"][0].lower() + first["msg"][1:]
     match first["type"]:
         case _ if isinstance(cause, UserError):
-            return UserError(str(cause).replace("the recipe", origin, 1), key=cause.key or key, code=cause.code)
+            own = cause.key if "." in cause.key or not key else key
+            return UserError(str(cause).replace("the recipe", origin, 1), key=own, code=cause.code)
         case "conflict":
             return UserError(f"{key} {message}", key=key, code="conflict")
         case "unknown":

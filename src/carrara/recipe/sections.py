@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from carrara import solvers
 from carrara.data import Preprocess
 from carrara.errors import UserError
 from carrara.recipe.section import Section
@@ -13,6 +14,11 @@ from carrara.recipe.section import Section
 Side = Annotated[int, Field(ge=1)]
 Size = tuple[Side, Side]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _known_solver(word: str) -> str:
+    solvers.named(word)
+    return word
 
 
 def _square(value: Any) -> Any:
@@ -192,7 +198,7 @@ class Sampling(Previews):
         seed: picture k of a preview is row k of this seed.
     """
 
-    solver: str = "dpm++2m"
+    solver: Annotated[str, AfterValidator(_known_solver)] = "dpm++2m"
     steps: int = Field(20, ge=1)
     spacing: Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr", "optimised"] = "trailing"
     guidance: float = 1.0

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import Field, TypeAdapter, model_validator
 
-from carrara import networks, solvers
+from carrara import networks
 from carrara.conditioning import shrunk_size
 from carrara.errors import UserError
 from carrara.networks.contrastive import TowersParams
@@ -166,7 +166,6 @@ class DiffusionRecipe(NetworkRecipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> DiffusionRecipe:
-        solvers.named(self.sampling.solver)
         if self.sampling.guidance != 1 and (self.conditioning.kind == "none" or self.conditioning.dropout == 0):
             raise UserError(
                 f"sampling.guidance={self.sampling.guidance:g} needs a condition that training drops now and then: "

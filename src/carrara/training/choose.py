@@ -32,28 +32,28 @@ def recipe_for(path: Path, changes: Sequence[str] = ()) -> tuple[dict[str, Any],
 
     Args:
         changes: `key=value` overrides that are going to be applied; those of `data` and the batch size are
-            already heeded here.
+            already taken into account here.
 
     Raises:
         UserError: the data check found what would make training fail.
     """
-    asked = override({}, [c for c in changes if c.startswith(("data.", "training.batch_size"))])
-    wishes: dict[str, Any] = asked.get("data", {})
+    changed = override({}, [c for c in changes if c.startswith(("data.", "training.batch_size"))])
+    wanted: dict[str, Any] = changed.get("data", {})
     report = check_data(
         path,
-        split=wishes.get("split", "train"),
-        channels=wishes.get("channels"),
+        split=wanted.get("split", "train"),
+        channels=wanted.get("channels"),
         batch_size=1,
-        caption_column=wishes.get("caption_column"),
-        unreadable_limit=wishes.get("unreadable_limit", 0.01),
+        caption_column=wanted.get("caption_column"),
+        unreadable_limit=wanted.get("unreadable_limit", 0.01),
         sample=2000,
     )
     if report.problems:
-        raise UserError(report.problems[0])
-    side = _side(report, wishes.get("resolution"))
-    batch = asked.get("training", {}).get("batch_size") or _batch(report.images, _BATCHES[side])
+        raise UserError(report.problems[0], key=str(path), code="unsupported")
+    side = _side(report, wanted.get("resolution"))
+    batch = changed.get("training", {}).get("batch_size") or _batch(report.images, _BATCHES[side])
     labels = report.classes is not None and len(report.classes) > 1
-    channels = wishes.get("channels", report.suggested["channels"])
+    channels = wanted.get("channels", report.suggested["channels"])
     data = {
         "name": re.sub(r"[^\w.-]", "-", path.resolve().name) or "images",
         "data": {"path": str(path), "resolution": side, "channels": channels},
@@ -72,12 +72,12 @@ def recipe_for(path: Path, changes: Sequence[str] = ()) -> tuple[dict[str, Any],
     return data, _reasons(path, report, data)
 
 
-def _side(report: DataReport, wish: Any) -> int:
-    """The recipe size for a wished resolution, else the largest that the smaller images still fill."""
-    if isinstance(wish, (list, tuple)) and wish:
-        wish = min(wish)
-    low = int(wish) if wish else int(min(report.suggested["resolution"]))
-    return next((size for size in _SIZES if size <= low and size <= (256 if wish else 64)), _SIZES[-1])
+def _side(report: DataReport, wanted: Any) -> int:
+    """The recipe size for a requested resolution, else the largest that the smaller images still fill."""
+    if isinstance(wanted, (list, tuple)) and wanted:
+        wanted = min(wanted)
+    low = int(wanted) if wanted else int(min(report.suggested["resolution"]))
+    return next((size for size in _SIZES if size <= low and size <= (256 if wanted else 64)), _SIZES[-1])
 
 
 def _batch(images: int, usual: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from carrara.errors import UserError
+from carrara.errors import Code, UserError
 from carrara.recipe import DiffusionRecipe, load, override, shipped, validate
 from tests.errors import refused
 
@@ -47,60 +47,75 @@ def test_override_leaves_the_original_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("assignment", "code", "key"),
+    [
+        ("training.stepz=4", "unknown", "training.stepz"),
+        ("trainng.steps=4", "unknown", "trainng"),
+        ("network.chanels=4", "unknown", "network.chanels"),
+        ("network.num_classes=4", "conflict", "network.num_classes"),
+        ("training.steps=four", "invalid", "training.steps"),
+        ("training.steps=0", "invalid", "training.steps"),
+        ("training.learning_rate=0", "invalid", "training.learning_rate"),
+        ("training.learning_rate=-1", "invalid", "training.learning_rate"),
+        ("training.learning_rate=.nan", "invalid", "training.learning_rate"),
+        ("network.channels=wide", "invalid", "network.channels"),
+        ("network.resampling=residul", "unknown", "network.resampling"),
+        ("data.resolution=9", "shape", "network.image_size"),
+        ("data.channels=2", "unknown", "data.channels"),
+        ("data.order=shard", "unknown", "data.order"),
+        ("data.path=3", "invalid", "data.path"),
+        ("schedule.kind=cosin", "unknown", "schedule.kind"),
+        ("schedule.steps=1", "invalid", "schedule.steps"),
+        ("training.steps.more=4", "invalid", "training.steps.more"),
+        ("training", "invalid", "set"),
+        ("training.betas=[1", "invalid", "training.betas"),
+        ("sampling.solver=dpm", "unknown", "sampling.solver"),
+        ("conditioning.dropout=0", "conflict", "sampling.guidance"),
+        ("conditioning.kind=none", "conflict", "sampling.guidance"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_the_key(assignment: str, code: Code, key: str) -> None:
+    with refused(code, key):
+        load("digits", [assignment])
+
+
+@pytest.mark.parametrize(
     ("assignment", "sentence"),
     [
         ("training.stepz=4", "unknown key 'training.stepz': did you mean 'steps'"),
-        ("trainng.steps=4", "unknown key 'trainng': did you mean 'training'"),
         ("network.chanels=4", "unknown key 'network.chanels': did you mean 'channels'"),
-        ("network.num_classes=4", "network.num_classes follows from the data"),
-        ("training.steps=four", "'training.steps' is 'four'"),
-        ("training.steps=0", "'training.steps' is 0"),
-        ("training.learning_rate=0", "'training.learning_rate' is 0"),
-        ("training.learning_rate=-1", "'training.learning_rate' is -1"),
-        ("training.learning_rate=.nan", "'training.learning_rate' is nan"),
-        ("network.channels=wide", "'network.channels' is 'wide'"),
+        ("network.resampling=residul", "did you mean 'residual'"),
         ("data.resolution=9", "nearest are 8×8 and 10×10"),
-        ("data.channels=2", "'data.channels' is 2"),
-        ("schedule.kind=cosin", "'schedule.kind' is 'cosin'"),
-        ("schedule.steps=1", "'schedule.steps' is 1"),
-        ("training.steps.more=4", "'steps' is a value, not a section"),
-        ("training", "not of the form section.key=value"),
-        ("training.betas=[1", "cannot be read as a YAML value"),
-        ("sampling.solver=dpm", "there is no solver 'dpm'"),
-        ("conditioning.dropout=0", "sampling.guidance=1.5 needs a condition that training drops"),
-        ("conditioning.kind=none", "sampling.guidance=1.5 needs a condition that training drops"),
     ],
 )
-def test_a_mistake_is_one_sentence_that_names_the_key(assignment: str, sentence: str) -> None:
-    with pytest.raises(UserError) as error:
+def test_the_nearest_is_named(assignment: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
         load("digits", [assignment])
-    assert sentence in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_linear_schedule_too_short_is_refused() -> None:
-    with pytest.raises(UserError, match="at least 21 steps"):
+    with refused("invalid"):
         load("digits", ["schedule.kind=linear", "schedule.steps=20"])
 
 
 def test_recipe_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean 'digits'"):
+    with refused("missing", "digit"):
         load("digit")
-    for content, sentence in (
-        ("a: [", "not valid YAML"),
-        ("- 1", "must be a YAML mapping"),
-        ("seed: 1", "lacks the key"),
+    path = tmp_path / "r.yaml"
+    for content, code, key in (
+        ("a: [", "damaged", str(path)),
+        ("- 1", "damaged", str(path)),
+        ("seed: 1", "missing", "name"),
     ):
-        path = tmp_path / "r.yaml"
         path.write_text(content)
-        with pytest.raises(UserError, match=sentence):
+        with refused(code, key):  # type: ignore[arg-type]
             load(path)
 
 
 def test_nothing_in_a_recipe_names_code(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("name: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(UserError, match="not valid YAML"):
+    with refused("damaged", str(path)):
         load(path)
 
 
