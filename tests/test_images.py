@@ -1,4 +1,4 @@
-"""Pixels at the edge: rounding, grids, PNG with history, npz."""
+"""Pixels at the edge: rounding, grids, PNG with metadata, npz."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_grid_places_row_by_row() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_png_keeps_pixels_and_history(tmp_path: Path, channels: int) -> None:
+def test_png_keeps_pixels_and_metadata(tmp_path: Path, channels: int) -> None:
     x = images.from_uint8(torch.randint(0, 256, (1, 4, 5, channels), dtype=torch.uint8))[0]
     images.save_png(x, tmp_path / "x.png", {"seed": 3})
     with Image.open(tmp_path / "x.png") as picture:

@@ -57,8 +57,8 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 1) -> Tensor:
     return sheet
 
 
-def save_png(image: Tensor, path: Path, history: Mapping[str, Any] | None = None, scale: int = 1) -> None:
-    """Write float [C, H, W] in [-1, 1] as PNG; `history` goes into its text chunk "carrara" as JSON.
+def save_png(image: Tensor, path: Path, metadata: Mapping[str, Any] | None = None, scale: int = 1) -> None:
+    """Write float [C, H, W] in [-1, 1] as PNG; `metadata` goes into its text chunk "carrara" as JSON.
 
     Args:
         scale: each pixel becomes a square of this side, for pictures too small to look at.
@@ -69,12 +69,12 @@ def save_png(image: Tensor, path: Path, history: Mapping[str, Any] | None = None
     picture = to_pil(image)
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    metadata = PngImagePlugin.PngInfo()
-    if history is not None:
-        metadata.add_text("carrara", json.dumps(dict(history), sort_keys=True))
+    chunks = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        chunks.add_text("carrara", json.dumps(dict(metadata), sort_keys=True))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, format="PNG", pnginfo=metadata)
+        picture.save(path, format="PNG", pnginfo=chunks)
     except OSError as error:
         raise UserError(
             f"the picture {path} could not be written ({error.strerror or error}): make room.",

@@ -17,7 +17,7 @@ Contents = dict[str, bytes | str]
 
 
 def pixels(number: int, height: int = 12, width: int = 12) -> NDArray[np.uint8]:
-    """A picture that tells its number: noise of its own seed, uint8 [height, width, 3]."""
+    """A picture by its number: noise of its own seed, uint8 [height, width, 3]."""
     return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Each mistake about data gets one sentence that names the file and says what to do."""
+"""Each mistake about data gets one sentence that names the file and what to do."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_nothing_readable_ends_instead_of_spinning(tmp_path: Path) -> None:
         Batches(source, Preprocess(8, 8), batch_size=2).at(0)
 
 
-def test_asking_for_an_unreadable_picture_names_it(tmp_path: Path) -> None:
+def test_an_unreadable_picture_that_is_requested_is_named(tmp_path: Path) -> None:
     source = open_source(folder(tmp_path, {**files(1), "bad.png": b""}))
     with pytest.raises(UserError, match=r"bad\.png cannot be read: the file is empty"):
         source[1]

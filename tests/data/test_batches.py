@@ -183,13 +183,13 @@ class Counted:
 
 
 def test_one_batch_is_read_while_the_one_before_is_used() -> None:
-    asked: list[int] = []
+    numbers: list[int] = []
     closed = threading.Event()
 
     def read() -> Generator[Counted]:
         try:
             for number in range(3):
-                asked.append(number)
+                numbers.append(number)
                 yield Counted(number)
             raise UserError("the shard is gone", code="missing")
         finally:
@@ -200,10 +200,10 @@ def test_one_batch_is_read_while_the_one_before_is_used() -> None:
         batch = next(ahead)
         assert (batch.number, batch.device) == (number, "meta")
         deadline = time.monotonic() + 20
-        while len(asked) < number + 2:  # without a request
+        while len(numbers) < number + 2:  # without a request
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        assert asked == list(range(number + 2))
+        assert numbers == list(range(number + 2))
     assert next(ahead).number == 2  # what follows has failed already: raised where it is due
     with refused("missing"):
         next(ahead)

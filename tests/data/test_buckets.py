@@ -82,7 +82,7 @@ def test_a_round_visits_every_picture_about_equally(source: Source) -> None:
     for step in range(steps):
         seen.update(order.select(3, np.arange(4 * step, 4 * step + 4)).index.tolist())
     assert set(seen) == set(range(len(SHAPES)))
-    # round(8·n/4) batches of 4 are within half a batch of 8·n: 2 visits spread over n >= 4 pictures, and the
+    # round(8·n/4) batches of 4 are within half a batch of 8·n: 2 visits over n >= 4 pictures, and the
     # last permutation of a bucket may be cut: at most one visit more or less.
     assert min(seen.values()) >= 7
     assert max(seen.values()) <= 9

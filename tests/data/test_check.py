@@ -1,4 +1,4 @@
-"""The data check tells the truth about data sets whose truth is known."""
+"""The data check on data sets whose contents are known."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_warnings_of_what_training_would_do(tmp_path: Path) -> None:
         **{f"b/{i}.png": encoded(picture(10 + i, 40, 40).convert("CMYK"), "jpeg") for i in range(50)},
     }
     report = check_data(folder(tmp_path, contents), resolution=(32, 32), channels=1, batch_size=1)
-    said = "\n".join(report.warnings)
+    text = "\n".join(report.warnings)
     for sentence in (
         "50 images: CMYK to RGB.",
         "1 of 54 images would be enlarged to 32×32.",
@@ -95,7 +95,7 @@ def test_warnings_of_what_training_would_do(tmp_path: Path) -> None:
         "the classes are uneven: the rarest has 4 images, the most frequent 50.",
         "images look blank: 1, the first is a/blank.png.",
     ):
-        assert sentence in said
+        assert sentence in text
 
 
 def test_gray_pictures_suggest_one_channel(tmp_path: Path) -> None:
@@ -115,10 +115,10 @@ def test_the_suggested_resolution_enlarges_nothing(tmp_path: Path, side: int, su
 
 
 def test_a_sample_looks_at_evenly_spaced_pictures(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    report = check_data(folder(tmp_path, files(50)), sample=5, progress=lambda done, total: told.append((done, total)))
+    calls: list[tuple[int, int]] = []
+    report = check_data(folder(tmp_path, files(50)), sample=5, progress=lambda done, total: calls.append((done, total)))
     assert (report.images, report.looked_at) == (50, 5)
-    assert told == [(5, 5)]
+    assert calls == [(5, 5)]
 
 
 @pytest.mark.parametrize("data", ["digits", "folder"])

@@ -1,4 +1,4 @@
-"""Every kind of pixel arrives upright, in 8 bits, as L, RGB or RGBA; what cannot be read says why."""
+"""Every kind of pixel arrives upright, in 8 bits, as L, RGB or RGBA; what cannot be read has a reason."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
     ],
     ids=["empty", "text", "cut png", "cut jpeg", "floating point"],
 )
-def test_unreadable_bytes_say_why(data: bytes, reason: str) -> None:
+def test_unreadable_bytes_have_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(UnreadablePicture, match=reason):
         decode(data)
 

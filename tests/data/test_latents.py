@@ -122,7 +122,7 @@ def test_image_to_cache_to_image_is_direct_decoding_bit_for_bit(kind: str, image
     done = encode_latents(open_source(images), PREPARE, codec, tmp_path / "cache", batch_size=5, shard_images=10)
     assert (done.images, done.encoded, done.unreadable, done.shards) == (23, 23, 0, 3)
     latents = open_latents(tmp_path / "cache", content_hash(codec))
-    assert latents.shape == codec.latent_shape((3, 8, 8))
+    assert latents.index.shape == codec.latent_shape((3, 8, 8))
     for start in range(0, 23, 5):  # the same batches, as kernels may round otherwise in others
         rows = range(start, min(start + 5, 23))
         for flip in (False, True):
@@ -463,7 +463,7 @@ def test_the_digits_keep_their_seventeen_levels(tmp_path: Path) -> None:
     latents = open_latents(tmp_path / "cache")
     pictures = Batches(open_source("digits"), prepare, batch_size=32).at(0)
     assert torch.equal(LatentBatches(latents, batch_size=32).at(0).posterior.mode(), pictures.images)
-    assert latents.levels == 17
+    assert latents.index.levels == 17
 
 
 def test_the_command_encodes_and_reports(images: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_position_does_not_depend_on_its_neighbours(seed: int, count: int, pos
 def test_a_billion_samples_need_no_table() -> None:
     index = shuffled_index(3, np.arange(10**6), 10**9)
     assert len(np.unique(index)) == 10**6
-    # A uniform sample: Kolmogorov-Smirnov; sampling without replacement is closer to uniform than the test asks.
+    # A uniform sample: Kolmogorov-Smirnov; sampling without replacement is closer to uniform than the test needs.
     assert stats.kstest(index / 10**9, "uniform").pvalue > 1e-4
 
 

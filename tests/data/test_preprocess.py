@@ -18,7 +18,7 @@ SIDES = st.integers(1, 40)
 
 
 @given(height=SIDES, width=SIDES, to_height=SIDES, to_width=SIDES, channels=st.sampled_from([1, 3, 4]))
-def test_any_size_becomes_the_asked_size(height: int, width: int, to_height: int, to_width: int, channels: int) -> None:
+def test_any_size_becomes_the_given_size(height: int, width: int, to_height: int, to_width: int, channels: int) -> None:
     result = Preprocess(to_height, to_width, channels)(picture(0, height, width))
     assert result.shape == (channels, to_height, to_width)
     assert result.dtype == torch.uint8
@@ -62,7 +62,7 @@ def test_random_crop_reaches_every_place_equally() -> None:
     assert np.bincount(places).tolist() == [100, 100, 100, 100]
 
 
-def test_flip_is_off_unless_asked_for() -> None:
+def test_flip_is_off_by_default() -> None:
     image = picture(1)
     straight = Preprocess(12, 12)(image, (0, 0, 0.1))
     assert torch.equal(straight, Preprocess(12, 12)(image))
@@ -80,7 +80,7 @@ def test_transparency_lies_on_white_unless_kept() -> None:
 
 
 def test_hidden_colour_does_not_bleed_when_shrunk() -> None:
-    # Transparent red beside opaque blue: a filter on plain RGBA would tint the edge purple.
+    # Transparent red next to opaque blue: a filter on plain RGBA would tint the edge purple.
     image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (4, 0, 8, 8))
     result = Preprocess(2, 2, 4, resize="bicubic")(image)

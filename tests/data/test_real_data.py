@@ -1,4 +1,4 @@
-"""The real data sets beside the project, where they are there."""
+"""The real data sets next to the project, where they are there."""
 
 from __future__ import annotations
 

@@ -59,16 +59,6 @@ class LatentSource:
         """What messages call it."""
         return str(self.folder)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """A latent's [C', h, w]."""
-        return self.index.shape
-
-    @property
-    def levels(self) -> int:
-        """See `Source.levels`."""
-        return self.index.levels
-
     def stored(self, numbers: Sequence[int], flipped: Sequence[bool] | None = None) -> dict[str, Tensor]:
         """What is stored of some images, by name (see `latent_index.pack`), each [B, …].
 
