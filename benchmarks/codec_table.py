@@ -24,10 +24,10 @@ from carrara import codecs, distributed
 from carrara import images as pictures
 from carrara.codecs import LearnedCodec
 from carrara.data import open_source
+from carrara.evaluation import collected_reference, evaluate, reconstruction
 from carrara.evaluation.features import open_features
 from carrara.evaluation.latents import measure_latents
 from carrara.evaluation.pictures import Pictures, Size, data_pictures, decoded_pictures
-from carrara.evaluation.protocol import collected_reference, evaluate, reconstruction
 from carrara.evaluation.stamp import Measurements
 from carrara.objectives import Examples
 from carrara.recipe import CodecRecipe, Recipe, load
@@ -51,7 +51,7 @@ def measured(codec: LearnedCodec, name: str, real: Pictures, features: str) -> M
     return {
         **figures,
         **measure_latents(codec, real, figures["psnr"].stamp),
-        **evaluate(left, collected_reference(real, known), known).figures,
+        **evaluate(left, collected_reference(real, known), known).metrics,
     }
 
 

@@ -114,7 +114,7 @@ def shares(images: int, count: int) -> None:
     collected, reference = (seen(own) for own in rows)
     stamp = Stamp(n=count, features="inception")
     streaming = seconds(lambda: seen(rows[0]))
-    alone = seconds(lambda: frechet_distance(collected.moments, reference.moments))
+    alone = seconds(lambda: frechet_distance(collected.statistics, reference.statistics))
     frechet = seconds(lambda: measure_frechet(collected, reference, stamp))
     pairs = seconds(lambda: measure_pairs(collected, reference, stamp))
     print(f"{count:,} samples of 32×32, the network extrapolated from {images}:")

@@ -65,5 +65,7 @@ def _check(images: Tensor, targets: Tensor) -> None:
     if images.shape != targets.shape or images.ndim != 4 or len(images) == 0:
         raise UserError(
             f"images of shape {list(images.shape)} and {list(targets.shape)} cannot be compared one to one: "
-            "give [N, C, H, W] twice."
+            "give [N, C, H, W] twice.",
+            key="targets",
+            code="shape",
         )

@@ -38,9 +38,9 @@ def test_the_files_that_others_read(demo_run: Path) -> None:
             assert archive["arr_0"].dtype == np.uint8
             assert archive["arr_1"].shape == (count,)
     report = json.loads((demo_run / "report.json").read_text())
-    names = [figure["name"] for figure in report["figures"]]
+    names = [figure["name"] for figure in report["metrics"]]
     assert len(names) == len(set(names)) == 8
-    assert all(np.isfinite(figure["value"]) and figure["protocol"] for figure in report["figures"])
+    assert all(np.isfinite(figure["value"]) and figure["protocol"] for figure in report["metrics"])
     assert {"setting up", "training", "sampling", "comparing solvers", "measuring"} == set(report["timings"])
 
 
@@ -57,14 +57,14 @@ def test_what_is_measured_is_what_the_files_hold(demo_run: Path) -> None:
     train, held_out, train_labels, _ = train_test_split(pixels, labels, test_size=360, random_state=0, stratify=labels)
     evaluator = SVC(C=10).fit(train / 8 - 1, train_labels)
     report = json.loads((demo_run / "report.json").read_text())
-    figures = {figure["name"]: figure["value"] for figure in report["figures"]}
-    assert figures["Digits read rightly, held-out images"] == pytest.approx(99.44, abs=0.01)
+    figures = {figure["name"]: figure["value"] for figure in report["metrics"]}
+    assert figures["Digits predicted rightly, held-out images"] == pytest.approx(99.44, abs=0.01)
     real = frechet_distance(torch.from_numpy(train / 8 - 1), torch.from_numpy(held_out / 8 - 1))
     # float32 pixels, multiples of 1/8, are exact; the distance itself is float64.
     assert figures["Fréchet distance, training to held-out images"] == pytest.approx(real, rel=1e-6)
     with np.load(demo_run / "samples" / "samples.npz") as archive:
         read = evaluator.predict(archive["arr_0"].reshape(-1, 64) / 127.5 - 1) == archive["arr_1"]
-    assert figures["Digits read as asked, guided"] == pytest.approx(100 * read.mean())
+    assert figures["Digits of the requested class, guided"] == pytest.approx(100 * read.mean())
 
 
 def test_two_demos_of_one_seed_are_equal(demo_run: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_the_report_has_every_section(demo_run: Path) -> None:
         "being denoised",
         "Loss by quarter of t",
         "Quality against number of steps",
-        "Figures and their protocol",
+        "Metrics and their protocol",
         "learning_rate",
         "Versions",
         "Timings",
@@ -154,7 +154,7 @@ def test_the_demo_reaches_its_targets(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "carrara", "demo", "--out", str(tmp_path / "demo")]
     subprocess.run(command, check=True, timeout=1200)
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    missed = [figure["name"] for figure in report["figures"] if figure["reached"] is False]
+    missed = [figure["name"] for figure in report["metrics"] if figure["reached"] is False]
     assert missed == []
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     assert peak < 2, f"{peak:.2f} GiB at the peak"

@@ -79,7 +79,7 @@ def test_a_model_is_measured_as_its_own_samples_are(tiny_run: Path, carrara: Com
     assert stamp["reference_n"] == 1437
     assert "30 samples for 64 dimensions" in figures["frechet_distance"]["note"]
     assert "fid" not in figures
-    assert {"kernel_distance", "precision", "recall", "density", "coverage", "class_spread"} <= figures.keys()
+    assert {"kernel_distance", "precision", "recall", "density", "coverage", "class_std"} <= figures.keys()
     assert all(figure["interval"] is not None for figure in figures.values())
 
 
@@ -98,7 +98,7 @@ def test_samples_take_the_classes_in_the_references_shares(tiny_run: Path, tmp_p
     """Else the distance would be one of shares: rare classes would count as much as frequent ones."""
     words = ("--reference", uneven(tmp_path), "-n", "12", "--steps", "1", "--per-class")
     figures = printed(carrara, tiny_run, *words)
-    assert figures["frechet_distance"]["stamp"]["sampling"]["classes"] == "in the reference's shares"
+    assert figures["frechet_distance"]["stamp"]["sampling"]["classes"] == "in the reference's proportions"
     assert figures["frechet_distance[1]"]["stamp"]["n"] == 9
     assert figures["frechet_distance[7]"]["stamp"]["n"] == 3
     in_turn = printed(carrara, tiny_run, *words[:-1], "--classes", "turn")
@@ -131,12 +131,12 @@ def test_real_images_pass_for_real_and_copies_are_found(halves: tuple[Path, Path
     words = ("--train", "digits", "--evaluator", "svc")
     honest = printed(carrara, halves[0], "--reference", halves[1], *words)
     assert honest["class_accuracy"]["value"] > 0.85  # an SVC that learned from 180 digits
-    assert honest["class_accuracy"]["stamp"]["settings"]["judge_rows"] == 180
-    share, unseen = honest["memorised_share"], honest["memorised_share_held_out"]
+    assert honest["class_accuracy"]["stamp"]["settings"]["evaluator_rows"] == 180
+    share, unseen = honest["memorised_fraction"], honest["memorised_fraction_held_out"]
     assert share["interval"]["low"] < unseen["interval"]["high"]  # both halves are unseen: their intervals overlap
     assert unseen["interval"]["low"] < share["interval"]["high"]
     copied = printed(carrara, "digits", "--n", "180", "--reference", halves[1], *words)
-    assert copied["memorised_share"]["value"] == 1
+    assert copied["memorised_fraction"]["value"] == 1
     assert copied["distance_ratio"]["value"] == 0
 
 
@@ -163,7 +163,7 @@ def test_the_folder_that_sample_wrote_is_read_without_its_grid(
     assert carrara("sample", tiny_run, "-n", "12", "--steps", "1", "--out", tmp_path / "s").returncode == 0
     figures = printed(carrara, tmp_path / "s", "--reference", "digits")
     assert figures["frechet_distance"]["stamp"]["n"] == 12
-    assert "class_spread" in figures
+    assert "class_std" in figures
 
 
 def test_the_table_shows_figures_and_protocol(halves: tuple[Path, Path], carrara: Command) -> None:
@@ -238,7 +238,7 @@ def test_statistics_of_other_features_are_refused(halves: tuple[Path, Path], tmp
     assert "'inception-2015'" in refused("evaluate", halves[0], "--reference", other)
     np.savez(wide, mu=np.zeros(2048), sigma=np.eye(2048))
     assert "2048 dimensions" in refused("evaluate", halves[0], "--reference", wide)
-    assert "memorisation needs images" in refused("evaluate", halves[0], "--reference", wide, "--train", "digits")
+    assert "--reference of images" in refused("evaluate", halves[0], "--reference", wide, "--train", "digits")
 
 
 def test_words_that_would_change_nothing_are_refused(
@@ -253,9 +253,9 @@ def test_words_that_would_change_nothing_are_refused(
     assert "--reference" in refused("evaluate", tiny_run)
     assert "'me'" in refused("evaluate", tiny_run, *real, "--evaluator", "me")
     assert "'moon'" in refused("evaluate", tiny_run, *real, "--device", "moon")
-    assert "are the reference itself" in refused("evaluate", tiny_run, *real, "--train", "digits")
+    assert "reference itself" in refused("evaluate", tiny_run, *real, "--train", "digits")
     photos = photographs(tmp_path / "photos", 8)
-    assert "tells none" in refused("evaluate", photos, *real, "--evaluator", "svc")
+    assert "samples with classes" in refused("evaluate", photos, *real, "--evaluator", "svc")
 
 
 def test_a_part_of_a_sorted_data_set_holds_every_class(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_the_batch_size_of_reading_changes_nothing(tmp_path: Path) -> None:
     size = Size((8, 8))
     found = [collect(data_pictures(str(folder), size=size, batch_size=b).batches(), Pixels()) for b in (3, 256)]
     assert found[0].content == found[1].content
-    assert torch.equal(found[0].moments.covariance, found[1].moments.covariance)
+    assert torch.equal(found[0].statistics.covariance, found[1].statistics.covariance)
 
 
 def inception(official: bool) -> Inception:
@@ -300,7 +300,7 @@ def test_what_would_fail_late_is_refused_before_the_reference_is_read(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the reference was read")
 
-    monkeypatch.setattr("carrara.evaluation.protocol.collected_reference", never)
+    monkeypatch.setattr("carrara.evaluation.reference.collected_reference", never)
     real = ("--reference", "digits")
     (tmp_path / "file").write_text("mine")
     assert "2000" in refused("evaluate", tiny_run, *real, "--steps", "2000")

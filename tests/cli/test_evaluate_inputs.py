@@ -95,7 +95,7 @@ def test_pictures_are_held_against_their_originals(
     assert same["ssim"]["value"] == pytest.approx(1)
     assert same["psnr"]["value"] == 100
     assert "8 of 8 pictures" in same["psnr"]["note"]
-    assert "holds 8 pictures" in refused("evaluate", square, "--originals", photos)
+    assert "contains 8 pictures" in refused("evaluate", square, "--originals", photos)
     assert "3×32×32" in refused("evaluate", photos, "--n", "8", "--originals", square)
 
 
@@ -195,6 +195,15 @@ def test_captions_are_compared_by_clip(square: Path, tmp_path: Path, carrara: Co
     own = printed(carrara, captioned, "--reference", square, "--features", f"clip={clip}")
     assert own["clip_score"]["value"] == pytest.approx(given["clip_score"]["value"])
     assert "clip_score" not in printed(carrara, *words)
+    options = ("--features", f"clip={clip}", "--captions")
+    assert "--captions" in refused("evaluate", *words, "--n", "1", "--captions", tmp_path / "lines.txt")
+    for k in range(8, 12):
+        lines.append("a cat")
+        (square / f"{k}.png").write_bytes((square / f"{k - 8}.png").read_bytes())
+    (tmp_path / "more.txt").write_text("\n".join(lines))
+    assert "10.png" in refused("evaluate", square, "--reference", captioned, *options, tmp_path / "more.txt")
+    for k in range(8, 12):
+        (square / f"{k}.png").unlink()
     (tmp_path / "few.txt").write_text("a cat\n")
     assert "holds 1 captions for 8 pictures" in refused("evaluate", *words, "--captions", tmp_path / "few.txt")
     assert "none.txt" in refused("evaluate", *words, "--captions", tmp_path / "none.txt")
@@ -217,7 +226,7 @@ def test_a_trained_classifier_judges_and_tells_features(
     share = float((read == torch.arange(40) % 10).double().mean())
     # A picture at the border of two classes may be read otherwise in a batch of another size.
     assert found["class_accuracy"]["value"] == pytest.approx(share, abs=1 / 40)
-    assert found["class_accuracy"]["stamp"]["settings"]["judge"] == "classifier, random"
+    assert found["class_accuracy"]["stamp"]["settings"]["evaluator"] == "classifier, random"
     assert found["frechet_distance"]["stamp"]["features"] == "classifier"
     assert torch.tensor(found["class_accuracy"]["details"]["confusion"]).sum() == 40
     assert "'me'" in refused("evaluate", *words, "--evaluator", "me")
@@ -244,7 +253,7 @@ def test_an_archive_of_adm_tells_distance_by_its_statistics_and_pairs_by_its_ima
         sigma_s=np.eye(5),
     )
     shown = carrara("evaluate", samples, "--reference", archive)
-    assert "the statistics of sFID too (mu_s, sigma_s)" in shown.stdout.replace("\n", " ")
+    assert "statistics of sFID, too (mu_s, sigma_s)" in shown.stdout.replace("\n", " ")
     figures = printed(carrara, samples, "--reference", archive)
     rows = torch.cat(list(data_pictures(str(samples)).batches()))
     expected = frechet_distance(rows.flatten(1), everything.flatten(1))
@@ -272,7 +281,7 @@ def test_identical_images_are_measured_without_any_variance(tmp_path: Path, carr
     rows = images.flatten(1).double()
     expected = (rows.mean(0) - rows[0]).square().sum() + rows.var(0).sum()
     assert figures["frechet_distance"]["value"] == pytest.approx(float(expected), rel=1e-6)
-    assert figures["class_spread"]["value"] == 0
+    assert figures["class_std"]["value"] == 0
     assert figures["recall"]["value"] < 0.01
     backwards = printed(carrara, real, "--reference", same)
     assert backwards["frechet_distance"]["value"] == pytest.approx(float(expected), rel=1e-6)
@@ -290,7 +299,7 @@ def test_features_that_are_no_numbers_are_refused(tmp_path: Path, refused: Refus
     broken.save(tmp_path)
     words = ("evaluate", "digits", "--n", "20", "--reference", "digits")
     sentence = refused(*words, "--features", f"classifier={tmp_path}")
-    assert "the features hold NaN or infinite numbers, first in row 0" in sentence
+    assert "the features contain NaN or infinite numbers, first in row 0" in sentence
     np.savez(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
     assert "nan.npz' has NaN" in refused("evaluate", "digits", "--reference", tmp_path / "nan.npz")
 

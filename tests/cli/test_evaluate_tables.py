@@ -67,7 +67,7 @@ def test_a_table_is_written_in_every_form(tiny_run: Path, tmp_path: Path, carrar
     assert "10 samples for 64 dimensions" in text
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert {float(row["guidance scale"]) for row in rows} == set(GUIDANCE)
-    assert {row["figure"] for row in rows} >= {"frechet_distance", "coverage", "class_accuracy"}
+    assert {row["metric"] for row in rows} >= {"frechet_distance", "coverage", "class_accuracy"}
     picture = ET.parse(tmp_path / "table.svg").getroot()
     assert picture.tag.endswith("svg")
     assert "frechet_distance" in "".join(picture.itertext())
@@ -86,12 +86,12 @@ def test_one_page_holds_everything(tiny_run: Path, tmp_path: Path, carrara: Comm
     done = carrara(*base, "--n", "100", *words)
     assert done.returncode == 0, done.stderr
     text = page.read_text()
-    for title in ("Nearest training image of 16", "Figures of each class", "Bits of every step", "Table 'guidance'"):
+    for title in ("Nearest training image of 16", "Metrics of each class", "Bits of every step", "Table 'guidance'"):
         assert title in text.replace("&#39;", "'"), title
-    assert "class_spread (95 %" in done.stdout
+    assert "class_std (95 %" in done.stdout
     (table / "own_solver,_3.json").unlink()
     assert "lacks 1 cells, first 'own_solver,_3'" in refused(*base, "--n", "8", "--report", page, "--tables", table)
-    assert "holds no table" in refused(*base, "--n", "8", "--report", page, "--tables", tmp_path)
+    assert "contains no table" in refused(*base, "--n", "8", "--report", page, "--tables", tmp_path)
 
 
 def test_the_tables_are_those_of_the_papers(tmp_path: Path, tiny_run: Path, refused: Refused) -> None:

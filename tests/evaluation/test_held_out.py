@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from carrara.condition import Condition
-from carrara.errors import UserError
 from carrara.evaluation import bits_per_dimension, data_pictures, flow_likelihood, measure_held_out
 from carrara.evaluation.pictures import Size
 from carrara.evaluation.stamp import from_json, to_json
 from carrara.model import DiffusionModel
 from carrara.process import Noise
+from tests.errors import refused
 
 COUNT = 12
 
@@ -63,8 +63,8 @@ def test_unlabelled_pictures_are_asked_without_a_class(model: DiffusionModel) ->
 
 def test_pictures_of_other_levels_or_sizes_are_refused(model: DiffusionModel) -> None:
     rounded = data_pictures("digits", "test", 2)
-    with pytest.raises(UserError, match="do not hold 17 evenly spaced values"):
+    with refused("mismatch", "levels"):
         measure_held_out(model, rounded)
     large = data_pictures("digits", "test", 2, Size((16, 16)), rounded=False)
-    with pytest.raises(UserError, match=r"are 1×16×16 .* and the model makes 1×8×8"):
+    with refused("shape", "resolution"):
         measure_held_out(model, large)

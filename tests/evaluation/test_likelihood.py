@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from carrara.condition import Condition
-from carrara.errors import UserError
 from carrara.evaluation import Likelihood, flow_likelihood
 from carrara.process import GaussianMixture, Noise, schedules
+from tests.errors import refused
 
 SCHEDULE = schedules.cosine(1000)
 WIDE = GaussianMixture([1, 2], Noise(1).normal((2, 1, 2, 2), dtype=torch.float64) / 4, [0.05, 0.1], labels=[0, 1])
@@ -77,11 +77,11 @@ def test_summary() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UserError, match="did you mean 'exact'"):
+    with refused("unknown", "trace"):
         flow_likelihood(DENOISER, X, trace="exat", levels=None)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="at least one step"):
+    with refused("invalid"):
         flow_likelihood(DENOISER, X, steps=0, levels=None)
-    with pytest.raises(UserError, match="do not hold 256"):
+    with refused("mismatch", "levels"):
         flow_likelihood(DENOISER, X)
-    with pytest.raises(UserError, match="at least two probes"):
+    with refused("missing", "probes"):
         Likelihood(torch.zeros(3, 1), "nats/dim", "hutchinson").interval()

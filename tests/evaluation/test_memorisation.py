@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from carrara.errors import UserError
-from carrara.evaluation import class_spread, class_spread_interval, memorisation
+from carrara.evaluation import class_std, class_std_interval, memorisation
+from tests.errors import refused
 
 
 def draw(n: int, seed: int) -> Tensor:
@@ -31,25 +31,25 @@ def test_nearest_neighbours_by_hand() -> None:
     assert result.nearest.tolist() == [0, 2, 2]
     # Their own nearest neighbours are 1, 1 and 9 away; the samples 0.2, 2 and 0.
     torch.testing.assert_close(result.ratios, torch.tensor([0.2, 2 / 9, 0.0], dtype=torch.float64))
-    assert result.share == 1
+    assert result.fraction == 1
     assert result.held_out_nearest.tolist() == [1]
     assert result.held_out_ratios.tolist() == [3]
-    assert result.held_out_share == 0
+    assert result.held_out_fraction == 0
 
 
 def test_fresh_draws_look_like_held_out_ones() -> None:
     result = memorisation(draw(800, 0), draw(800, 1), draw(800, 2))
     # Two shares of 800 each: 3 standard errors of their difference are 3·√(2·0.25/800) = 0.075.
-    assert result.share == pytest.approx(result.held_out_share, abs=0.075)
-    assert result.interval.low < result.share < result.interval.high
+    assert result.fraction == pytest.approx(result.held_out_fraction, abs=0.075)
+    assert result.interval.low < result.fraction < result.interval.high
 
 
 def test_held_out_digits_and_jittered_copies(digits: tuple[Tensor, Tensor]) -> None:
     train, held_out = digits
     jitter = 0.02 * torch.randn(train.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     result = memorisation(train + jitter, train, held_out)
-    assert result.held_out_share == pytest.approx(0.42, abs=0.005)  # known of this split
-    assert result.share == 1
+    assert result.held_out_fraction == pytest.approx(0.42, abs=0.005)  # known of this split
+    assert result.fraction == 1
     assert result.nearest.tolist() == list(range(len(train)))
 
 
@@ -57,37 +57,37 @@ def test_exact_copies_are_at_distance_zero_even_far_from_the_origin() -> None:
     train = draw(50, 0) + 1000
     result = memorisation(train, train, draw(50, 1) + 1000)
     assert result.ratios.abs().max() == 0
-    assert result.share == 1
+    assert result.fraction == 1
 
 
 def test_a_doubled_training_image_is_not_evidence() -> None:
     train = torch.tensor([[0.0], [0.0], [5.0]])
     result = memorisation(torch.tensor([[0.0], [1.0]]), train, torch.tensor([[5.0]]))
     assert result.ratios.tolist() == [1, torch.inf]
-    assert result.share == 0
+    assert result.fraction == 0
 
 
 def test_spread_is_the_mean_deviation_within_classes() -> None:
     images = torch.tensor([0.0, 2.0, 5.0, 5.0]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
-    assert class_spread(images, torch.tensor([3, 3, 7, 7])) == pytest.approx(0.5)  # (1 + 0) / 2
-    assert class_spread(images, torch.tensor([0, 1, 2, 3])) == 0
+    assert class_std(images, torch.tensor([3, 3, 7, 7])) == pytest.approx(0.5)  # (1 + 0) / 2
+    assert class_std(images, torch.tensor([0, 1, 2, 3])) == 0
 
 
 def test_spread_falls_with_collapse_and_its_interval_holds_it() -> None:
     images, labels = draw(400, 0), torch.arange(400) % 4
-    value, interval = class_spread(images, labels), class_spread_interval(images, labels)
+    value, interval = class_std(images, labels), class_std_interval(images, labels)
     assert value == pytest.approx(1, abs=0.05)
-    assert class_spread(images * 0.3, labels) == pytest.approx(0.3 * value)
+    assert class_std(images * 0.3, labels) == pytest.approx(0.3 * value)
     # Resampling within a class lowers a variance by 1/100: the interval may lie that much too low.
     assert interval.low < value < interval.high + 0.01
 
 
 def test_mistakes_are_told() -> None:
-    with pytest.raises(UserError, match="bring them to one resolution"):
+    with refused("shape", "resolution"):
         memorisation(draw(4, 0), torch.zeros(4, 1, 2, 2), draw(4, 1))
-    with pytest.raises(UserError, match="held-out images contain NaN"):
+    with refused("not_finite", "held-out images"):
         memorisation(draw(4, 0), draw(4, 1), draw(4, 2) * torch.nan)
-    with pytest.raises(UserError, match="at least 2 training images"):
+    with refused("missing", "train"):
         memorisation(draw(4, 0), draw(1, 1), draw(4, 2))
-    with pytest.raises(UserError, match="4 images came with labels of shape"):
-        class_spread(draw(4, 0), torch.zeros(3))
+    with refused("shape", "labels"):
+        class_std(draw(4, 0), torch.zeros(3))

@@ -11,6 +11,7 @@ from torch import Tensor
 from carrara.errors import UserError
 from carrara.evaluation import Moments
 from carrara.evaluation.moments import BLOCK
+from tests.errors import refused
 
 
 def stream(features: Tensor, sizes: list[int]) -> Moments:
@@ -85,13 +86,13 @@ def test_infinities_that_cancel_are_still_seen() -> None:
 
 
 def test_mistakes_are_told() -> None:
-    with pytest.raises(UserError, match="at least one image"):
+    with refused("shape", "features"):
         Moments.of(torch.zeros(0, 3))
-    with pytest.raises(UserError, match=r"shape \[12\]: give one row for each"):
+    with refused("shape", "features"):
         Moments.of(torch.zeros(12))  # features flattened by mistake once gave somebody a FID of 0
-    with pytest.raises(UserError, match="at least 2 images"):
+    with refused("missing", "n"):
         Moments.of(torch.zeros(1, 3)).covariance
-    with pytest.raises(UserError, match="dimension 4 cannot join moments of dimension 3"):
+    with refused("shape", "features"):
         Moments(3).update(torch.zeros(2, 4))
 
 

@@ -1,16 +1,28 @@
-"""Statistics on disk: other programs' archives, round trips, the cache, and what is refused."""
+"""References: other programs' archives, round trips, the cache, and what is refused."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from carrara.errors import UserError
-from carrara.evaluation import Moments, cached_statistics, read_images, read_statistics, write_statistics
-from carrara.images import save_npz, to_uint8
+from carrara.errors import Code
+from carrara.evaluation import (
+    Moments,
+    Pictures,
+    Reference,
+    collected_reference,
+    evaluate,
+    read_statistics,
+    write_statistics,
+)
+from carrara.evaluation.features import Features, Pixels
+from carrara.evaluation.pictures import Size, data_pictures
+from tests.errors import refused
 
 
 def moments(seed: int = 0) -> Moments:
@@ -45,97 +57,129 @@ def test_adms_archive_gives_statistics_and_images(tmp_path: Path) -> None:
     )
     assert torch.equal(read_statistics(path).mean, known.mean.float().double())
     assert read_statistics(path).count is None
-    images, labels = read_images(path)
-    assert labels is None
-    assert images.shape == (5, 3, 4, 4)
-    assert np.array_equal(to_uint8(images).numpy(), pixels)
-
-
-def test_samples_are_read_back_as_written(tmp_path: Path) -> None:
-    images = torch.randint(0, 256, (7, 1, 8, 8), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
-    save_npz(tmp_path / "samples.npz", images, [0, 1, 2, 3, 4, 5, 6])
-    back, labels = read_images(tmp_path / "samples.npz")
-    assert torch.equal(back, images)
-    assert labels is not None
-    assert labels.tolist() == list(range(7))
 
 
 def test_other_features_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "stats.npz"
     write_statistics(path, moments(), {"features": "inception-2015", "preparation": "clean-fid"})
-    with pytest.raises(UserError, match="was taken with preparation 'clean-fid', not 'tensorflow'"):
+    with refused("mismatch", str(path)):
         read_statistics(path, {"features": "inception-2015", "preparation": "tensorflow"})
 
 
 @pytest.mark.parametrize(
-    ("arrays", "sentence"),
+    ("arrays", "code"),
     [
-        ({"mean": np.zeros(3)}, "not 'mu' and 'sigma'"),
-        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu of shape \[3\] and sigma of \[4, 4\]"),
-        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "NaN"),
+        ({"mean": np.zeros(3)}, "damaged"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "shape"),
+        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "damaged"),
     ],
 )
-def test_archives_of_something_else_are_told(
-    tmp_path: Path, arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]], sentence: str
+def test_archives_of_something_else_are_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]], code: Code
 ) -> None:
     path = tmp_path / "stats.npz"
     np.savez(path, **arrays)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=sentence):
+    with refused(code, str(path)):
         read_statistics(path)
 
 
 def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "stats.npz"
-    with pytest.raises(UserError, match="there is no file"):
+    with refused("missing", str(path)):
         read_statistics(path)
     write_statistics(path, moments())
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"not a whole \.npz"):
+    with refused("damaged", str(path)):
         read_statistics(path)
     path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"not a whole \.npz"):
-        read_images(path)
+    with refused("damaged", str(path)):
+        read_statistics(path)
 
 
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
     path = tmp_path / "stats.npz"
     np.savez(path, mu=np.array([{"a": 1}], dtype=object), sigma=np.eye(1))
-    with pytest.raises(UserError, match="plain arrays"):
+    with refused("damaged", str(path)):
         read_statistics(path)
 
 
-@pytest.mark.parametrize(
-    "pixels", [np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4, 3), np.float32), np.zeros((0, 4, 4, 3), np.uint8)]
-)
-def test_images_of_another_type_or_shape_are_refused(
-    tmp_path: Path, pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
-) -> None:
-    np.savez(tmp_path / "x.npz", arr_0=pixels)
-    with pytest.raises(UserError, match="arr_0 of type"):
-        read_images(tmp_path / "x.npz")
+class Counted(Pixels):
+    """Pixels that count how many pictures they were computed of."""
+
+    checksum = "ab12"
+
+    def __init__(self) -> None:
+        self.pictures = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.pictures += len(images)
+        return super().__call__(images)
 
 
-def test_the_cache_computes_once_per_content(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def compute() -> Moments:
-        calls.append(1)
-        return moments(len(calls))
-
-    key = {"data": "ab12", "features": "pixels"}
-    first = cached_statistics(key, compute, tmp_path)
-    again = cached_statistics(dict(reversed(key.items())), compute, tmp_path)
-    assert len(calls) == 1
-    assert torch.equal(first.covariance, again.covariance)
-    assert again.count == 50
-    other = cached_statistics({**key, "data": "cd34"}, compute, tmp_path)
-    assert len(calls) == 2
-    assert not torch.equal(first.mean, other.mean)
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CARRARA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "references"
 
 
-def test_a_cut_cache_entry_is_taken_again(tmp_path: Path) -> None:
-    key = {"data": "ab12"}
-    first = cached_statistics(key, moments, tmp_path)
-    (entry,) = tmp_path.iterdir()
+def folder(path: Path, count: int, side: int = 4, seed: int = 0) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    for row, picture in enumerate(pixels):
+        Image.fromarray(picture).save(path / f"{row:03}.png")
+    return path
+
+
+def collected(path: Path, features: Features, size: Size | None = None) -> Reference:
+    return collected_reference(data_pictures(str(path), size=size), features)
+
+
+@pytest.mark.parametrize(("count", "side"), [(60, 4), (20, 4), (5, 32)], ids=["covariance", "few", "large"])
+def test_a_repeated_evaluation_computes_no_reference(tmp_path: Path, cache: Path, count: int, side: int) -> None:
+    real, samples = folder(tmp_path / "a", count, side), data_pictures(str(folder(tmp_path / "b", 12, side, 1)))
+    counted = Counted()
+    results = [evaluate(samples, collected(real, counted), Pixels()).metrics for _ in range(2)]
+    assert counted.pictures == count
+    assert results[0] == results[1]  # bit for bit
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_whatever_decides_the_features_makes_another_entry(tmp_path: Path, cache: Path) -> None:
+    real, counted = folder(tmp_path / "a", 6), Counted()
+    first = collected(real, counted)
+    stat = (real / "003.png").stat()
+    (real / "003.png").write_bytes(folder(tmp_path / "b", 6, seed=1).joinpath("003.png").read_bytes())
+    os.utime(real / "003.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    changed = collected(real, counted)  # same names and times, one other picture
+    assert counted.pictures == 12
+    assert changed.content != first.content
+    (real / "005.png").unlink()
+    collected(real, counted)
+    collected(real, counted, Size((2, 2)))
+    collected(real, counted, Size(channels=1))
+    counted.checksum = "cd34"
+    collected(real, counted)
+    assert counted.pictures == 12 + 4 * 5
+    assert len(list(cache.iterdir())) == 6
+
+
+def test_what_has_no_identity_is_not_cached(tmp_path: Path, cache: Path) -> None:
+    unknown = type("Own", (), {"name": "own", "checksum": "", "preparation": "", "__call__": Pixels.__call__})()
+    collected(folder(tmp_path / "a", 6), unknown)
+    made = Pictures("made", 6, lambda rows: torch.rand(len(rows), 3, 4, 4))
+    collected_reference(made, Counted())
+    assert not cache.exists()
+
+
+def test_a_damaged_entry_and_a_cache_that_is_not_writable_cost_time_only(tmp_path: Path, cache: Path) -> None:
+    real, counted = folder(tmp_path / "a", 6), Counted()
+    first = collected(real, counted)
+    (entry,) = cache.iterdir()
     entry.write_bytes(entry.read_bytes()[:100])
-    assert torch.equal(cached_statistics(key, moments, tmp_path).covariance, first.covariance)
+    assert torch.equal(collected(real, counted).statistics.covariance, first.statistics.covariance)
+    assert counted.pictures == 12
+    entry.unlink()
+    cache.rmdir()
+    cache.write_text("a file")
+    collected(real, counted)
+    assert counted.pictures == 18

@@ -44,8 +44,8 @@ def test_two_processes_measure_what_one_does(tiny_run: Path, tmp_path: Path) -> 
     assert together(2, command, *words_for(tiny_run, two)) == [0, 0]
     assert one.read_bytes() == two.read_bytes()
     figures = json.loads(one.read_text())
-    assert {"frechet_distance", "memorised_share", "bits_per_dimension", "class_accuracy[3]"} <= figures.keys()
-    assert figures["frechet_distance"]["stamp"]["sampling"]["classes"] == "in the reference's shares"
+    assert {"frechet_distance", "memorised_fraction", "bits_per_dimension", "class_accuracy[3]"} <= figures.keys()
+    assert figures["frechet_distance"]["stamp"]["sampling"]["classes"] == "in the reference's proportions"
     assert sorted(tiny_run.rglob("*")) == before
     assert sorted(tmp_path.iterdir()) == [one, two]
 
@@ -83,7 +83,7 @@ def seen(count: int, batch: int, rows: int) -> tuple[str, torch.Tensor, torch.Te
     """What one of the processes gathers."""
     distributed.start()
     found: Collected = collect_together(numbered(count, batch), Pixels(), rows)
-    return found.content, found.moments.covariance, found.rows, found.first
+    return found.content, found.statistics.covariance, found.rows, found.first
 
 
 @pytest.mark.parametrize("count", [1030, 7])

@@ -16,11 +16,11 @@ from carrara.evaluation.plots import LineChart, Series, moving_average
 from carrara.evaluation.report import (
     Block,
     Code,
-    FigureTable,
     FilmStrip,
     Headlines,
     ImageGrid,
     KeyValues,
+    MetricTable,
     Report,
     Section,
 )
@@ -31,7 +31,7 @@ def write_page(results: Results, recipe: Recipe, out: Path, timings: dict[str, f
     """`report.html`: one self-contained page of what is known by now."""
     data = results.data
     measured = page.of_evaluation("guided samples", results.guided, data.held_out, data.train)
-    headlines = [figure for figure in results.figures if figure.reached is not None]
+    headlines = [metric for metric in results.metrics if metric.reached is not None]
     versions = {"carrara": carrara.__version__, "torch": torch.__version__, "python": platform.python_version()}
     seconds = {name: f"{value:.1f} s" for name, value in timings.items()}
     about: list[Block] = [
@@ -46,7 +46,7 @@ def write_page(results: Results, recipe: Recipe, out: Path, timings: dict[str, f
         _film(results),
         _training(out, recipe),
         *([_solvers(results)] if results.curves else []),
-        Section("Figures and their protocol", [FigureTable(results.figures)]),
+        Section("Metrics and their protocol", [MetricTable(results.metrics)]),
         Section("Recipe, versions, timings", about),
     ]
     subtitle = (

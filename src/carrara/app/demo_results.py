@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import carrara
-from carrara.evaluation import Evaluation, Measurement, Pictures, Reference, class_spread, protocol
+from carrara.evaluation import Evaluation, Measurement, Pictures, Reference, class_std, collected_reference, protocol
 from carrara.evaluation.features import Pixels
 from carrara.evaluation.neighbours import nearest
 from carrara.evaluation.pictures import data_pictures
-from carrara.evaluation.report import Figure
+from carrara.evaluation.report import MetricRow
 from carrara.model import DiffusionModel
 from carrara.sampling import UNSTAMPED, Samples
 from carrara.solvers import Step
@@ -38,7 +38,7 @@ class Digits:
         images = torch.cat([image for part in parts for image in part.batches()])
         labels = [label for part in parts for label in part.labels or ()]
         both = Pictures("digits", len(images), lambda rows: images[rows.start : rows.stop], labels=labels, split="all")
-        return cls(*(protocol.collected_reference(part, Pixels(), part.count) for part in (*parts, both)))
+        return cls(*(collected_reference(part, Pixels(), part.count) for part in (*parts, both)))
 
     @cached_property
     def images(self) -> Tensor:
@@ -64,7 +64,7 @@ class Results:
     """What was measured.
 
     Attributes:
-        figures: every metric that has a target, or that one is compared with.
+        metrics: every metric that has a target, or that one is compared with.
         guided: the guided samples against the held-out digits, with the training digits for memorisation.
         data: what they were measured against.
         nearest, distances: of the first 16 guided samples, the nearest training image and how far it is, Euclidean in
@@ -73,7 +73,7 @@ class Results:
         curves: Fréchet distance by solver, one value for each of `curve_steps`, of `curve_samples` samples.
     """
 
-    figures: list[Figure]
+    metrics: list[MetricRow]
     guided: Evaluation
     data: Digits
     nearest: list[int]
@@ -87,8 +87,8 @@ class Results:
         """All of it as plain data."""
         curves = {"steps": list(self.curve_steps), "frechet_distance": self.curves}
         near = {"training_image": self.nearest, "distance": self.distances}
-        figures = [{**asdict(figure), "reached": figure.reached} for figure in self.figures]
-        return {"carrara": carrara.__version__, "figures": figures, "solvers": curves, "nearest_of_16": near}
+        metrics = [{**asdict(metric), "reached": metric.reached} for metric in self.metrics]
+        return {"carrara": carrara.__version__, "metrics": metrics, "solvers": curves, "nearest_of_16": near}
 
 
 def measure(drawn: Drawn, data: Digits, film: tuple[Tensor, Tensor, list[float]]) -> Results:
@@ -98,21 +98,21 @@ def measure(drawn: Drawn, data: Digits, film: tuple[Tensor, Tensor, list[float]]
     real = _evaluate(_pictures(data.held_out), data.train, evaluator="svc")
     memory = {name: _evaluate(own, data.held_out, data.train) for name, own in sets.items()}
     distance = _evaluate(sets["unguided"], data.all)
-    figures = [
-        _figure("Digits read as asked, guided", labelled["guided"], "class_accuracy", "%", at_least=99.0),
-        _figure("Digits read as asked, unguided", labelled["unguided"], "class_accuracy", "%", at_least=96.0),
-        _figure("Digits read rightly, held-out images", real, "class_accuracy", "%", comment="the SVC's own limit"),
-        _figure("Fréchet distance, unguided", distance, "frechet_distance", at_most=0.40, comment="not a FID"),
-        _figure("Fréchet distance, training to held-out images", real, "frechet_distance"),
+    metrics = [
+        _row("Digits of the requested class, guided", labelled["guided"], "class_accuracy", "%", at_least=99.0),
+        _row("Digits of the requested class, unguided", labelled["unguided"], "class_accuracy", "%", at_least=96.0),
+        _row("Digits predicted rightly, held-out images", real, "class_accuracy", "%", comment="the SVC's own limit"),
+        _row("Fréchet distance, unguided", distance, "frechet_distance", at_most=0.40, comment="not a FID"),
+        _row("Fréchet distance, training to held-out images", real, "frechet_distance"),
     ]
     for name, evaluation in memory.items():
-        comment = f"held-out digits {100 * evaluation.figures['memorised_share_held_out'].value:.0f} %, copies 100 %"
+        comment = f"held-out digits {100 * evaluation.metrics['memorised_fraction_held_out'].value:.0f} %, copies 100 %"
         title = f"Nearer to a training image than its own neighbour, {name}"
-        figures.append(_figure(title, evaluation, "memorised_share", "%", at_most=60.0, comment=comment))
-    figures.append(_diversity(memory["guided"], data))
+        metrics.append(_row(title, evaluation, "memorised_fraction", "%", at_most=60.0, comment=comment))
+    metrics.append(_diversity(memory["guided"], data))
     assert data.train.images is not None
     index, distances = nearest(memory["guided"].samples.rows[:SHOWN].double(), data.train.images.rows.double())
-    return Results(figures, memory["guided"], data, index.tolist(), distances.tolist(), film)
+    return Results(metrics, memory["guided"], data, index.tolist(), distances.tolist(), film)
 
 
 def _evaluate(
@@ -132,11 +132,11 @@ def _pictures(reference: Reference) -> Pictures:
     return reference.pictures
 
 
-def _figure(name: str, evaluation: Evaluation, metric: str, unit: str = "", **target: Any) -> Figure:
+def _row(name: str, evaluation: Evaluation, metric: str, unit: str = "", **target: Any) -> MetricRow:
     """A metric of an evaluation with its target; fractions are shown in per cent."""
-    measured = evaluation.figures[metric]
+    measured = evaluation.metrics[metric]
     decimals, scale = (1, 100) if unit == "%" else (3, 1)
-    return Figure(
+    return MetricRow(
         name, scale * measured.value, unit, decimals, _ends(measured, scale), protocol=measured.stamp.text(), **target
     )
 
@@ -146,12 +146,12 @@ def _ends(measured: Measurement, scale: float) -> tuple[float, float] | None:
     return None if ends is None else (scale * ends.low, scale * ends.high)
 
 
-def _diversity(evaluation: Evaluation, data: Digits) -> Figure:
+def _diversity(evaluation: Evaluation, data: Digits) -> MetricRow:
     """The standard deviation within a class, over that of the real digits."""
-    scale = 1 / class_spread(data.images, torch.tensor(data.labels))
-    measured = evaluation.figures["class_spread"]
-    return Figure(
-        "Spread within a class, guided, over the real one",
+    scale = 1 / class_std(data.images, torch.tensor(data.labels))
+    measured = evaluation.metrics["class_std"]
+    return MetricRow(
+        "Standard deviation within a class, guided, over the real one",
         scale * measured.value,
         interval=_ends(measured, scale),
         at_least=0.6,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -19,11 +20,13 @@ from carrara.classifier import Classifier
 from carrara.codecs import Codec, LearnedCodec
 from carrara.errors import UserError
 from carrara.evaluation import Evaluation, Measurements, Pictures, Reference, page, protocol, stamp, tables
+from carrara.evaluation import reference as references
 from carrara.evaluation.collect import ROWS
 from carrara.evaluation.features import open_features
 from carrara.evaluation.features.checksum import file_checksum, tensors_checksum
 from carrara.evaluation.held_out import measure_held_out
 from carrara.evaluation.latents import measure_latents
+from carrara.evaluation.pairs import reconstruction
 from carrara.evaluation.pictures import Size, data_pictures, decoded_pictures, model_pictures
 from carrara.files import write_whole
 from carrara.interop import lpips
@@ -68,7 +71,7 @@ def _evaluate(request: EvaluateRequest, report: Report) -> None:
     evaluation: Evaluation | None = None
     if work.real is not None:
         evaluation = work.measure(work.samples(request))
-        metrics |= evaluation.figures
+        metrics |= evaluation.metrics
     if request.held_out is not None:
         metrics |= work.held_out(request, request.held_out)
     if request.originals is not None:
@@ -79,7 +82,7 @@ def _evaluate(request: EvaluateRequest, report: Report) -> None:
         write_whole(request.out, (text + "\n").encode())
         report(Saved("metrics", request.out))
     if request.report is not None and evaluation is not None and work.real is not None:
-        whole = page.of_evaluation(request.subject, replace(evaluation, figures=metrics), work.real, work.known, filled)
+        whole = page.of_evaluation(request.subject, replace(evaluation, metrics=metrics), work.real, work.known, filled)
         path = request.report
         distributed.first_tells(lambda: whole.write(path))
         report(Saved("report", path))
@@ -149,22 +152,22 @@ class Work:
             self.codec = self.model.codec
         else:
             split = request.split if isinstance(request, EvaluateRequest) else "train"
-            self.finished = data_pictures(request.subject, split, request.n, self.size)
+            self.finished = self._read(request.subject, split, request.n)
         self.evaluator: Any = request.evaluator
         if request.evaluator not in (None, "svc"):
             self.evaluator = Classifier.load(request.evaluator, device)
         self.guide = None if request.classifier is None else Classifier.load(request.classifier, device)
         if self.model is not None and request.reference is not None:
             self._check_sampling(self.model)
+        self._check_classes()
         self.features = open_features(request.features, device, checksum=request.checksum)
         self.real: Reference | None = None
         self.known: Reference | None = None
         if request.reference is not None:
             self.real = self._reference(request.reference)
             if request.train is not None:  # all of them are kept: a copy may be of any
-                pictures = data_pictures(request.train, request.train_split, size=self.size)
-                progress = self.progress("training images", pictures.count)
-                self.known = protocol.collected_reference(pictures, self.features, pictures.count, progress)
+                pictures = self._read(request.train, request.train_split)
+                self.known = self._collected(pictures, "training images", pictures.count)
 
     def _check_sampling(self, model: DiffusionModel) -> None:
         """Raises UserError where sampling would refuse its arguments, except those that a table varies."""
@@ -172,6 +175,20 @@ class Work:
         arguments = {name: value for name, value in self.request.sampling.items() if name not in varied}
         labels = None if model.class_names(self.guide) is None else [0]
         model.plan(labels, classifier=self.guide, **arguments)
+
+    def _check_classes(self) -> None:
+        """Raises UserError where classes are to be measured of samples that have none."""
+        option = "evaluator" if self.request.evaluator is not None else "per_class" if self.request.per_class else None
+        if self.model is not None:
+            labelled = self.model.class_names(self.guide) is not None
+        else:
+            labelled = self.finished is None or self.finished.labels is not None
+        if option is not None and not labelled:
+            raise UserError(
+                f"--{option.replace('_', '-')} needs samples with classes, unlike {self.request.subject}.",
+                key=option,
+                code="mismatch",
+            )
 
     def progress(self, task: str, total: int) -> Callable[[int], None]:
         """What reports how many of a task's pictures are done."""
@@ -186,19 +203,33 @@ class Work:
         return advance
 
     def _reference(self, path: str) -> Reference:
-        statistics = protocol.holds_statistics(path)
-        if statistics and not protocol.holds_images(path):
-            reference = protocol.statistics_reference(path, self.features)
-        else:
-            pictures = data_pictures(path, self.request.reference_split, size=self.size)
-            progress = self.progress("reference", pictures.count)
-            if statistics:
-                reference = protocol.statistics_reference(path, self.features, pictures, progress)
-            else:
-                reference = protocol.collected_reference(pictures, self.features, progress=progress)
-        for notice in reference.notices:
-            self.report(Notice(notice))
+        images: Reference | None = None
+        if not references.holds_statistics(path) or references.holds_images(path):
+            pictures = self._read(path, self.request.reference_split)
+            images = self._collected(pictures, "reference")
+            if self.finished is not None and self.finished.survey is not None and pictures.survey is not None:
+                sides = self.finished.survey, self.finished.name, pictures.survey, pictures.name
+                self._warn(*sides[0].against(sides[1], sides[2], sides[3]))
+        if not references.holds_statistics(path):
+            assert images is not None
+            return images
+        reference = references.statistics_reference(path, self.features, images)
+        self._warn(*reference.notices)
         return reference
+
+    def _warn(self, *sentences: str) -> None:
+        for sentence in sentences:
+            self.report(Notice(sentence))
+
+    def _read(self, path: str, split: str, n: int | None = None, **choices: Any) -> Pictures:
+        """The pictures of a data set, with a notice of what reading them converts."""
+        pictures = data_pictures(path, split, n, self.size, **choices)
+        self._warn(*pictures.notices)
+        return pictures
+
+    def _collected(self, pictures: Pictures, task: str, rows: int = ROWS) -> Reference:
+        progress = self.progress(task, pictures.count)
+        return references.collected_reference(pictures, self.features, rows, progress, self.device)
 
     # ---- samples -----------------------------------------------------------------------------------------------
 
@@ -213,7 +244,7 @@ class Work:
         else:
             assert self.codec is not None
             assert request.originals is not None  # refused before
-            originals = data_pictures(request.originals, request.originals_split, request.n, self.size)
+            originals = self._read(request.originals, request.originals_split, request.n)
             pictures = decoded_pictures(self.codec, originals, request.subject, self.device)
         return pictures if request.captions is None else replace(pictures, captions=_lines(pictures, request.captions))
 
@@ -227,7 +258,7 @@ class Work:
     ) -> Pictures:
         """Samples of the model, guided by the classifier where there is one."""
         batch = self.request.batch_size
-        return model_pictures(model, name, count, batch, classifier=self.guide, shares=proportions, **choices)
+        return model_pictures(model, name, count, batch, classifier=self.guide, proportions=proportions, **choices)
 
     def count(self, real: Reference) -> int:
         """How many samples a model makes: `n`, or as many as there are real images, 10,000 at most."""
@@ -257,21 +288,30 @@ class Work:
     def about(self, real: Reference) -> dict[str, str | bool | None]:
         """What decides the metrics in addition to the samples."""
         known = None if self.known is None else self.known.content
-        about = {"reference": real.content, "train": known, "judge": self.request.evaluator}
-        return protocol.features_of(self.features) | about
+        about = {"reference": real.content, "train": known, "evaluator": self.request.evaluator}
+        return references.features_of(self.features) | about
 
     def measure(self, samples: Pictures, task: str = "samples") -> Evaluation:
         """Every metric of the samples against the reference."""
         assert self.real is not None
-        progress = self.progress(task, samples.count)
-        per_class = self.request.per_class
-        return protocol.evaluate(samples, self.real, self.features, self.known, self.evaluator, per_class, progress)
+        evaluation = protocol.evaluate(
+            samples,
+            self.real,
+            self.features,
+            self.known,
+            self.evaluator,
+            self.request.per_class,
+            self.progress(task, samples.count),
+            on_metric=lambda name, done, total: self.report(StepDone("metrics", done, total, name)),
+        )
+        self._warn(*evaluation.notices)
+        return evaluation
 
     def held_out(self, request: EvaluateRequest, path: str) -> Measurements:
         """The bits per dimension of images that the model never saw."""
         assert self.model is not None  # refused before
         split, n = request.held_out_split, request.held_out_n
-        pictures = data_pictures(path, split, n, self.size, request.batch_size, rounded=False)
+        pictures = self._read(path, split, n, batch_size=request.batch_size, rounded=False)
         progress = self.progress("held-out images", pictures.count)
         variance: Any = request.variance
         return measure_held_out(self.model, pictures, variance=variance, seed=request.seed, progress=progress)
@@ -282,7 +322,7 @@ class Work:
         if request.lpips is not None:
             perceptual = lpips.load(request.lpips, request.lpips_checksum)
             checksum = file_checksum(request.lpips)
-        originals = data_pictures(path, request.originals_split, request.n, self.size)
+        originals = self._read(path, request.originals_split, request.n)
         pictures = self.finished
         if pictures is None:
             assert self.codec is not None
@@ -294,7 +334,7 @@ class Work:
                 )
             pictures = decoded_pictures(self.codec, originals, request.subject, self.device)
         progress = self.progress("pairs", originals.count)
-        metrics = protocol.reconstruction(pictures, originals, perceptual, checksum, progress)
+        metrics = reconstruction(pictures, originals, perceptual, checksum, progress, self._warn)
         if isinstance(self.codec, LearnedCodec):
             metrics |= measure_latents(self.codec, originals, metrics["psnr"].stamp, self.device)
         return metrics
@@ -318,4 +358,31 @@ def _lines(pictures: Pictures, path: Path) -> list[str]:
             key="captions",
             code="mismatch",
         )
-    return lines
+    return [lines[row] for row in _written_order(pictures)]
+
+
+def _written_order(pictures: Pictures) -> list[int]:
+    """The line of each picture: lines follow the data set's order, pictures may be drawn from it in another.
+
+    Raises:
+        UserError: pictures that are a part of their data set, or whose numbers are not in the order of their names.
+    """
+    if pictures.survey is None:
+        return list(range(pictures.count))
+    order = pictures.survey.order
+    if sorted(order) != list(range(pictures.count)):
+        raise UserError(
+            f"--captions has a line for each picture, so it needs all of {pictures.name}: leave --n out.",
+            key="captions",
+            code="conflict",
+        )
+    names = [name for _, name in sorted(zip(order, pictures.survey.names, strict=True))]
+    numbers = [int(digits[-1]) for digits in (re.findall(r"[0-9]+", Path(name).stem) for name in names) if digits]
+    if len(set(numbers)) == len(names) and numbers != sorted(numbers):
+        raise UserError(
+            f"the lines of --captions have no names, and {pictures.name} sorts as {', '.join(names[:3])} …: number the "
+            "pictures with leading zeros, so that both are in one order.",
+            key="captions",
+            code="mismatch",
+        )
+    return order

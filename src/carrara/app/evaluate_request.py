@@ -228,7 +228,7 @@ def _refuse_subject(request: EvaluateRequest | SweepRequest) -> None:
 
 
 def _refuse_statistics(request: EvaluateRequest) -> None:
-    from carrara.evaluation.protocol import holds_images, holds_statistics
+    from carrara.evaluation.reference import holds_images, holds_statistics
 
     given, reference = request.model_fields_set, request.reference
     if reference is None or not holds_statistics(reference) or holds_images(reference):

@@ -33,8 +33,8 @@ def demo(
         if json_output:
             print(json.dumps(event.as_json()), flush=True)
         elif isinstance(event, Metrics) and event.name == "demo":
-            for figure in event.result.figures:
-                reached = {True: "reached", False: "MISSED", None: ""}[figure.reached]
-                console.print(f"{figure.name}: {figure.value_text} {figure.unit} {reached}")
+            for metric in event.result.metrics:
+                reached = {True: "reached", False: "MISSED", None: ""}[metric.reached]
+                console.print(f"{metric.name}: {metric.value_text} {metric.unit} {reached}")
         else:
             show_event(event)

@@ -83,29 +83,16 @@ def evaluate(
 
     `torchrun` divides the work among several processes; the metrics stay the same.
     """
-    from carrara.app.evaluate import evaluate as events
-    from carrara.app.evaluate_request import EvaluateRequest
-    from carrara.app.events import Metrics, Saved
-    from carrara.cli import evaluate_show
-    from carrara.cli.console import console, show
-
     given = o.typed(context)
     if comparison is not None:
         o.moved("evaluate --compare", "carrara compare A.json B.json")
         o.refuse_others("--compare", given, {"comparison", "varied"})
         _compare(*comparison, varied, json_output)
-        return
-    if table is not None:
+    elif table is not None:
         o.moved("evaluate --table", "carrara sweep MODEL --table")
         _sweep(given, json_output)
-        return
-    if varied is not None:
-        raise UserError("--varied belongs to carrara compare: leave it out.", key="varied", code="conflict")
-    for event in show(events(EvaluateRequest(**given)), json_output):
-        if isinstance(event, Metrics):
-            evaluate_show.metrics(event.result, json_output)
-        elif isinstance(event, Saved) and not json_output:
-            console.print(f"{event.what}: {event.path}")
+    else:
+        _evaluate(given, json_output)
 
 
 def compare(
@@ -151,6 +138,22 @@ def sweep(
 ) -> None:
     """Measure a model sampled in many ways: tables as text, CSV, SVG and page."""
     _sweep(o.typed(context), json_output)
+
+
+def _evaluate(given: dict[str, object], json_output: bool) -> None:
+    from carrara.app.evaluate import evaluate as events
+    from carrara.app.evaluate_request import EvaluateRequest
+    from carrara.app.events import Metrics, Saved
+    from carrara.cli import evaluate_show
+    from carrara.cli.console import console, show
+
+    if "varied" in given:
+        raise UserError("--varied belongs to carrara compare: leave it out.", key="varied", code="conflict")
+    for event in show(events(EvaluateRequest(**given)), json_output):
+        if isinstance(event, Metrics):
+            evaluate_show.metrics(event.result, json_output)
+        elif isinstance(event, Saved) and not json_output:
+            console.print(f"{event.what}: {event.path}")
 
 
 def _compare(first: Path, second: Path, varied: list[str] | None, json_output: bool) -> None:

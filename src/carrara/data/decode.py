@@ -65,39 +65,53 @@ def _without_texts(png: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _upright_8bit(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
+def conversions(image: Image.Image, name: str = "") -> tuple[str, ...]:
+    """What an opened picture must be converted from, by its header alone."""
     notes = []
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         notes.append(f"{name} has {image.width * image.height:,} pixels, which take time and memory at every use")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a photo with a hidden second view
         notes.append("animated: the first frame is taken")
-    deep = ";16" in str(getattr(image, "tile", ""))  # what Pillow itself reduces, to the upper 8 bits
+    if _deep(image) or image.mode == "F":
+        notes.append("16-bit reduced to 8-bit")
+    elif image.mode == "1":
+        notes.append("1-bit to gray")
+    elif image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
+        notes.append(f"{_plain(image.mode)} with transparency to RGBA")
+    elif image.mode not in ("L", "RGB", "RGBA"):
+        notes.append(f"{_plain(image.mode)} to RGB")
+    return tuple(notes)
+
+
+def _deep(image: Image.Image) -> bool:
+    """Whether an opened picture has more than 8 bits; of colour Pillow itself keeps the upper 8."""
+    return image.mode.startswith("I") or ";16" in str(getattr(image, "tile", ""))
+
+
+def _upright_8bit(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
+    notes, deep = conversions(image, name), _deep(image)
     image.load()
     if deep and not image.mode.startswith("I"):
         notes += _depth_notes(max(high for _, high in image.getextrema()[:3]) < 256 // _DARK)  # type: ignore[misc]
     if image.getexif().get(_ORIENTATION, 1) != 1:
-        notes.append("turned upright by EXIF")
+        notes += ("turned upright by EXIF",)
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode in ("L", "RGB", "RGBA") and "transparency" not in image.info:
-        return image, tuple(notes)
     if image.mode.startswith("I") or image.mode == "F":
         gray, dark = _from_deep_gray(image)
         return gray, (*notes, *_depth_notes(dark))
-    if image.mode == "1":
-        return image.convert("L"), (*notes, "1-bit to gray")
-    if image.mode in ("LA", "La", "PA", "RGBa", "RGBA") or "transparency" in image.info:
-        return image.convert("RGBA"), (*notes, f"{_plain(image.mode)} with transparency to RGBA")
-    return image.convert("RGB"), (*notes, f"{_plain(image.mode)} to RGB")
+    if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
+        return image.convert("RGBA"), notes
+    if image.mode in ("L", "RGB", "RGBA"):
+        return image, notes
+    return image.convert("L" if image.mode == "1" else "RGB"), notes
 
 
-def _depth_notes(dark: bool) -> list[str]:
-    notes = ["16-bit reduced to 8-bit"]
-    if dark:
-        notes.append(
-            "nearly black, as under 1/16 of the range of 16 bits is used: save 8- or 12-bit values with 8 bits, or "
-            "scaled"
-        )
-    return notes
+def _depth_notes(dark: bool) -> tuple[str, ...]:
+    if not dark:
+        return ()
+    return (
+        "nearly black, as under 1/16 of the range of 16 bits is used: save 8- or 12-bit values with 8 bits, or scaled",
+    )
 
 
 def _from_deep_gray(image: Image.Image) -> tuple[Image.Image, bool]:

@@ -1,26 +1,27 @@
-"""Figures of quality: features, moments, distances between sets, and the protocol each figure carries."""
+"""Metrics of quality: features, moments, distances between sets, and the protocol that each metric carries."""
 
 from carrara.evaluation.bootstrap import Interval
 from carrara.evaluation.bound import Bound, bits_per_dimension
 from carrara.evaluation.clip_score import clip_score, retrieval
 from carrara.evaluation.collect import Collected, collect
+from carrara.evaluation.evaluator import class_accuracy
 from carrara.evaluation.frechet import frechet_distance, frechet_interval
 from carrara.evaluation.held_out import measure_held_out
 from carrara.evaluation.inception_score import inception_score
 from carrara.evaluation.infinity import frechet_infinity
-from carrara.evaluation.judge import class_accuracy
 from carrara.evaluation.kernel import kernel_distance
 from carrara.evaluation.likelihood import Likelihood, flow_likelihood
 from carrara.evaluation.manifold import density_coverage, precision_recall
-from carrara.evaluation.memorisation import class_spread, class_spread_interval, memorisation
+from carrara.evaluation.memorisation import class_std, class_std_interval, memorisation
 from carrara.evaluation.moments import Moments, Statistics
+from carrara.evaluation.pairs import likeness, reconstruction
 from carrara.evaluation.pictures import Pictures, data_pictures, decoded_pictures, model_pictures
-from carrara.evaluation.protocol import Evaluation, Reference, evaluate, reconstruction
-from carrara.evaluation.reconstruction import likeness
-from carrara.evaluation.reference import cached_statistics, read_images, read_statistics, write_statistics
+from carrara.evaluation.protocol import METRICS, Evaluation, evaluate
+from carrara.evaluation.reference import Reference, collected_reference, read_statistics, write_statistics
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp, compare
 
 __all__ = [
+    "METRICS",
     "Bound",
     "Collected",
     "Evaluation",
@@ -34,12 +35,12 @@ __all__ = [
     "Stamp",
     "Statistics",
     "bits_per_dimension",
-    "cached_statistics",
     "class_accuracy",
-    "class_spread",
-    "class_spread_interval",
+    "class_std",
+    "class_std_interval",
     "clip_score",
     "collect",
+    "collected_reference",
     "compare",
     "data_pictures",
     "decoded_pictures",
@@ -56,7 +57,6 @@ __all__ = [
     "memorisation",
     "model_pictures",
     "precision_recall",
-    "read_images",
     "read_statistics",
     "reconstruction",
     "retrieval",

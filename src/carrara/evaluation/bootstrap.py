@@ -1,6 +1,6 @@
 """Confidence intervals by the bootstrap (Efron 1979).
 
-The reference belongs to the protocol and is held fixed; what is resampled is the set over which a figure is
+The reference belongs to the protocol and is held fixed; what is resampled is the set over which a metric is
 an average. Draws depend on the seed alone.
 """
 
@@ -18,7 +18,7 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a figure lies with the given confidence, for another draw of as many samples."""
+    """Where a metric lies with the given confidence, for another draw of as many samples."""
 
     low: float
     high: float
@@ -41,14 +41,14 @@ def weights(count: int, replicates: int, seed: int = 0) -> Tensor:
 
 
 def percentile(replicates: Tensor, level: float = 0.95) -> Interval:
-    """The central share `level` of the replicates [R]."""
+    """The central fraction `level` of the replicates [R]."""
     tail = (1 - level) / 2
     low, high = torch.quantile(replicates.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(low, high, level, len(replicates))
 
 
 def around(value: float, replicates: Tensor, level: float = 0.95) -> Interval:
-    """The replicates' spread laid around `value`: for figures that resampling itself shifts (the Inception score).
+    """The replicates' standard deviation around `value`: for metrics that resampling shifts (the Inception score).
 
     The normal approximation, value ± z·sd: steady with a few dozen replicates. Never below 0.
     """

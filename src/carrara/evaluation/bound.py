@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from carrara.condition import Condition
 from carrara.errors import UserError
 from carrara.model import DiffusionModel
+from carrara.modes import eval_mode
 from carrara.process import grids
 from carrara.process.bound import Chain
 from carrara.process.grids import Grid
@@ -30,7 +31,7 @@ class Bound:
     """An upper bound of -log p(x), one sample of the noise at every time.
 
     Attributes:
-        times: float64 [n], the walked times from noisy to clean.
+        times: float64 [n], the times of the chain from noisy to clean.
         prior: [B], L_T, how much of the image is left at the first time.
         terms: [B, n], L_{t-1} of every pair; the last column is the reconstruction L_0.
         x0_errors: [B, n], mean over dimensions of (x_0 - x̂_0)².
@@ -71,16 +72,14 @@ class Bound:
 
 
 def check_levels(images: Tensor, levels: int) -> None:
-    """See that images hold `levels` evenly spaced values in [-1, 1].
-
-    Raises:
-        UserError: they do not: a probability of their bins would mean nothing.
-    """
+    """Raises UserError unless images have `levels` evenly spaced values in [-1, 1], whose bins have a probability."""
     steps = (images.double() + 1) * ((levels - 1) / 2)
     if float(images.abs().max()) > 1 + 1e-5 or float((steps - steps.round()).abs().max()) > 1e-2:
         raise UserError(
-            f"these images do not hold {levels} evenly spaced values in [-1, 1]: give their own number of levels, "
-            "or levels=None for continuous data."
+            f"these images do not have {levels} evenly spaced values in [-1, 1]: give their own number of levels, "
+            "or levels=None for continuous data.",
+            key="levels",
+            code="mismatch",
         )
 
 
@@ -101,15 +100,15 @@ def bits_per_dimension(
 ) -> Bound:
     """The variational bound of every image: prior matching, denoising matching for every t, reconstruction.
 
-    The network is asked once for each image and time of the grid. A short grid is a chain of its own, with a bound
+    The network predicts once for each image and time of the grid. A short grid is a chain of its own, with a bound
     of its own that is looser.
 
     Args:
         model: a pixel `DiffusionModel`, or a denoiser.
         images: [B, C, H, W] in [-1, 1].
-        grid: the chain that is walked; by default every level of the table.
-        schedule: of the denoiser; may be left out where the denoiser tells it.
-        condition: what the model is told, one row or one for each image.
+        grid: the times of the chain; default: every level of the table.
+        schedule: of the denoiser; default: its attribute `schedule`.
+        condition: what the model is conditioned on, one row or one for each image.
         levels: how many values a pixel has. "model" takes those the model was trained on, 256 for a bare denoiser.
             None is continuous data: nats of a density, not bits.
         variance: of the reverse steps, see `Chain`.
@@ -117,7 +116,7 @@ def bits_per_dimension(
         cdf: "erf", or guided-diffusion's "tanh".
         noise: draw i + 1 noises the images for pair i.
         batch_size: how many images are worked on at once; the result does not depend on it.
-        on_step: called after every pair of a batch with how many asks of the network are done, and of how many.
+        on_step: called after every pair of a batch with how many predictions are done, and of how many.
 
     Raises:
         UserError: a latent model; images that do not have these levels; a grid that does not end clean.
@@ -128,12 +127,12 @@ def bits_per_dimension(
         check_levels(images, levels)
     chain = Chain(schedule, grid or every_level(schedule), variance, levels, cdf)
     clip = levels is not None if clip is None else clip
-    batches = list(Told.of(images, condition, noise).batches(batch_size))
+    batches = list(Conditioned.of(images, condition, noise).batches(batch_size))
     parts, steps = [], len(chain.grid)
     with evaluating(model):
         for done, batch in enumerate(batches):
-            tell = None if on_step is None else _counter(on_step, done * steps, len(batches) * steps)
-            parts.append(_terms(chain, denoiser, batch, clip, tell))
+            progress = None if on_step is None else _counter(on_step, done * steps, len(batches) * steps)
+            parts.append(_terms(chain, denoiser, batch, clip, progress))
     prior, terms, x0_errors, eps_errors = (torch.cat(column) for column in zip(*parts, strict=True))
     scale, unit = (1.0, "nats/dim") if levels is None else (1 / LN2, "bits/dim")
     return Bound(chain.grid.times[:-1], prior * scale, terms * scale, x0_errors, eps_errors, unit)
@@ -146,31 +145,35 @@ def every_level(schedule: Schedule) -> Grid:
         UserError: a continuous one, which has no levels of its own.
     """
     if not schedule.discrete:
-        raise UserError("a continuous schedule has no levels of its own: give the grid whose bound is meant.")
+        raise UserError(
+            "a continuous schedule has no levels of its own: give the grid whose bound is meant.",
+            key="grid",
+            code="missing",
+        )
     return grids.trailing(schedule, int(schedule.final_time))
 
 
 @dataclass(frozen=True)
-class Told:
-    """Images [B, …], each with what the model is told of it and with noise of its own."""
+class Conditioned:
+    """Images [B, …], each with its condition and with noise of its own."""
 
     images: Tensor
     condition: Condition
     noise: Noise
 
     @classmethod
-    def of(cls, images: Tensor, condition: Condition | None, noise: Noise | None) -> Told:
-        """The condition spread over the images where it is one for all; by default none, and the rows of seed 0."""
+    def of(cls, images: Tensor, condition: Condition | None, noise: Noise | None) -> Conditioned:
+        """The condition repeated for each image where it is one for all; default: none, and the rows of seed 0."""
         noise = noise or Noise()
-        told = (condition or Condition()).batch(len(images)).to(images.device)
-        return cls(images, told, noise.rows(range(len(images))) if noise.ids is None else noise)
+        batched = (condition or Condition()).batch(len(images)).to(images.device)
+        return cls(images, batched, noise.rows(range(len(images))) if noise.ids is None else noise)
 
-    def batches(self, size: int) -> Iterator[Told]:
+    def batches(self, size: int) -> Iterator[Conditioned]:
         """The same in batches; every image keeps its noise."""
         assert self.noise.ids is not None
         for low in range(0, len(self.images), size):
             rows = slice(low, low + size)
-            yield Told(self.images[rows], self.condition.rows(rows), self.noise.rows(self.noise.ids[rows]))
+            yield Conditioned(self.images[rows], self.condition.rows(rows), self.noise.rows(self.noise.ids[rows]))
 
 
 def unpack(model: DiffusionModel | Denoiser, schedule: Schedule | None) -> tuple[Denoiser, Schedule, int]:
@@ -181,26 +184,21 @@ def unpack(model: DiffusionModel | Denoiser, schedule: Schedule | None) -> tuple
     """
     if isinstance(model, DiffusionModel):
         if not model.codec.bounded:
-            raise UserError("a latent model has no likelihood of pixels: bits per dimension are for pixel models.")
+            raise UserError(
+                "a latent model has no likelihood of pixels: bits per dimension are for pixel models.",
+                key="model",
+                code="unsupported",
+            )
         return model.denoiser(), model.schedule, model.levels
     own = schedule or getattr(model, "schedule", None)
     if not isinstance(own, Schedule):
-        raise UserError("this denoiser does not tell its schedule: give schedule=….")
+        raise UserError("this denoiser has no schedule: give schedule=….", key="schedule", code="missing")
     return model, own, 256
 
 
-@contextmanager
-def evaluating(model: DiffusionModel | Denoiser) -> Iterator[None]:
+def evaluating(model: DiffusionModel | Denoiser) -> AbstractContextManager[None]:
     """A model's dropout off, and afterwards as it was."""
-    network = model.network if isinstance(model, DiffusionModel) else None
-    was_training = network is not None and network.training
-    if network is not None:
-        network.eval()
-    try:
-        yield
-    finally:
-        if network is not None:
-            network.train(was_training)
+    return eval_mode(*([model.network] if isinstance(model, DiffusionModel) else []))
 
 
 def _counter(on_step: Callable[[int, int], None], done: int, total: int) -> Callable[[int], None]:
@@ -210,7 +208,7 @@ def _counter(on_step: Callable[[int, int], None], done: int, total: int) -> Call
 def _terms(
     chain: Chain,
     denoiser: Denoiser,
-    batch: Told,
+    batch: Conditioned,
     clip: bool,
     progress: Callable[[int], None] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

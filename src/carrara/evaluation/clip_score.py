@@ -64,6 +64,8 @@ def _pairs(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape != y.shape:
         raise UserError(
             f"{list(x.shape)} image embeddings and {list(y.shape)} caption embeddings are no pairs: "
-            "give one caption for each image, both from one CLIP model."
+            "give one caption for each image, both from one CLIP model.",
+            key="captions",
+            code="shape",
         )
     return x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)

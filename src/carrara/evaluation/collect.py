@@ -1,4 +1,4 @@
-"""From a stream of images to what every figure needs: moments of all, the rows of the first few."""
+"""From a stream of images to what every metric needs: moments of all, the rows of the first few."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from carrara.distributed import in_turn
 from carrara.errors import UserError
 from carrara.evaluation.features import Features
-from carrara.evaluation.moments import Moments
+from carrara.evaluation.moments import Moments, Statistics
 from carrara.evaluation.pictures import Pictures
 from carrara.images import to_uint8
 
@@ -25,20 +25,20 @@ class Collected:
     """The features of a set of images.
 
     Attributes:
-        moments: of all images.
-        rows: float32 [min(N, kept), D], the features of the first images, for figures that need pairs.
+        statistics: mean and covariance of all images.
+        rows: float32 [min(N, kept), D], the features of the first images, for metrics of pairs.
         shape: an image's [C, H, W].
         content: hash of the images as 8-bit pictures, in their order: 32 hexadecimal digits.
         first: uint8 [min(N, SHOWN), H, W, C], the first images, for a report.
-        read: int64 [min(N, kept)], the classes that a judge read in the first images; None without a judge.
+        classes: int64 [min(N, kept)], the classes that a classifier predicts for the first images, or None.
     """
 
-    moments: Moments
+    statistics: Statistics
     rows: Tensor
     shape: tuple[int, ...]
     content: str
     first: Tensor
-    read: Tensor | None = None
+    classes: Tensor | None = None
 
 
 def collect(batches: Iterable[Tensor], features: Features, rows: int = ROWS) -> Collected:
@@ -57,7 +57,7 @@ def collect_together(
     features: Features,
     rows: int = ROWS,
     check: Callable[[Tensor], None] | None = None,
-    read: Callable[[Tensor], Tensor] | None = None,
+    classify: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Collected:
     """The same of pictures that are made or read while they are seen, batch by batch by every process in turn.
@@ -67,8 +67,8 @@ def collect_together(
 
     Args:
         check: sees the first batch a process made, before hours go into the others.
-        read: a judge that tells the class of every image, int64 [B].
-        progress: is told after each batch how many pictures it held.
+        classify: predicts the class of every image, int64 [B].
+        progress: called after each batch with how many pictures it contains.
     """
     unchecked = [check] if check is not None else []
 
@@ -76,13 +76,13 @@ def collect_together(
         images = pictures.make(part)
         while unchecked:
             unchecked.pop()(images)
-        return _see(images, features, SHOWN - part.start, read)
+        return _see(images, features, SHOWN - part.start, classify)
 
     def seen() -> Iterable[_Seen]:
-        for found in in_turn(pictures.parts, work):
-            yield found
+        for batch in in_turn(pictures.parts, work):
+            yield batch
             if progress is not None:
-                progress(len(found.digests))
+                progress(len(batch.digests))
 
     return _joined(seen(), rows, pictures.count)
 
@@ -95,40 +95,45 @@ class _Seen:
     digests: list[bytes]
     shape: tuple[int, ...]
     pixels: Tensor
-    read: Tensor | None
+    classes: Tensor | None
 
 
 def _see(
-    images: Tensor, features: Features, shown: int = SHOWN, read: Callable[[Tensor], Tensor] | None = None
+    images: Tensor, features: Features, shown: int = SHOWN, classify: Callable[[Tensor], Tensor] | None = None
 ) -> _Seen:
     pixels = to_uint8(images)
     digests = [hashlib.blake2b(picture.tobytes(), digest_size=16).digest() for picture in pixels.numpy()]
-    classes = None if read is None else read(images).cpu()
+    classes = None if classify is None else classify(images).cpu()
     return _Seen(features(images).cpu(), digests, tuple(images.shape[1:]), pixels[: max(0, shown)].clone(), classes)
 
 
 def _joined(batches: Iterable[_Seen], rows: int, expected: int = 0) -> Collected:
     moments: Moments | None = None
     shape: tuple[int, ...] | None = None
-    kept: list[Tensor] = []
+    first: list[Tensor] = []
     shown: list[Tensor] = []
-    read: list[Tensor] = []
+    classes: list[Tensor] = []
     digest = hashlib.blake2b(digest_size=16)
-    for seen in batches:
-        shape = shape or seen.shape
-        if seen.shape != shape:
+    for batch in batches:
+        shape = shape or batch.shape
+        if batch.shape != shape:
             raise UserError(
-                f"an image of shape {list(seen.shape)} follows images of {list(shape)}: "
-                "bring all to one resolution and number of channels."
+                f"an image of shape {list(batch.shape)} follows images of {list(shape)}: "
+                "bring all to one resolution and number of channels.",
+                key="resolution",
+                code="shape",
             )
-        digest.update(b"".join(seen.digests))
-        moments = (moments or Moments(seen.features.shape[1], expected)).update(seen.features)
-        if (missing := rows - sum(map(len, kept))) > 0:
-            kept.append(seen.features[:missing].float())
-            read += [] if seen.read is None else [seen.read[:missing]]
+        digest.update(b"".join(batch.digests))
+        moments = (moments or Moments(batch.features.shape[1], expected)).update(batch.features)
+        if (missing := rows - sum(map(len, first))) > 0:
+            first.append(batch.features[:missing].float())
+            classes += [] if batch.classes is None else [batch.classes[:missing]]
         if (missing := SHOWN - sum(map(len, shown))) > 0:
-            shown.append(seen.pixels[:missing])
+            shown.append(batch.pixels[:missing])
     if moments is None or shape is None:
-        raise UserError("there are no images to measure: give a folder, archive or model that has some.")
-    first = torch.cat(kept) if kept else torch.empty(0, moments.dimension)
-    return Collected(moments, first, shape, digest.hexdigest(), torch.cat(shown), torch.cat(read) if read else None)
+        raise UserError(
+            "there are no images to measure: give a folder, archive or model that has some.", key="n", code="missing"
+        )
+    kept = torch.cat(first) if first else torch.empty(0, moments.dimension)
+    joined = torch.cat(classes) if classes else None
+    return Collected(moments.statistics(), kept, shape, digest.hexdigest(), torch.cat(shown), joined)

@@ -62,7 +62,7 @@ def frechet_interval(
 
     The bootstrap of the linearised distance: its value plus the mean influence of the rows drawn. Resampling
     the distance itself costs an eigenproblem a replicate and is worse: a resampled set holds fewer distinct
-    rows, so its distances are too large and, for N of a few D, spread twice as wide as those of fresh draws
+    rows, so its distances are too large and, for N of a few D, vary twice as much as those of fresh draws
     (the linearised ones 1.3 times: `tests/evaluation/test_frechet.py`).
     """
     rows, fixed = as_rows(samples, "samples").cpu(), normal(reference)

@@ -1,4 +1,4 @@
-"""How well a model knows real pictures: their bits per dimension, in parts, and their likelihood by the flow."""
+"""How likely real pictures are to a model: their bits per dimension, in parts, and their likelihood by the flow."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch import Tensor
 from carrara.condition import Condition
 from carrara.conditioning import NullForm
 from carrara.distributed import first_tells, in_turn
-from carrara.errors import UserError
 from carrara.evaluation.bootstrap import mean_interval
 from carrara.evaluation.bound import Bound, bits_per_dimension
 from carrara.evaluation.likelihood import Likelihood, flow_likelihood
-from carrara.evaluation.pictures import Pictures
+from carrara.evaluation.pictures import Pictures, refuse_other_shape
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp
 from carrara.images import to_uint8
 from carrara.model import DiffusionModel
@@ -45,35 +44,35 @@ def measure_held_out(
 ) -> Measurements:
     """The variational bound over every level, its parts, and the flow's likelihood, in bits per dimension.
 
-    Batches go over the processes in turn; picture k has row k of the seed. The intervals are over the pictures. A
-    model that is told classes is told each picture's own, or nothing where the pictures have none.
+    Processes take the batches in turn; picture k has row k of the seed. The intervals are over the pictures. A model
+    of classes is conditioned on each picture's own, or on its null form where the pictures have none.
 
     Args:
         pictures: ones the model never saw, with exactly the levels it was trained on (`data_pictures(rounded=False)`).
         variance: of the bound's reverse steps; by default the learned one, else "small".
         steps, probes: of the flow, see `flow_likelihood`.
-        progress: is told after each batch how many pictures it held.
+        progress: called after each batch with how many pictures it contains.
 
     Raises:
         UserError: pictures of another shape or other levels, classes the model does not know, a latent model.
     """
-    condition, told = _condition(model, pictures)
+    condition, source = _condition(model, pictures)
 
     def work(rows: range) -> tuple[Bound, Likelihood, bytes]:
         images = pictures.make(rows)
-        _refuse_other_shape(pictures.name, tuple(images.shape[1:]), tuple(model.shape))
+        refuse_other_shape(pictures.name, images.shape[1:], "the model", model.shape)
         own, x = condition.rows(slice(rows.start, rows.stop)).to(model.device), images.to(model.device)
         alike: dict[str, Any] = {"condition": own, "batch_size": len(rows)}
         bound = bits_per_dimension(model, x, variance=variance, noise=Noise(seed).rows(rows), **alike)
         flow = flow_likelihood(model, x, steps=steps, probes=probes, noise=Noise(seed + 1).rows(rows), **alike)
         return bound, flow, hashlib.blake2b(to_uint8(images).numpy().tobytes(), digest_size=16).digest()
 
-    found = []
+    parts = []
     for part in in_turn(pictures.parts, work):
-        found.append(part)
+        parts.append(part)
         if progress is not None:
             progress(len(part[0].prior))
-    bounds, flows, digests = zip(*found, strict=True)
+    bounds, flows, digests = zip(*parts, strict=True)
     bound = _together(bounds)
     estimates = torch.cat([flow.estimates for flow in flows])
     stamp = Stamp(
@@ -84,28 +83,19 @@ def measure_held_out(
         reference=Path(pictures.name).name,
         reference_split=pictures.split,
         reference_hash=hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
-        sampling={"weights": model.origin, "condition": told, "seed": seed},
+        sampling={"weights": model.origin, "condition": source, "seed": seed},
     )
     kind = variance or ("learned" if model.learned_variance else "small")
     return first_tells(
         lambda: {
-            **_bound_figures(bound, stamp.with_settings(levels=len(bound.times), variance=kind, cdf="erf")),
-            **_flow_figure(estimates, stamp.with_settings(steps=steps, trace="hutchinson", probes=probes)),
+            **_bound_metrics(bound, stamp.with_settings(levels=len(bound.times), variance=kind, cdf="erf")),
+            **_flow_metric(estimates, stamp.with_settings(steps=steps, trace="hutchinson", probes=probes)),
         }
     )
 
 
-def _refuse_other_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if shape != wanted:
-        ours, theirs = ("×".join(map(str, sides)) for sides in (shape, wanted))
-        raise UserError(
-            f"the held-out images {name} are {ours} (channels, height, width) and the model makes {theirs}: "
-            "bring them to it with --resolution and --channels."
-        )
-
-
 def _condition(model: DiffusionModel, pictures: Pictures) -> tuple[Condition, str]:
-    """What the model is told of each picture, and that in words."""
+    """The condition of each picture, and where it comes from."""
     classes = model.class_labels
     if classes is None:
         return Condition(), "none"
@@ -124,7 +114,7 @@ def _together(bounds: tuple[Bound, ...]) -> Bound:
     return Bound(times=first.times, unit=first.unit, **{name: joined(name) for name in names})
 
 
-def _bound_figures(bound: Bound, stamp: Stamp) -> Measurements:
+def _bound_metrics(bound: Bound, stamp: Stamp) -> Measurements:
     figures: Measurements = {}
     for name, part in PARTS.items():
         values = part(bound).double()
@@ -133,8 +123,8 @@ def _bound_figures(bound: Bound, stamp: Stamp) -> Measurements:
     return figures
 
 
-def _flow_figure(estimates: Tensor, stamp: Stamp) -> Measurements:
-    """The likelihood by the flow, over images; what the trace's estimate adds is said."""
+def _flow_metric(estimates: Tensor, stamp: Stamp) -> Measurements:
+    """The likelihood by the flow, over images, with a note on what the trace's estimate adds to its interval."""
     values = estimates.double().mean(1)
     note = ""
     if estimates.shape[1] > 1:

@@ -16,11 +16,11 @@ from carrara.evaluation.moments import Rows, as_rows
 
 @dataclass(frozen=True)
 class InceptionScore:
-    """Mean and spread (standard deviation, ddof 1) over the splits, the value from all rows at once, and the
+    """Mean and standard deviation (ddof 1) over the splits, the value from all rows at once, and the
     bootstrap interval of the latter. Between 1 and the number of classes."""
 
     mean: float
-    spread: float
+    std: float
     full: float
     interval: Interval
 
@@ -34,7 +34,11 @@ def inception_score(
     """
     log_p = as_rows(logits, "logits").cpu().log_softmax(1)
     if len(log_p) < splits:
-        raise UserError(f"an Inception score in {splits} splits needs at least as many images, here {len(log_p)}.")
+        raise UserError(
+            f"an Inception score in {splits} splits needs at least as many images, here {len(log_p)}.",
+            key="splits",
+            code="missing",
+        )
     order = torch.randperm(len(log_p), generator=torch.Generator().manual_seed(seed))
     p = log_p.exp()
     negative_entropy = (p * log_p).sum(1)
@@ -51,5 +55,5 @@ def inception_score(
     scores = score(parts)
     full = float(score(torch.ones(1, len(log_p), dtype=torch.float64)))
     drawn = score(weights(len(log_p), replicates, seed))
-    spread = float(scores.std()) if splits > 1 else 0.0
-    return InceptionScore(float(scores.mean()), spread, full, around(full, drawn, level))
+    std = float(scores.std()) if splits > 1 else 0.0
+    return InceptionScore(float(scores.mean()), std, full, around(full, drawn, level))

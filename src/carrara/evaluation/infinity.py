@@ -52,7 +52,9 @@ def frechet_infinity(
     if fewest <= dimension:
         raise UserError(
             f"extrapolating needs more than {dimension} samples with a {groups}th left out, here {fewest}: "
-            "add samples, or use features of fewer dimensions."
+            "add samples, or use features of fewer dimensions.",
+            key="n",
+            code="missing",
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     total = Moments.of(rows).statistics()
@@ -77,7 +79,7 @@ def _statistics(rows: Tensor) -> Statistics:
 def left_out(total: Statistics, part: Statistics) -> Statistics:
     """The statistics of all rows but those of a part: the update of Chan, Golub & LeVeque backwards.
 
-    The part is a small share, so that no more than a digit is lost.
+    The part is a small fraction, so that no more than a digit is lost.
     """
     assert total.count is not None
     assert part.count is not None

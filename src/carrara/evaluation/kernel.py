@@ -26,14 +26,14 @@ class KernelDistance:
 
     Attributes:
         mean: the mean over the random subsets.
-        spread: their standard deviation (ddof 0).
+        std: their standard deviation (ddof 0).
         full: the unbiased estimate from all rows; may be slightly negative.
-        subset_size: how many rows a subset held, the smaller set's size where that is less than asked for.
+        subset_size: how many rows a subset had, the smaller set's size where that is less than requested.
         interval: bootstrap interval of `full` over the samples x, the reference y held fixed.
     """
 
     mean: float
-    spread: float
+    std: float
     full: float
     subset_size: int
     interval: Interval
@@ -55,7 +55,7 @@ def kernel_distance(
     """
     sets = Sets.of(*as_pair(x, y))
     estimate = KernelEstimate(sets, subsets, subset_size, seed, replicates)
-    sets.walk(estimate)
+    sets.visit(estimate)
     return estimate.result(level)
 
 
@@ -69,7 +69,9 @@ def as_pair(x: Rows, y: Rows) -> tuple[Tensor, Tensor]:
     if a.shape[1] != b.shape[1]:
         raise UserError(
             f"features of dimensions {a.shape[1]} and {b.shape[1]} cannot be compared: "
-            "take both from one feature network at one image size."
+            "take both from one feature network at one image size.",
+            key="features",
+            code="shape",
         )
     return a, b
 
@@ -77,7 +79,7 @@ def as_pair(x: Rows, y: Rows) -> tuple[Tensor, Tensor]:
 class KernelEstimate:
     """The estimate of all rows, of random subsets and of bootstrap replicates, gathered block by block.
 
-    Each is a weighting of the samples w [R, N] beside one of the reference v [R, M]; the replicates hold the
+    Each is a weighting of the samples w [R, N] with one of the reference v [R, M]; the replicates hold the
     reference fixed, so that only the first rows of v differ.
     """
 
@@ -86,10 +88,16 @@ class KernelEstimate:
     ) -> None:
         n, m = len(sets.samples), len(sets.reference)
         if min(n, m) < 2:
-            raise UserError(f"a kernel distance needs at least 2 images a side, here {n} and {m}: add images.")
+            raise UserError(
+                f"a kernel distance needs at least 2 images a side, here {n} and {m}: add images.",
+                key="n",
+                code="missing",
+            )
         if subset_size < 2:
             raise UserError(
-                f"subset_size is {subset_size}: an unbiased kernel distance needs at least 2 images.", key="subset_size"
+                f"subset_size is {subset_size}: an unbiased kernel distance needs at least 2 images.",
+                key="subset_size",
+                code="invalid",
             )
         self.size, self._sets = min(subset_size, n, m), sets
         self._counts = (1, subsets, replicates)
@@ -126,7 +134,7 @@ class KernelEstimate:
         full, parts, bootstrap = (within + others - 2 * cross).cpu().split(self._counts)
         return KernelDistance(
             mean=float(parts.mean()),
-            spread=float(parts.std(correction=0)),
+            std=float(parts.std(correction=0)),
             full=float(full),
             subset_size=self.size,
             interval=percentile(bootstrap, level),

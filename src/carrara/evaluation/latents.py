@@ -1,4 +1,4 @@
-"""What a codec keeps of pictures: how much of its codebook it uses, and how many bytes an image becomes."""
+"""The latents of a codec: how much of its codebook it uses, and how many bytes an image becomes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from carrara.codecs.quantiser import Codes, perplexity
 from carrara.distributed import in_turn
 from carrara.evaluation.pictures import Pictures
 from carrara.evaluation.stamp import Measurement, Measurements, Stamp
+from carrara.modes import eval_mode
 
 FLOAT_BYTES = 4
 """Of one number of a continuous latent, as it is decoded."""
@@ -24,11 +25,11 @@ def measure_latents(
 
     Args:
         originals: what is encoded.
-        stamp: under which protocol the figures stand.
+        stamp: the protocol of the metrics.
 
     Returns:
         `latent_bytes` of one image: float32 numbers, or log2 K bits for the index at each position. With a codebook
-        `codebook_use`, the share of its entries that any position of any picture chose, and `codebook_perplexity`,
+        `codebook_use`, the fraction of its entries that any position of any picture chose, and `codebook_perplexity`,
         e^entropy of how often each was: K where all are chosen evenly.
     """
     usage = codec.code_usage
@@ -38,7 +39,7 @@ def measure_latents(
     entries = len(usage.share)
 
     def count(rows: range) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(codec):
             codes = codec.encode(originals.make(rows).to(device))
         assert isinstance(codes, Codes)  # what a codebook encodes to
         return torch.bincount(codes.indices.flatten().cpu(), minlength=entries)

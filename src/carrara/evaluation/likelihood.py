@@ -1,6 +1,6 @@
 """Likelihood by the probability-flow ODE (Song et al. 2021, §4.3; the trace estimate of Grathwohl et al. 2019).
 
-With σ = s/a, the flow of x/a is d(x/a) = ε̂ dσ for every schedule. Walked here is z = x/√(a² + s²), which stays of
+With σ = s/a, the flow of x/a is d(x/a) = ε̂ dσ for every schedule. Integrated here is z = x/√(a² + s²), which stays of
 order one: with u = ln σ and r = s/√(a² + s²),
 
     dz/du = r (ε̂ - r z),    d ln p(z)/du = -∇·(dz/du) = -(r ∇_z·ε̂ - r² D),
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.errors import UserError, nearest
-from carrara.evaluation.bound import LN2, Told, check_levels, evaluating, unpack
+from carrara.evaluation.bound import LN2, Conditioned, check_levels, evaluating, unpack
 from carrara.model import DiffusionModel
 from carrara.process.noise import Noise
 from carrara.process.prediction import Denoiser
@@ -55,13 +55,13 @@ class Likelihood:
         """Student's interval over the probes, two tensors [B]: how far the trace's estimate can be trusted.
 
         Raises:
-            UserError: fewer than two probes tell no spread (the exact trace has none).
+            UserError: fewer than two probes have no standard deviation (the exact trace needs none).
         """
         if self.trace == "exact":
             return self.value, self.value
         probes = self.estimates.shape[1]
         if probes < 2:
-            raise UserError("an interval needs at least two probes.")
+            raise UserError("an interval needs at least two probes.", key="probes", code="missing")
         from scipy.stats import t as student
 
         reach = float(student.ppf(0.5 + confidence / 2, probes - 1)) / probes**0.5
@@ -103,12 +103,12 @@ def flow_likelihood(
     Args:
         model: a pixel `DiffusionModel`, or a denoiser whose prediction is differentiable in x.
         images: [B, …] in [-1, 1].
-        steps: of the Runge-Kutta method, each four asks of the network and as many gradients a probe; the error
+        steps: of the Runge-Kutta method, each four predictions of the network and as many gradients a probe; the error
             falls as steps⁻⁴.
         trace: "hutchinson", with `probes` vectors of random signs, or "exact", with one gradient a dimension.
         probes: how many vectors, each kept along the whole path.
-        schedule: of the denoiser; may be left out where the denoiser tells it.
-        condition: what the model is told, one row or one for each image.
+        schedule: of the denoiser; default: its attribute `schedule`.
+        condition: what the model is conditioned on, one row or one for each image.
         levels: how many values a pixel has: the images are dequantised with uniform noise and the density turned
             into bits. None takes continuous data as it is, in nats.
         prior: ln p(x_T) [B] in nats, of x_T [B, …]; by default that of the noise that sampling starts from.
@@ -119,16 +119,18 @@ def flow_likelihood(
         UserError: a latent model; images that do not have these levels; an unknown trace.
     """
     if trace not in get_args(Trace):
-        raise UserError(f"there is no trace '{trace}': {nearest(trace, get_args(Trace))}")
+        raise UserError(f"there is no trace '{trace}': {nearest(trace, get_args(Trace))}", key="trace", code="unknown")
     if steps < 1 or probes < 1:
-        raise UserError("the flow needs at least one step and one probe.")
+        raise UserError(
+            "the flow needs at least one step and one probe.", key="steps" if steps < 1 else "probes", code="invalid"
+        )
     denoiser, schedule, known = unpack(model, schedule)
     levels = known if levels == "model" else levels
     if levels is not None:
         check_levels(images, levels)
     flow, parts = _Flow(denoiser, schedule, steps, prior), []
     with evaluating(model):
-        for batch in Told.of(images, condition, noise).batches(batch_size):
+        for batch in Conditioned.of(images, condition, noise).batches(batch_size):
             x = batch.images if levels is None else _dequantised(batch, levels)
             directions = None if trace == "exact" else _signs(batch.noise.at(1), x, probes)
             parts.append(flow.log_prob(x, batch.condition, directions))
@@ -139,8 +141,8 @@ def flow_likelihood(
     return Likelihood((nats - math.log(2 / (levels - 1))) / LN2, "bits/dim", trace)
 
 
-def _dequantised(batch: Told, levels: int) -> Tensor:
-    """The images spread uniformly over the bins of their levels."""
+def _dequantised(batch: Conditioned, levels: int) -> Tensor:
+    """The images, distributed uniformly over the bins of their levels."""
     x = batch.images
     shift = batch.noise.at(0).uniform(x.shape, dtype=x.dtype, device=x.device) - 0.5
     return x + shift * (2 / (levels - 1))
@@ -167,7 +169,7 @@ class _Flow:
         high = max(float(self.schedule.log_snr(self.schedule.final_time)), LEAST_LOG_SNR)
         # There and back: a table whose last level holds no signal may end before it.
         high = float(self.schedule.log_snr(self.schedule.time_at(high)))
-        # Twice the steps: the method asks at their middles too.
+        # Twice the steps: the method predicts at their middles too.
         log_snrs = torch.linspace(low, high, 2 * self.steps + 1, dtype=torch.float64)
         times: list[float] = self.schedule.time_at(log_snrs).tolist()
 
@@ -198,16 +200,16 @@ class _Flow:
         """
         alpha, sigma = level(self.schedule, t)
         scale = self._scale(t)
-        eps, divergence = self._ask(alpha * x0, t, condition, directions)
+        eps, divergence = self._predict(alpha * x0, t, condition, directions)
         y = x0 + 0.5 * (sigma / alpha) * eps
         return y * (alpha / scale), 0.5 * sigma * divergence + x0[0].numel() * math.log(alpha / scale)
 
     def _slope(self, z: Tensor, t: float, condition: Condition, directions: Tensor | None) -> tuple[Tensor, Tensor]:
         """dz/du [B, …] and its divergence with respect to z [B, probes]."""
         scale = self._scale(t)
-        share = level(self.schedule, t)[1] / scale
-        eps, divergence = self._ask(scale * z, t, condition, directions)
-        return share * (eps - share * z), share * scale * divergence - share**2 * z[0].numel()
+        fraction = level(self.schedule, t)[1] / scale
+        eps, divergence = self._predict(scale * z, t, condition, directions)
+        return fraction * (eps - fraction * z), fraction * scale * divergence - fraction**2 * z[0].numel()
 
     def _prior(self, x: Tensor, time: float) -> Tensor:
         """ln p(x_T) in nats, [B]."""
@@ -218,7 +220,7 @@ class _Flow:
         squares = x.flatten(1).square().sum(1) / variance
         return -0.5 * (squares + x[0].numel() * math.log(2 * math.pi * variance))
 
-    def _ask(self, x: Tensor, t: float, condition: Condition, directions: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _predict(self, x: Tensor, t: float, condition: Condition, directions: Tensor | None) -> tuple[Tensor, Tensor]:
         """ε̂ at (x, t), and its divergence with respect to x, [B, probes]; [B, 1] of the exact trace."""
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)

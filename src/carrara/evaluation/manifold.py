@@ -20,7 +20,7 @@ from carrara.evaluation.products import Block, Nearest, Sets
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Precision: the share of samples inside the reference's balls. Recall: the reverse.
+    """Precision: the fraction of samples inside the reference's balls. Recall: the reverse.
 
     The interval of precision resamples the samples, that of recall the reference images: each is a mean over
     those.
@@ -34,7 +34,7 @@ class PrecisionRecall:
 
 @dataclass(frozen=True)
 class DensityCoverage:
-    """Density: how many reference balls hold a sample, over k (not bounded by 1). Coverage: the share of
+    """Density: how many reference balls hold a sample, over k (not bounded by 1). Coverage: the fraction of
     reference balls that hold a sample. Intervals as for precision and recall."""
 
     density: float
@@ -63,7 +63,7 @@ def fidelity_diversity(
     """
     sets = Sets.of(*as_pair(samples, reference))
     balls = Balls(sets, precision_k, density_k)
-    sets.walk(balls)
+    sets.visit(balls)
     return balls.result(seed)
 
 
@@ -73,9 +73,15 @@ class Balls:
     def __init__(self, sets: Sets, precision_k: int = 3, density_k: int = 5) -> None:
         k, x, y = max(precision_k, density_k), sets.samples, sets.reference
         if min(precision_k, density_k) < 1:
-            raise UserError(f"k is {min(precision_k, density_k)}: at least 1 nearest neighbour is needed.", key="k")
+            raise UserError(
+                f"k is {min(precision_k, density_k)}: at least 1 nearest neighbour is needed.", key="k", code="invalid"
+            )
         if min(len(x), len(y)) <= k:
-            raise UserError(f"{k} nearest neighbours need more than {k} images a side, here {len(x)} and {len(y)}.")
+            raise UserError(
+                f"{k} nearest neighbours need more than {k} images a side, here {len(x)} and {len(y)}.",
+                key="n",
+                code="missing",
+            )
         self._ks = precision_k, density_k
         self._near = Nearest(x, "samples", precision_k), Nearest(y, "reference", k)
         self._radii: tuple[Tensor, Tensor, Tensor] | None = None

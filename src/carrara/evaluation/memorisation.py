@@ -1,4 +1,4 @@
-"""Has the model learnt the data by heart, and does it still vary within a class?"""
+"""Has the model memorised the data, and does it still vary within a class?"""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Memorisation:
     """How close samples lie to the training images, and how close unseen real images lie.
 
     Attributes:
-        share: share of the samples that are closer to their nearest training image than that image is to its
+        fraction: fraction of the samples that are closer to their nearest training image than that image is to its
             own nearest training neighbour. Copies give 1; a model that draws from the data's own distribution
-            gives about `held_out_share`.
-        held_out_share: the same share for held-out real images: what "not memorised" looks like.
+            gives about `held_out_fraction`.
+        held_out_fraction: the same fraction for held-out real images: what "not memorised" looks like.
         ratios: float64 [N], distance of a sample to its nearest training image over that image's distance to
-            its own nearest training neighbour (below 1 is counted in `share`).
+            its own nearest training neighbour (below 1 is counted in `fraction`).
         held_out_ratios: float64 [M], the same for the held-out images.
         nearest: int64 [N], the index of each sample's nearest training image.
         held_out_nearest: int64 [M].
-        interval, held_out_interval: bootstrap intervals of the two shares.
+        interval, held_out_interval: bootstrap intervals of the two fractions.
     """
 
-    share: float
-    held_out_share: float
+    fraction: float
+    held_out_fraction: float
     ratios: Tensor
     held_out_ratios: Tensor
     nearest: Tensor
@@ -58,24 +58,28 @@ def memorisation(samples: Rows, train: Rows, held_out: Rows, seed: int = 0) -> M
     if len({rows.shape[1] for rows in sets}) > 1:
         raise UserError(
             f"samples, training and held-out images have {[rows.shape[1] for rows in sets]} values each: "
-            "bring them to one resolution and number of channels."
+            "bring them to one resolution and number of channels.",
+            key="resolution",
+            code="shape",
         )
     if len(sets[1]) < 2:
-        raise UserError("memorisation needs at least 2 training images: give the whole training set.")
+        raise UserError(
+            "memorisation needs at least 2 training images: give the whole training set.", key="train", code="missing"
+        )
     _, own = nearest(sets[1], sets[1], same=True)
 
     def compare(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index, distance = nearest(rows, sets[1])
         closer = distance < own[index]
-        # 0/0, a copy of an image that the training set holds twice, says nothing: ratio 1, not counted.
+        # 0/0, a copy of an image that the training set holds twice, means nothing: ratio 1, not counted.
         ratio = torch.where(own[index] > 0, distance / own[index], torch.where(distance > 0, torch.inf, 1.0))
         return index, ratio, closer.double()
 
     index, ratio, closer = compare(sets[0])
     index_out, ratio_out, closer_out = compare(sets[2])
     return Memorisation(
-        share=float(closer.mean()),
-        held_out_share=float(closer_out.mean()),
+        fraction=float(closer.mean()),
+        held_out_fraction=float(closer_out.mean()),
         ratios=ratio,
         held_out_ratios=ratio_out,
         nearest=index,
@@ -85,7 +89,7 @@ def memorisation(samples: Rows, train: Rows, held_out: Rows, seed: int = 0) -> M
     )
 
 
-def class_spread(images: Rows, labels: Tensor) -> float:
+def class_std(images: Rows, labels: Tensor) -> float:
     """The within-class pixel standard deviation: over the images of a class (ddof 0) for each pixel, then the
     mean over pixels and classes. In the units of the images ([-1, 1] spans 2).
 
@@ -97,13 +101,13 @@ def class_spread(images: Rows, labels: Tensor) -> float:
     return float(torch.stack([rows[member].std(0, correction=0).mean() for member in members]).mean())
 
 
-def class_spread_interval(
+def class_std_interval(
     images: Rows, labels: Tensor, replicates: int = 200, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """A bootstrap interval of `class_spread`, resampled within each class.
+    """A bootstrap interval of `class_std`, resampled within each class.
 
-    Resampled classes hold fewer distinct images and so spread less: only the spread of the replicates is used,
-    laid around the value itself.
+    Resampled classes have fewer distinct images and so vary less: only the standard deviation of the replicates is
+    used, around the value itself.
     """
     rows, members = _by_class(images, labels)
     total = torch.zeros(replicates, dtype=torch.float64)
@@ -113,12 +117,16 @@ def class_spread_interval(
         for values in own.split(CHUNK, dim=1):  # [replicates, CHUNK] at once: large images have many pixels
             variance = w @ values.square() - (w @ values).square()
             total += variance.clamp_min(0).sqrt().sum(1).cpu() / own.shape[1]
-    return around(class_spread(images, labels), total / len(members), level)
+    return around(class_std(images, labels), total / len(members), level)
 
 
 def _by_class(images: Rows, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
     rows = as_rows(images, "images")
     labels = torch.as_tensor(labels).to(rows.device)
     if labels.shape != rows.shape[:1]:
-        raise UserError(f"{len(rows)} images came with labels of shape {list(labels.shape)}: give one for each.")
+        raise UserError(
+            f"{len(rows)} images came with labels of shape {list(labels.shape)}: give one for each.",
+            key="labels",
+            code="shape",
+        )
     return rows, [(labels == label).nonzero().flatten() for label in labels.unique()]

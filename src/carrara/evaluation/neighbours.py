@@ -13,7 +13,7 @@ CHUNK = 1024
 def squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Squared distances of rows x [N, D] to rows y [M, D], yielded as (rows of x, float64 [chunk, M]).
 
-    Taken as |x|² + |y|² - 2x·y after centring, in float64: about 1e-15 of the squared spread of the data.
+    Taken as |x|² + |y|² - 2x·y after centring, in float64: about 1e-15 of the squared extent of the data.
     """
     centre = y.mean(0)
     x, y = x - centre, y - centre
@@ -34,7 +34,7 @@ def nearest(x: Tensor, y: Tensor, same: bool = False) -> tuple[Tensor, Tensor]:
     index = torch.empty(len(x), dtype=torch.int64, device=x.device)
     for part, squared in squared_distances(x, y):
         if same:
-            _forget_self(part, squared)
+            _exclude_self(part, squared)
         index[part] = squared.argmin(1)
     distance = torch.cat(
         [(a - y[i]).square().sum(1).sqrt() for a, i in zip(x.split(CHUNK), index.split(CHUNK), strict=True)]
@@ -42,5 +42,5 @@ def nearest(x: Tensor, y: Tensor, same: bool = False) -> tuple[Tensor, Tensor]:
     return index, distance
 
 
-def _forget_self(part: slice, squared: Tensor) -> None:
+def _exclude_self(part: slice, squared: Tensor) -> None:
     squared[:, part].fill_diagonal_(torch.inf)

@@ -14,13 +14,14 @@ from torch import Tensor
 from carrara.evaluation import tables
 from carrara.evaluation.neighbours import nearest
 from carrara.evaluation.plots import LineChart, Series
-from carrara.evaluation.protocol import Evaluation, Reference
+from carrara.evaluation.protocol import Evaluation
+from carrara.evaluation.reference import Reference
 from carrara.evaluation.report import (
     Block,
-    Figure,
-    FigureTable,
     ImageGrid,
     KeyValues,
+    MetricRow,
+    MetricTable,
     Pairs,
     Report,
     Section,
@@ -41,11 +42,11 @@ def of_evaluation(
     train: Reference | None = None,
     filled: Sequence[tables.Table] = (),
 ) -> Report:
-    """Figures, samples, their nearest real pictures, classes, curves and tables on one page."""
-    whole = {name: figure for name, figure in found.figures.items() if not name.endswith("]")}
-    single = {name: figure for name, figure in found.figures.items() if name.endswith("]")}
+    """Metrics, samples, their nearest real pictures, classes, curves and tables on one page."""
+    whole = {name: metric for name, metric in found.metrics.items() if not name.endswith("]")}
+    single = {name: metric for name, metric in found.metrics.items() if name.endswith("]")}
     sections = [
-        Section("Figures", [FigureTable([as_figure(*item) for item in whole.items()])], "Each with its protocol."),
+        Section("Metrics", [MetricTable([as_row(*item) for item in whole.items()])], "Each with its protocol."),
         Section("Samples", [sample_grid(found)], "Not picked by hand: the first ones."),
     ]
     sections += _neighbours(found, train or reference, "training" if train else "reference")
@@ -54,7 +55,7 @@ def of_evaluation(
     if "bits_per_dimension" in whole:
         sections.append(_bits(whole["bits_per_dimension"]))
     sections += [section for table in filled for section in of_cells(table)]
-    first = next(iter(found.figures.values())).stamp
+    first = next(iter(found.metrics.values())).stamp
     versions = {name: str(version) for name, version in first.versions.items()}
     sections.append(Section("Versions", [KeyValues("Versions", versions)]))
     return Report(Path(subject).name, f"Measured against {Path(reference.name).name}.", sections)
@@ -68,10 +69,10 @@ def of_table(table: tables.Table) -> Report:
     return Report(title, f"{tables.about(table)}.", [*of_cells(table), protocol])
 
 
-def as_figure(name: str, measured: Measurement) -> Figure:
+def as_row(name: str, measured: Measurement) -> MetricRow:
     """A measurement as a page shows it."""
     interval = None if measured.interval is None else (measured.interval.low, measured.interval.high)
-    return Figure(
+    return MetricRow(
         name.replace("_", " "),
         measured.value,
         decimals=4,
@@ -81,20 +82,12 @@ def as_figure(name: str, measured: Measurement) -> Figure:
     )
 
 
-def by_class(figures: Measurements) -> tuple[list[str], list[list[str]]]:
-    """Figures named "figure[class]" as a table: its columns, and a row for each class."""
-    parted = {name: name[:-1].split("[", 1) for name in figures}
-    columns = list(dict.fromkeys(figure for figure, _ in parted.values()))
+def by_class(metrics: Measurements) -> tuple[list[str], list[list[str]]]:
+    """Metrics named "metric[class]" as a table: its columns, and a row for each class."""
+    parted = {name: name[:-1].split("[", 1) for name in metrics}
+    columns = list(dict.fromkeys(metric for metric, _ in parted.values()))
     classes = list(dict.fromkeys(own for _, own in parted.values()))
-    rows = []
-    for own in classes:
-        row = [own]
-        for column in columns:
-            figure = figures.get(f"{column}[{own}]")
-            limits = figure.interval if figure is not None else None
-            ends = f" ({limits.low:.4g} … {limits.high:.4g})" if limits else ""
-            row.append("" if figure is None else f"{figure.value:.4g}{ends}")
-        rows.append(row)
+    rows = [[own, *(tables.with_interval(metrics.get(f"{column}[{own}]")) for column in columns)] for own in classes]
     return [f"{column} (95 % interval)" for column in columns], rows
 
 
@@ -108,7 +101,7 @@ def sample_grid(found: Evaluation) -> ImageGrid:
     if not 1 < len(places) <= 16 or len(places) < len(set(found.labels or ())):
         return ImageGrid("Samples", images, 10, "The first samples.")
     images = images[[of_class[row] for row in range(depth) for of_class in places.values()]]
-    return ImageGrid("Samples", images, len(places), "One column for each class that was asked for.", list(places))
+    return ImageGrid("Samples", images, len(places), "One column for each requested class.", list(places))
 
 
 def _neighbours(found: Evaluation, real: Reference, kind: str) -> list[Section]:
@@ -131,14 +124,14 @@ def _neighbours(found: Evaluation, real: Reference, kind: str) -> list[Section]:
     return [Section("Nearest neighbours", [block], "Is anything a copy?")]
 
 
-def _classes(figures: Measurements) -> Table:
-    columns, rows = by_class(figures)
-    return Table("Figures of each class", ["class", *columns], rows, "Each class against the real pictures of it.")
+def _classes(metrics: Measurements) -> Table:
+    columns, rows = by_class(metrics)
+    return Table("Metrics of each class", ["class", *columns], rows, "Each class against the real pictures of it.")
 
 
-def _bits(figure: Measurement) -> Section:
+def _bits(metric: Measurement) -> Section:
     """The terms of the bound and the errors behind them, over the noise level."""
-    parts: Any = figure.details
+    parts: Any = metric.details
     times = parts["times"]
     terms = LineChart(
         "Bits of every step",
@@ -155,7 +148,7 @@ def _bits(figure: Measurement) -> Section:
         [Series("of x̂₀", times, parts["x0_errors"]), Series("of ε̂", times, parts["eps_errors"])],
         "t",
         "mean squared error",
-        "How far the clean image and the noise that the model tells lie from the true ones.",
+        "How far the predicted clean image and noise are from the true ones.",
         log_x=len(times) > LARGE,
         log_y=True,
     )
@@ -163,12 +156,12 @@ def _bits(figure: Measurement) -> Section:
 
 
 def of_cells(table: tables.Table) -> list[Section]:
-    """The sections of a table: figures, curves, samples, and what was published."""
+    """The sections of a table: metrics, curves, samples, and what was published."""
     columns = ["", *(f"{place:g}" for place in table.places)]
     blocks: list[Block] = [tables.chart(table)]
     for name in table.shown:
         rows = [
-            [line, *(tables.with_interval(table.figure(name, line, p)) for p in table.places)] for line in table.lines
+            [line, *(tables.with_interval(table.metric(name, line, p)) for p in table.places)] for line in table.lines
         ]
         caption = f"By {table.axis}, with 95 % intervals. {' '.join(f'{note}.' for note in table.notes)}"
         blocks.append(Table(name.replace("_", " "), columns, rows, caption))

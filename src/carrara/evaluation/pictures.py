@@ -1,28 +1,30 @@
 """Sets of pictures that are made or read part by part while they are measured, and written nowhere.
 
 All pictures, real ones too, are rounded to 8 bits before any feature network sees them: what is measured is
-what files hold.
+what files contain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from carrara import codecs
 from carrara.classifier import Classifier
 from carrara.codecs import Codec
 from carrara.data import Example, Preprocess, Source, open_source
 from carrara.data.batches import in_threads, normalised
+from carrara.distributed import first_tells
 from carrara.errors import UserError, nearest
+from carrara.evaluation.survey import Survey, samples_of, survey
 from carrara.images import from_uint8, to_uint8
 from carrara.model import DiffusionModel
+from carrara.modes import eval_mode
 from carrara.sampling import UNSTAMPED
 from carrara.solvers import Solver
 
@@ -34,7 +36,7 @@ class Pictures:
     """A set of pictures, any part of which can be made or read.
 
     Attributes:
-        name: what messages and stamps call it.
+        name: its name in messages and stamps.
         count: how many.
         make: the pictures of these rows, [B, C, H, W] in [-1, 1].
         batch_size: how many are made at once.
@@ -44,7 +46,8 @@ class Pictures:
         resize: how they came to their size.
         levels: how many values a pixel has.
         sampling: how a model made them; filled once the first part is made.
-        files: the name of each one in its data set, or None.
+        survey: their names, conversions and hash, of pictures that are read from a data set.
+        reading: how they are read, for caches; None for pictures that are made.
     """
 
     name: str
@@ -57,7 +60,8 @@ class Pictures:
     resize: str = ""
     levels: int = 256
     sampling: dict[str, Any] = field(default_factory=dict)
-    files: list[str] | None = None
+    survey: Survey | None = None
+    reading: str | None = None
 
     @property
     def parts(self) -> list[range]:
@@ -67,6 +71,19 @@ class Pictures:
     def batches(self) -> Iterator[Tensor]:
         """All of them, in their order."""
         return map(self.make, self.parts)
+
+    @property
+    def notices(self) -> list[str]:
+        """What reading them converts, in words."""
+        return [] if self.survey is None else self.survey.notices(self.name)
+
+    def reordered(self, order: Sequence[int]) -> Pictures:
+        """The same pictures, row k being the old row `order[k]`; without classes and captions."""
+
+        def make(rows: range) -> Tensor:
+            return torch.cat([self.make(range(row, row + 1)) for row in order[rows.start : rows.stop]])
+
+        return replace(self, make=make, labels=None, captions=None, survey=None, reading=None)
 
 
 @dataclass(frozen=True)
@@ -85,44 +102,44 @@ def model_pictures(
     batch_size: int = 64,
     *,
     classifier: Classifier | None = None,
-    shares: Mapping[str, int] | None = None,
+    proportions: Mapping[str, int] | None = None,
     **choices: int | float | str | Solver | None,
 ) -> Pictures:
-    """Samples of a model, of the classes that it or the classifier knows, where there are any.
+    """Samples of a model, of the classes that it or the classifier has, where there are any.
 
     Args:
-        classifier: leads the samples to their classes.
-        shares: how many pictures of each class the set holds that is to be resembled: samples take the classes in
-            these shares. None takes all classes in turn, so that each has as many as any other.
+        classifier: guides the samples toward their classes.
+        proportions: how many pictures of each class the reference has: samples take the classes in these proportions.
+            None takes all classes in turn, so that each has as many as any other.
         choices: `steps`, `solver`, `guidance`, `classifier_scale`, `seed`, `eta` and `spacing` of
             `DiffusionModel.sample`.
 
     Raises:
-        UserError: `shares` without classes to choose among, or with one that is not known.
+        UserError: `proportions` without classes to choose among, or with one that is not known.
     """
     refuse_fewer_than_one(count)
     names = model.class_names(classifier)
-    told_classifier = {"classifier": classifier}
+    guide = {"classifier": classifier}
     classes = None if names is None else apportioned([1] * len(names), count)
-    if shares is not None:
-        classes = apportioned(_counts(shares, names, name), count)
-    labels = None if names is None or classes is None else [names[c] for c in classes]
+    if proportions is not None:
+        classes = apportioned(_counts(proportions, names, name), count)
+    class_names = None if names is None or classes is None else [names[c] for c in classes]
     sampling: dict[str, Any] = {}
 
     def make(rows: range) -> Tensor:
-        told = None if classes is None else classes[rows.start : rows.stop]
-        made = model.sample(told, len(rows), first=rows.start, batch_size=len(rows), **told_classifier, **choices)  # type: ignore[arg-type]
+        labels = None if classes is None else classes[rows.start : rows.stop]
+        made = model.sample(labels, len(rows), first=rows.start, batch_size=len(rows), **guide, **choices)  # type: ignore[arg-type]
         sampling.update({key: value for key, value in made.metadata.items() if key not in UNSTAMPED})
         if classes is not None:
-            sampling["classes"] = "in turn" if shares is None else "in the reference's shares"
+            sampling["classes"] = "in turn" if proportions is None else "in the reference's proportions"
         return _rounded(made.images)
 
-    return Pictures(name, count, make, batch_size, labels, levels=model.levels, sampling=sampling)
+    return Pictures(name, count, make, batch_size, class_names, levels=model.levels, sampling=sampling)
 
 
 def apportioned(counts: Sequence[int], n: int) -> list[int]:
-    """The classes of n samples, so that the first of them, however many, are in the shares of `counts` already: the
-    next one is always of the class that is furthest behind. Equal counts take the classes in turn."""
+    """The classes of n samples, so that the first of them, however many, are already in the proportions of `counts`:
+    the next one is always of the class that is furthest behind. Equal counts take the classes in turn."""
     weight, total = np.asarray(counts, dtype=np.int64), sum(counts)
     behind, classes = np.zeros_like(weight), []
     for _ in range(n):
@@ -133,21 +150,27 @@ def apportioned(counts: Sequence[int], n: int) -> list[int]:
     return classes
 
 
-def _counts(shares: Mapping[str, int], names: Sequence[str] | None, name: str) -> list[int]:
-    """The shares in the order of the model's classes."""
+def _counts(proportions: Mapping[str, int], names: Sequence[str] | None, name: str) -> list[int]:
+    """The proportions in the order of the model's classes."""
     if names is None:
-        raise UserError(f"{name} knows no classes that its samples could share out.")
-    for own in shares:
+        raise UserError(
+            f"{name} has no classes in whose proportions its samples could be.", key="classes", code="mismatch"
+        )
+    for own in proportions:
         if own not in names:
-            raise UserError(f"{name} knows no class '{own}', which the reference holds: {nearest(own, names)}")
-    return [shares.get(own, 0) for own in names]
+            raise UserError(
+                f"{name} has no class '{own}', which the reference has: {nearest(own, names)}",
+                key="classes",
+                code="unknown",
+            )
+    return [proportions.get(own, 0) for own in names]
 
 
 def decoded_pictures(codec: Codec, originals: Pictures, name: str, device: torch.device | str = "cpu") -> Pictures:
-    """What is left of the originals after encoding (to the posterior's mode) and decoding."""
+    """The originals after encoding (to the posterior's mode) and decoding."""
 
     def make(rows: range) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(*[part for part in [codec] if isinstance(part, nn.Module)]):
             return _rounded(codec.decode(codec.encode(originals.make(rows).to(device)).mode()))
 
     about = {"codec": codec.kind, "codec_hash": codecs.content_hash(codec)}
@@ -167,7 +190,7 @@ def data_pictures(
 ) -> Pictures:
     """The pictures of a folder, an npz or any other data set.
 
-    Fewer than all, and more than `most`, of which the first are kept for figures of pairs, are taken in an order
+    Fewer than all, and more than `most`, of which the first are kept for metrics of pairs, are taken in an order
     drawn once for all: the first of a data set are often of one class.
 
     Args:
@@ -175,16 +198,22 @@ def data_pictures(
 
     Raises:
         UserError: no pictures, fewer than `count`, one that cannot be read, or of another size or colour mode
-            than the first where `size` does not say to which they are brought.
+            than the first where `size` does not specify to which they are brought.
     """
     size = size or Size()
-    source = open_source(_images_of(path), split)
+    source = open_source(samples_of(path), split)
     if len(source) == 0:
-        raise UserError(f"{source.name} holds no images: give a folder, archive or data set that has some.")
+        raise UserError(
+            f"{source.name} contains no images: give a folder, archive or data set that has some.",
+            key=path,
+            code="missing",
+        )
     count = len(source) if count is None else count
     refuse_fewer_than_one(count)
     if count > len(source):
-        raise UserError(f"{source.name} holds {len(source):,} images, fewer than the {count:,} asked for with --n.")
+        raise UserError(
+            f"{source.name} contains {len(source):,} images, fewer than the {count:,} of --n.", key="n", code="mismatch"
+        )
     order = list(range(count))
     if count < len(source) or count > most:
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:count].tolist()
@@ -212,43 +241,27 @@ def data_pictures(
         split,
         OWN_SIZE if size.resolution is None else prepare.describe(),
         256 if rounded else source.levels,
-        files=[source.pictures.name(i) for i in order],
+        survey=first_tells(lambda: survey(source, order, prepare.channels)),
+        reading=f"{prepare.describe()}, {'8 bits' if rounded else f'{source.levels} values'}",
     )
 
 
-def _images_of(path: str) -> str:
-    """The archive in a folder that `carrara sample` wrote, which also has a contact sheet and the single pictures.
-
-    Raises:
-        UserError: the archive has another number of samples than the folder has pictures, or is missing.
-    """
-    folder, archive = Path(path), Path(path) / "samples.npz"
-    pictures = len(list(folder.glob("seed*-[0-9]*.png"))) if folder.is_dir() else 0
-    if not archive.is_file():
-        if pictures and (folder / "grid.png").is_file():
-            raise UserError(
-                f"{folder} has sampled pictures and a contact sheet, grid.png, but no samples.npz: sample again, or "
-                "move grid.png away to measure the pictures.",
-                key=str(archive),
-                code="missing",
-            )
-        return path
-    with np.load(archive, allow_pickle=False) as arrays:
-        stored = len(arrays["arr_0"]) if "arr_0" in arrays.files else pictures
-    if pictures and stored != pictures:
-        raise UserError(
-            f"{archive} has {stored} samples and its folder {pictures} pictures: they are not of one run, so name the "
-            "archive itself, or sample into an empty folder.",
-            key=str(archive),
-            code="conflict",
-        )
-    return str(archive)
-
-
 def refuse_fewer_than_one(count: int) -> None:
-    """Raises UserError where no picture at all is asked for."""
+    """Raises UserError unless at least one picture is requested."""
     if count < 1:
-        raise UserError(f"--n must be at least 1, not {count}.")
+        raise UserError(f"--n must be at least 1, not {count}.", key="n", code="invalid")
+
+
+def refuse_other_shape(name: str, shape: Sequence[int], other_name: str, other: Sequence[int]) -> None:
+    """Raises UserError unless two sets have one resolution and colour mode: a feature network would resize any."""
+    if tuple(shape) != tuple(other):
+        ours, theirs = ("×".join(map(str, sides)) for sides in (shape, other))
+        raise UserError(
+            f"{name}: {ours} (channels, height, width), but {other_name}: {theirs}. Bring the images that are read to "
+            "one --resolution and number of --channels.",
+            key="resolution",
+            code="shape",
+        )
 
 
 def _rounded(images: Tensor) -> Tensor:
@@ -260,12 +273,16 @@ def _refuse_unlike(example: Example, prepare: Preprocess, size: Size) -> None:
     if size.resolution is None and (image.height, image.width) != (prepare.height, prepare.width):
         raise UserError(
             f"{example.name} has {image.height}×{image.width} pixels, others {prepare.height}×{prepare.width}: "
-            "say with --resolution to which size they are brought."
+            "give the size to which they are brought with --resolution.",
+            key="resolution",
+            code="mismatch",
         )
     if size.channels is None and len(image.getbands()) != prepare.channels:
         raise UserError(
             f"{example.name} has {len(image.getbands())} channels, others {prepare.channels}: "
-            "say with --channels to how many they are brought."
+            "give the number to which they are brought with --channels.",
+            key="channels",
+            code="mismatch",
         )
 
 

@@ -42,10 +42,16 @@ class Series:
 
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
-            raise UserError(f"the series '{self.name}' has one end of its intervals: give both low and high.")
+            raise UserError(
+                f"the series '{self.name}' has one end of its intervals: give both low and high.",
+                key="low",
+                code="missing",
+            )
         for values in (self.y, self.low, self.high):
             if values is not None and len(values) != len(self.x):
-                raise UserError(f"the series '{self.name}' has {len(self.x)} x for {len(values)} values.")
+                raise UserError(
+                    f"the series '{self.name}' has {len(self.x)} x for {len(values)} values.", key="x", code="shape"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +63,7 @@ class LineChart:
         series: the lines. Those that are not faint take the page's colours in their order.
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
-        caption: one sentence that says what is shown and how to read it.
+        caption: one sentence on what is shown and how to read it.
         log_x: a logarithmic x axis.
         log_y: a logarithmic y axis.
         references: horizontal lines to compare with: name and value.
@@ -93,7 +99,7 @@ class Axis:
 def moving_average(values: Sequence[float], window: int) -> list[float]:
     """The mean over `window` neighbours centred on each value; fewer at both ends, never padded."""
     if window < 1:
-        raise UserError(f"a moving average needs a window of at least 1, not {window}.")
+        raise UserError(f"a moving average needs a window of at least 1, not {window}.", key="window", code="invalid")
     before, after = (window - 1) // 2, window // 2
     spans = (values[max(0, i - before) : i + after + 1] for i in range(len(values)))
     return [math.fsum(span) / len(span) for span in spans]
@@ -220,13 +226,13 @@ def standalone(chart: LineChart, width: int, height: int) -> str:
     style = _STYLE + " ".join(f".s{k} {{ --colour: {colour} }}" for k, colour in enumerate(LIGHT))
     across = width / max(1, len(names))
     drawn = svg(chart, width, height).replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
-    told = ""
+    names_below = ""
     for k, (mark, name) in enumerate(names):
         placed = mark.replace("<svg ", f'<svg x="{k * across + 8:.0f}" y="{height + 6}" width="26" height="12" ', 1)
-        told += f'{placed}<text x="{k * across + 40:.0f}" y="{height + 17}">{escape(name)}</text>'
+        names_below += f'{placed}<text x="{k * across + 40:.0f}" y="{height + 17}">{escape(name)}</text>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + 30}" width="{width}">'
-        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{drawn}{told}</svg>\n'
+        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{drawn}{names_below}</svg>\n'
     )
 
 
@@ -382,7 +388,7 @@ def _marked(series: Series) -> bool:
 
 
 def _mark(colour: str, x: float, y: float, title: str = "") -> str:
-    """A mark around a point; its shape tells the series apart where its colour cannot."""
+    """A mark around a point; its shape distinguishes the series where its colour cannot."""
     start = f"M{x:.1f} {y:.1f}"
     shapes = (
         "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",

@@ -1,6 +1,6 @@
-"""Inner products of the rows of two sets, block by block: what the figures of pairs are all made of.
+"""Inner products of the rows of two sets, block by block: what all metrics of pairs are made of.
 
-The products cost nearly all the time of such figures, so one walk over the blocks serves several of them. Memory is
+The products take nearly all the time of such metrics, so one pass over the blocks serves several of them. Memory is
 that of a block, never of all pairs.
 """
 
@@ -47,7 +47,7 @@ class Side:
 class Block:
     """The products (x - c)·(y - c) of some rows x with some rows y, float64 [rows, columns].
 
-    Within one set only blocks on or above the diagonal are walked.
+    Within one set only blocks on or above the diagonal are computed.
     """
 
     which: Which
@@ -63,7 +63,7 @@ class Block:
         return self.which != "between" and self.rows == self.columns
 
     def squared_distances(self) -> Tensor:
-        """|x - y|², about 1e-15 of the squared spread of the data off."""
+        """|x - y|², about 1e-15 of the squared extent of the data off."""
         squares = self.first.squares[self.rows, None] + self.second.squares[None, self.columns]
         return squares.sub_(self.products, alpha=2).clamp_min_(0)
 
@@ -92,8 +92,8 @@ class Sets:
         centre = reference.mean(0)
         return cls(Side.of(samples, centre), Side.of(reference, centre), float(centre.square().sum()))
 
-    def walk(self, *visitors: Visitor) -> None:
-        """Show every block to every visitor."""
+    def visit(self, *visitors: Visitor) -> None:
+        """Hand every block to every visitor."""
         for block in self._blocks():
             for visitor in visitors:
                 visitor.visit(block)
@@ -117,7 +117,7 @@ class Nearest:
 
     def __init__(self, side: Side, which: Which, k: int) -> None:
         self._which = which
-        self._found = side.rows.new_full((len(side), k), torch.inf)
+        self._nearest = side.rows.new_full((len(side), k), torch.inf)
 
     def visit(self, block: Block, squared: Tensor) -> None:
         """Take what is nearer from a block and its squared distances, which are left without their diagonal."""
@@ -130,10 +130,10 @@ class Nearest:
         self._take(block.rows, squared)
 
     def _take(self, rows: slice, squared: Tensor) -> None:
-        k = self._found.shape[1]
+        k = self._nearest.shape[1]
         near = squared.topk(min(k, squared.shape[1]), dim=1, largest=False).values
-        self._found[rows] = torch.cat([self._found[rows], near], 1).topk(k, dim=1, largest=False).values
+        self._nearest[rows] = torch.cat([self._nearest[rows], near], 1).topk(k, dim=1, largest=False).values
 
     def radius(self, k: int) -> Tensor:
         """The squared distance to the k-th nearest, [N], once all blocks were seen."""
-        return self._found.sort(dim=1).values[:, k - 1]
+        return self._nearest.sort(dim=1).values[:, k - 1]

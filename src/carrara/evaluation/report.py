@@ -1,7 +1,7 @@
 """A report as one self-contained HTML file: plain data in, no network, no script, equal bytes for equal data.
 
 A `Report` is a list of `Section`s, a section a list of blocks. Every block is a frozen dataclass of plain
-data; `report.html.jinja` beside this file knows how each looks. Pictures go in as base64 PNG, charts as
+data; `report.html.jinja` next to this file lays each out. Pictures go in as base64 PNG, charts as
 inline SVG (`plots.py`).
 """
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Block",
     "Code",
-    "Figure",
-    "FigureTable",
     "FilmStrip",
     "Headlines",
     "ImageGrid",
     "KeyValues",
     "LineChart",
+    "MetricRow",
+    "MetricTable",
     "Pairs",
     "Report",
     "Section",
@@ -49,7 +49,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricRow:
     """One measured number, with what it must reach and how it was measured.
 
     Attributes:
@@ -126,23 +126,23 @@ class Text:
 
 @dataclass(frozen=True)
 class Headlines:
-    """The few figures that matter most, large, each with a mark where it has a target."""
+    """The few metrics that matter most, large, each with a mark where it has a target."""
 
     kind: ClassVar[str] = "headlines"
-    figures: Sequence[Figure]
+    metrics: Sequence[MetricRow]
 
 
 @dataclass(frozen=True)
-class FigureTable:
-    """Figures with interval, target and protocol, one row each.
+class MetricTable:
+    """Metrics with interval, target and protocol, one row each.
 
     Attributes:
-        figures: the rows.
+        metrics: the rows.
         interval_name: heading of the interval column, with its level.
     """
 
-    kind: ClassVar[str] = "figure_table"
-    figures: Sequence[Figure]
+    kind: ClassVar[str] = "metric_table"
+    metrics: Sequence[MetricRow]
     interval_name: str = "95 % interval"
 
 
@@ -154,7 +154,7 @@ class Table:
         title: a few words above it.
         columns: headings; the first column names the rows.
         rows: as many cells as columns each; None is an empty cell.
-        caption: one sentence that says what is shown and how to read it.
+        caption: one sentence on what is shown and how to read it.
     """
 
     kind: ClassVar[str] = "table"
@@ -167,7 +167,9 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise UserError(
-                    f"the table '{self.title}' has a row of {len(row)} cells for {len(self.columns)} columns."
+                    f"the table '{self.title}' has a row of {len(row)} cells for {len(self.columns)} columns.",
+                    key=self.title,
+                    code="shape",
                 )
 
 
@@ -179,7 +181,7 @@ class ImageGrid:
         title: a few words above it; also the alternative text.
         images: float [N, C, H, W] in [-1, 1], C = 1, 3 or 4, row by row.
         columns: pictures in a row.
-        caption: one sentence that says what is shown and how to read it.
+        caption: one sentence on what is shown and how to read it.
         column_labels: a name over each column (the classes), or none. A grid with labels keeps its columns on
             every screen; one without flows.
         row_labels: a name before each row, or none.
@@ -210,7 +212,7 @@ class ImageGrid:
         return bool(self.column_labels or self.row_labels)
 
     def name(self, index: int) -> str:
-        """What the alternative text of one picture says."""
+        """The alternative text of one picture."""
         row, column = divmod(index, self.columns)
         words = [self.title]
         words += [self.row_labels[row]] if self.row_labels else []
@@ -220,7 +222,7 @@ class ImageGrid:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pictures two by two: each sample beside its nearest training picture.
+    """Pictures two by two: each sample next to its nearest training picture.
 
     Attributes:
         title: a few words above it.
@@ -229,7 +231,7 @@ class Pairs:
         left_name: what the left pictures are, in the singular ("sample").
         right_name: what the right ones are.
         captions: a few words under each pair (its distance).
-        caption: one sentence that says what is shown and how to read it.
+        caption: one sentence on what is shown and how to read it.
         scale: page pixels for each picture pixel; None chooses about 96 page pixels for a picture.
     """
 
@@ -259,7 +261,7 @@ class FilmStrip:
         noisy: x_t, float [K, C, H, W]; shown clamped to [-1, 1].
         clean: the clean picture x̂_0 the model sees in x_t, the same shape.
         times: t of each frame.
-        caption: one sentence that says what is shown and how to read it.
+        caption: one sentence on what is shown and how to read it.
         scale: page pixels for each picture pixel; None chooses about 64 page pixels for a picture.
     """
 
@@ -318,14 +320,14 @@ class KeyValues:
 
 @dataclass(frozen=True, eq=False)
 class SideBySide:
-    """Blocks beside each other where the page is wide enough, else one under the other."""
+    """Blocks next to each other where the page is wide enough, else one under the other."""
 
     kind: ClassVar[str] = "side_by_side"
     blocks: Sequence[Block]
 
 
 Block = (
-    Text | Headlines | FigureTable | Table | ImageGrid | Pairs | FilmStrip | LineChart | Code | KeyValues | SideBySide
+    Text | Headlines | MetricTable | Table | ImageGrid | Pairs | FilmStrip | LineChart | Code | KeyValues | SideBySide
 )
 
 
@@ -336,7 +338,7 @@ class Section:
     Attributes:
         title: the heading; also its entry in the page's contents.
         blocks: what it shows, from top to bottom.
-        lead: a sentence under the heading that says what question it answers; empty for none.
+        lead: the question that it answers, under the heading; empty for none.
     """
 
     title: str
@@ -384,12 +386,16 @@ def _data_uri(image: Tensor) -> str:
 
 def _check_images(title: str, images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3, 4):
-        raise UserError(f"'{title}' needs pictures [N, C, H, W] with 1, 3 or 4 channels, not {list(images.shape)}.")
+        raise UserError(
+            f"'{title}' needs pictures [N, C, H, W] with 1, 3 or 4 channels, not {list(images.shape)}.",
+            key=title,
+            code="shape",
+        )
 
 
 def _check_count(title: str, what: str, given: Sequence[object] | Tensor, wanted: int, optional: bool = False) -> None:
     if len(given) != wanted and not (optional and len(given) == 0):
-        raise UserError(f"'{title}' has {len(given)} {what} where it needs {wanted}.")
+        raise UserError(f"'{title}' has {len(given)} {what} where it needs {wanted}.", key=title, code="shape")
 
 
 def _cell_style(images: Tensor, columns: int, scale: int | None, room: int) -> str:

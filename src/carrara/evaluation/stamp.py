@@ -1,4 +1,4 @@
-"""The protocol on the number: a figure says how it was measured, and two that differ in that are not compared."""
+"""The protocol on the number: a metric carries how it was measured, and two that differ in that are not compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from carrara.evaluation.bootstrap import Interval
 
 
 def versions() -> dict[str, str]:
-    """What computed the figures."""
+    """What computed the metrics."""
     import carrara
 
     return {"carrara": carrara.__version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -25,22 +25,22 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Stamp:
-    """How a figure was measured. Everything but `versions` must agree before two figures are compared.
+    """How a metric was measured. Everything but `versions` must agree before two metrics are compared.
 
     Attributes:
         n: how many samples.
         shape: their [C, H, W].
-        dtype: the number type they were measured from; "uint8" is what files hold.
+        dtype: the number type they were measured from; "uint8" is what files contain.
         resize: how the real images came to that shape, filter included.
         reference: the name of the real data.
         reference_split: the part of it.
         reference_hash: hash of its content.
-        reference_n: how many real images; None where a statistics file does not say.
+        reference_n: how many real images; None where a statistics file does not contain it.
         features: the feature network's name.
         features_checksum: SHA-256 of its weights.
         preparation: how images were resized and scaled for it.
         sampling: solver, steps, grid, η, guidance, seed, weights (EMA or raw): what the sampler reports.
-        settings: the figure's own numbers (k, subsets, splits).
+        settings: the metric's own numbers (k, subsets, splits).
         versions: of the programs; recorded, not compared.
     """
 
@@ -60,7 +60,7 @@ class Stamp:
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def with_settings(self, **settings: Any) -> Stamp:
-        """The same protocol with the figure's own numbers added."""
+        """The same protocol with the metric's own numbers added."""
         return replace(self, settings={**self.settings, **settings})
 
     def entries(self) -> dict[str, Any]:
@@ -104,12 +104,22 @@ class Measurement:
 
 
 Measurements = dict[str, Measurement]
-"""Name of the figure -> what was measured."""
+"""Name of the metric -> what was measured."""
+
+FORMER = {
+    "memorised_share": "memorised_fraction",
+    "memorised_share_held_out": "memorised_fraction_held_out",
+    "class_spread": "class_std",
+    "judge": "evaluator",
+    "judge_rows": "evaluator_rows",
+    "in the reference's shares": "in the reference's proportions",
+}
+"""Names of metrics, settings and values in files of earlier versions, which are still read."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure in two runs, measured alike."""
+    """One metric in two runs, measured alike."""
 
     name: str
     first: Measurement
@@ -128,23 +138,27 @@ class Comparison:
 
 
 def compare(first: Measurements, second: Measurements, varied: Collection[str] = ()) -> list[Comparison]:
-    """The figures that both runs measured, side by side.
+    """The metrics that both runs measured, side by side.
 
     Args:
         varied: what was changed on purpose, by flat name (`sampling.steps`) or group (`sampling`); all else
             must be equal.
 
     Raises:
-        UserError: no figure in common, a protocol that differs elsewhere (named), or an unknown name in `varied`.
+        UserError: no metric in common, a protocol that differs elsewhere (named), or an unknown name in `varied`.
     """
     names = [name for name in first if name in second]
     if not names:
-        raise UserError(f"the two have no figure in common: {sorted(first)} and {sorted(second)}.")
+        raise UserError(
+            f"the two have no metric in common: {sorted(first)} and {sorted(second)}.", key="varied", code="mismatch"
+        )
     known = {entry for run in (first, second) for m in run.values() for entry in m.stamp.entries()}
     known |= {entry.split(".")[0] for entry in known}
     for word in varied:
         if word not in known:
-            raise UserError(f"'{word}' is no part of the protocol: {nearest(word, known)}")
+            raise UserError(
+                f"'{word}' is no part of the protocol: {nearest(word, known)}", key="varied", code="unknown"
+            )
     for name in names:
         differing = first[name].stamp.differences(second[name].stamp)
         refused = {key: pair for key, pair in differing.items() if not {key, key.split(".")[0]} & set(varied)}
@@ -152,7 +166,9 @@ def compare(first: Measurements, second: Measurements, varied: Collection[str] =
             where = "; ".join(f"{key} is {a!r} and {b!r}" for key, (a, b) in refused.items())
             raise UserError(
                 f"{name} was measured differently and is not comparable: {where}; "
-                "measure both alike, or say that it was varied on purpose."
+                "measure both alike, or name it with --varied if it was varied on purpose.",
+                key=", ".join(refused),
+                code="mismatch",
             )
     return [Comparison(name, first[name], second[name]) for name in names]
 
@@ -175,11 +191,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def from_json(text: str, name: str = "the figures") -> Measurements:
+def from_json(text: str, name: str = "the metrics") -> Measurements:
     """The inverse of `to_json`.
 
     Raises:
-        UserError: not JSON, or not figures that Carrara wrote.
+        UserError: not JSON, or not metrics that Carrara wrote.
     """
     try:
         return dict(_measurements(json.loads(text)))
@@ -192,7 +208,7 @@ def from_json(text: str, name: str = "the figures") -> Measurements:
 
 
 def load(path: str | Path) -> Measurements:
-    """The figures of a JSON file."""
+    """The metrics of a JSON file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file '{path}' of metrics.", key=str(path), code="missing")
@@ -210,17 +226,21 @@ def _interval(entry: Mapping[str, Any] | None) -> Interval | None:
     return Interval(**entry)
 
 
+def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The same under today's names, also those of single classes, "metric[class]"."""
+
+    def today(name: str) -> str:
+        metric, bracket, rest = name.partition("[")
+        return FORMER.get(metric, metric) + bracket + rest
+
+    return {today(name): entry for name, entry in entries.items()}
+
+
 def _measurements(raw: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
-    for name, entry in raw.items():
-        stamp = {**entry["stamp"], "shape": tuple(entry["stamp"]["shape"])}
-        interval = entry["interval"]
-        yield (
-            name,
-            Measurement(
-                math.nan if entry["value"] is None else float(entry["value"]),
-                _interval(interval),
-                Stamp(**stamp),
-                entry["note"],
-                entry.get("details", {}),
-            ),
-        )
+    for name, entry in renamed(raw).items():
+        own = entry["stamp"]
+        sampling = {key: FORMER.get(str(value), value) for key, value in own["sampling"].items()}
+        changed = {"shape": tuple(own["shape"]), "sampling": sampling, "settings": renamed(own["settings"])}
+        stamp = Stamp(**{**own, **changed})
+        value = math.nan if entry["value"] is None else float(entry["value"])
+        yield name, Measurement(value, _interval(entry["interval"]), stamp, entry["note"], entry.get("details", {}))

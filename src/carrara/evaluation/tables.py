@@ -35,8 +35,8 @@ TABLES = {
 """The tables, and the choices of sampling that each makes itself."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {"ddim": {"spacing": "leading"}}
-"""What else a table takes from its paper, unless the user says otherwise: leading is the linear τ of DDIM's programs
-(their CIFAR-10 column is quadratic). σ̂ is only as bad as published where the walk has small steps close to the clean
+"""What else a table takes from its paper, unless the user gives another: leading is the linear τ of DDIM's programs
+(their CIFAR-10 column is quadratic). σ̂ is only as bad as published where the grid has small steps close to the clean
 image, after which no noise can be taken away any more."""
 
 ETAS = {f"η {eta:g}": DDIM(eta=eta) for eta in (0.0, 0.2, 0.5, 1.0)} | {"σ̂": DDIM(eta=1.0, noise="large")}
@@ -66,7 +66,7 @@ SHEET = 9
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of sampling: its line, its place on the axis, and what `DiffusionModel.sample` is told."""
+    """One way of sampling: its line, its place on the axis, and the arguments of `DiffusionModel.sample`."""
 
     line: str
     place: float
@@ -74,7 +74,7 @@ class Cell:
 
     @property
     def stem(self) -> str:
-        """Its figures and its picture are kept under this name."""
+        """Its metrics and its picture are stored under this name."""
         return f"{self.line},_{self.place:g}".replace(" ", "_")
 
 
@@ -84,7 +84,7 @@ class Table:
 
     Attributes:
         kind: one of `TABLES`.
-        cells: each with its figures, line by line.
+        cells: each with its metrics, line by line.
         protocol: what all cells share.
         folder: where it is kept, the cells' pictures among it.
     """
@@ -116,17 +116,17 @@ class Table:
 
     @property
     def shown(self) -> list[str]:
-        """The figures that are printed: what sets the ways of sampling apart."""
+        """The metrics that are printed: what sets the ways of sampling apart."""
         wanted = (self.distance, "precision", "recall", "class_accuracy")
-        return [name for name in wanted if all(name in figures for _, figures in self.cells)]
+        return [name for name in wanted if all(name in metrics for _, metrics in self.cells)]
 
     @property
     def notes(self) -> list[str]:
         """What must be known of the distances, each sentence once."""
         return list(dict.fromkeys(f[self.distance].note for _, f in self.cells if f[self.distance].note))
 
-    def figure(self, name: str, line: str, place: float) -> Measurement | None:
-        """One figure of one cell, where there is that cell."""
+    def metric(self, name: str, line: str, place: float) -> Measurement | None:
+        """One metric of one cell, where there is that cell."""
         return next((f[name] for cell, f in self.cells if (cell.line, cell.place) == (line, place)), None)
 
 
@@ -135,11 +135,11 @@ def cells(table: str, schedule: Schedule, classifier: bool = False, null: bool =
 
     "ddim" is table 1 of Song et al. 2021: η, and the large noise σ̂, by the number of steps, T among them.
     "guidance" with a classifier compares three ways to p(x)·p(y|x)^w (Dhariwal & Nichol 2021, table 4 and figure 4):
-    by the classifier, which leads a model that is told nothing; classifier-free; and half of w by each.
+    by the classifier, from a model without condition; classifier-free; and half of w by each.
 
     Args:
         classifier: whether there is one.
-        null: whether the model can be told nothing; if not, the classifier leads it from p(x|y).
+        null: whether the model has a null condition; if not, the classifier guides it from p(x|y).
     """
     if table == "guidance" and classifier:
         led = [Cell("classifier", w, {"guidance": 0.0 if null else 1.0, "classifier_scale": w}) for w in SCALES]
@@ -160,41 +160,61 @@ def cells(table: str, schedule: Schedule, classifier: bool = False, null: bool =
 def fill(
     folder: Path, kind: str, plan: list[Cell], protocol: dict[str, Any], measure: Callable[[Cell], Evaluation]
 ) -> Table:
-    """The figures of every cell: those that `folder` holds are read, the others measured and kept there.
+    """The metrics of every cell: those that `folder` holds are read, the others measured and kept there.
 
     Args:
-        protocol: what all cells share; a folder that was begun with another one is refused.
+        protocol: what all cells share; a folder that was started with another one is refused.
 
     Raises:
         UserError: the folder holds another table.
     """
-    first_tells(lambda: _begin(folder, kind, plan, protocol))
+    first_tells(lambda: _start(folder, kind, plan, protocol))
     filled: list[tuple[Cell, Measurements]] = []
     for cell in plan:
         kept = folder / f"{cell.stem}.json"
-        figures = first_tells(lambda kept=kept: stamp.load(kept) if kept.is_file() else None)  # type: ignore[misc]
-        if figures is None:
+        metrics = first_tells(lambda kept=kept: stamp.load(kept) if kept.is_file() else None)  # type: ignore[misc]
+        if metrics is None:
             found = measure(cell)
             first_tells(lambda cell=cell, found=found: _keep(folder, cell, found))  # type: ignore[misc]
-            figures = found.figures
-        filled.append((cell, figures))
+            metrics = found.metrics
+        filled.append((cell, metrics))
     return Table(kind, filled, protocol, folder)
 
 
-def _begin(folder: Path, kind: str, plan: list[Cell], protocol: Mapping[str, Any]) -> None:
+def _start(folder: Path, kind: str, plan: list[Cell], protocol: Mapping[str, Any]) -> None:
     places = [[cell.line, cell.place] for cell in plan]
-    header = json.dumps({"table": kind, "cells": places, "protocol": protocol}, indent=2, sort_keys=True) + "\n"
-    begun = folder / "table.json"
-    if begun.is_file() and begun.read_text(encoding="utf-8") != header:
-        raise UserError(f"{begun} tells of a table of another protocol: give another --out folder.")
-    write_whole(begun, header.encode())
+    header = json.loads(json.dumps({"table": kind, "cells": places, "protocol": protocol}))
+    path = folder / "table.json"
+    if path.is_file() and _header(folder) != header:
+        raise UserError(
+            f"{path} is of a table of another protocol: give another --out folder.", key="out", code="conflict"
+        )
+    write_whole(path, (json.dumps(header, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    """What `table.json` contains.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = folder / "table.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} contains no table: fill one with carrara sweep --out {folder}.", key=str(path), code="missing"
+        )
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        return {"table": header["table"], "cells": header["cells"], "protocol": stamp.renamed(header["protocol"])}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}).", key=str(path), code="damaged") from None
 
 
 def _keep(folder: Path, cell: Cell, found: Evaluation) -> None:
-    """The picture first: a cell counts as known once its figures are there."""
+    """The picture first: a cell counts as known once its metrics are there."""
     sheet = pictures.grid(from_uint8(found.samples.first[:SHEET]))
     pictures.save_png(sheet, folder / f"{cell.stem}.png")
-    write_whole(folder / f"{cell.stem}.json", (stamp.to_json(found.figures) + "\n").encode())
+    write_whole(folder / f"{cell.stem}.json", (stamp.to_json(found.metrics) + "\n").encode())
 
 
 def read(folder: Path) -> Table:
@@ -203,14 +223,15 @@ def read(folder: Path) -> Table:
     Raises:
         UserError: there is none, or cells are missing.
     """
-    begun = folder / "table.json"
-    if not begun.is_file():
-        raise UserError(f"{folder} holds no table: fill one with --table and --out {folder}.")
-    about = json.loads(begun.read_text(encoding="utf-8"))
+    about = _header(folder)
     plan = [Cell(line, place, {}) for line, place in about["cells"]]
     missing = [cell.stem for cell in plan if not (folder / f"{cell.stem}.json").is_file()]
     if missing:
-        raise UserError(f"the table in {folder} lacks {len(missing)} cells, first '{missing[0]}': fill it first.")
+        raise UserError(
+            f"the table in {folder} lacks {len(missing)} cells, first '{missing[0]}': fill it first.",
+            key=str(folder),
+            code="missing",
+        )
     filled = [(cell, stamp.load(folder / f"{cell.stem}.json")) for cell in plan]
     return Table(about["table"], filled, about["protocol"], folder)
 
@@ -229,7 +250,7 @@ def chart(table: Table) -> LineChart:
     """The distance of every line over the axis, with its intervals."""
     name, lines = table.distance, []
     for line in table.lines:
-        points = [(cell.place, figures[name]) for cell, figures in table.cells if cell.line == line]
+        points = [(cell.place, metrics[name]) for cell, metrics in table.cells if cell.line == line]
         ends = [(f.interval.low, f.interval.high) if f.interval else (f.value, f.value) for _, f in points]
         low, high = zip(*ends, strict=True)
         lines.append(Series(line, [place for place, _ in points], [f.value for _, f in points], low, high))
@@ -246,24 +267,24 @@ def about(table: Table) -> str:
 
 
 def published(table: Table) -> list[tuple[str, list[list[str | float | None]]]]:
-    """The paper's figures beside a table of DDIM: (title, rows); nothing beside others."""
+    """The paper's values next to a table of DDIM: (title, rows); nothing next to others."""
     if table.kind != "ddim":
         return []
     return [(data, [[line, *values] for line, values in lines.items()]) for data, lines in PUBLISHED.items()]
 
 
 def markdown(table: Table) -> str:
-    """Every figure shown, with its interval, lines by columns, then the protocol."""
+    """Every metric shown, with its interval, lines by columns, then the protocol."""
     columns = [f"{place:g}" for place in table.places]
     text: list[str] = []
     for name in table.shown:
         text += [f"| {name}, {table.axis}: | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for line in table.lines:
-            found = [with_interval(table.figure(name, line, place)) for place in table.places]
+            found = [with_interval(table.metric(name, line, place)) for place in table.places]
             text.append(f"| {line} | " + " | ".join(found) + " |")
         text.append("")
-    told = ", ".join(f"{key} {value}" for key, value in table.protocol.items() if value not in (None, ""))
-    text += [f"95 % intervals; {told}.", *(f"{note}." for note in table.notes), ""]
+    protocol = ", ".join(f"{key} {value}" for key, value in table.protocol.items() if value not in (None, ""))
+    text += [f"95 % intervals; {protocol}.", *(f"{note}." for note in table.notes), ""]
     for title, rows in published(table):
         steps = [f"{n:,}" for n in PUBLISHED_STEPS]
         text += [f"{PUBLISHED_TITLE}, {title}:", "", f"| steps: | {' | '.join(steps)} |", "|---" * 6 + "|"]
@@ -271,21 +292,21 @@ def markdown(table: Table) -> str:
     return "\n".join(text)
 
 
-def with_interval(figure: Measurement | None) -> str:
-    """A figure as tables print it."""
-    if figure is None:
+def with_interval(metric: Measurement | None) -> str:
+    """A metric as tables print it."""
+    if metric is None:
         return ""
-    limits = figure.interval and f" ({figure.interval.low:.4g} … {figure.interval.high:.4g})"
-    return f"{figure.value:.4g}{limits or ''}"
+    limits = metric.interval and f" ({metric.interval.low:.4g} … {metric.interval.high:.4g})"
+    return f"{metric.value:.4g}{limits or ''}"
 
 
 def comma_separated(table: Table) -> str:
-    """Every figure of every cell, one a row."""
+    """Every metric of every cell, one a row."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["line", table.axis, "figure", "value", "low", "high"])
-    for cell, figures in table.cells:
-        for name, figure in sorted(figures.items()):  # as they are read back from a file
-            limits = ("", "") if figure.interval is None else (figure.interval.low, figure.interval.high)
-            writer.writerow([cell.line, f"{cell.place:g}", name, figure.value, *limits])
+    writer.writerow(["line", table.axis, "metric", "value", "low", "high"])
+    for cell, metrics in table.cells:
+        for name, metric in sorted(metrics.items()):  # as they are read back from a file
+            limits = ("", "") if metric.interval is None else (metric.interval.low, metric.interval.high)
+            writer.writerow([cell.line, f"{cell.place:g}", name, metric.value, *limits])
     return text.getvalue()

@@ -1,4 +1,4 @@
-"""Feature networks: images in, one row for each out, with the name and checksum that a figure must carry."""
+"""Feature networks: images in, one row for each out, with the name and checksum that a metric must carry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Features(Protocol):
     """A callable from a batch of images [N, C, H, W] in [-1, 1] to features [N, D].
 
     Attributes:
-        name: what a figure says it was taken in.
+        name: how metrics name them.
         checksum: SHA-256 of the weights, "" where there are none.
         preparation: how images are resized and scaled before they enter.
     """
@@ -52,13 +52,21 @@ def open_features(
     """
     kind, _, path = word.partition("=")
     if kind not in KINDS:
-        raise UserError(f"there are no features '{kind}': {nearest(kind, KINDS)}")
+        raise UserError(f"there are no features '{kind}': {nearest(kind, KINDS)}", key="features", code="unknown")
     if checksum is not None and kind != "inception":
-        raise UserError(f"a checksum is asked of Inception's weights only, the features are '{kind}': leave it out.")
+        raise UserError(
+            f"only Inception's weights have a checksum, and the features are '{kind}': leave it out.",
+            key="checksum",
+            code="conflict",
+        )
     if kind == "pixels":
         return Pixels()
     if not path:
-        raise UserError(f"the features '{kind}' need their weights from a local path: write {kind}=PATH.")
+        raise UserError(
+            f"the features '{kind}' need their weights from a local path: write {kind}=PATH.",
+            key="features",
+            code="missing",
+        )
     if kind == "inception":
         return Inception.load(Path(path), checksum, preparation, device)
     if kind == "classifier":

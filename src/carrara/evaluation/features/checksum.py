@@ -1,4 +1,4 @@
-"""What tells one set of weights from another."""
+"""Hashes that identify a set of weights."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Kernel = int | tuple[int, int]
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch norm, ReLU. Padded to keep the size, unless strided or told otherwise."""
+    """Convolution without bias, batch norm, ReLU. Padded to keep the size, unless strided or given another padding."""
 
     def __init__(self, inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padding: int | None = None) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ OFFICIAL = {
     PYTORCH_FID: "pt_inception-2015-12-05-6726825d.pth (pytorch-fid; torch-fidelity ships the same bytes)",
     TORCHSCRIPT: "inception-2015-12-05.pt (TorchScript; StyleGAN2-ADA, clean-fid)",
 }
-"""SHA-256 of the published files that hold the weights of 5 December 2015."""
+"""SHA-256 of the published files that contain the weights of 5 December 2015."""
 
 
 def read_weights(path: str | Path, checksum: str | None = None) -> tuple[dict[str, Tensor], str]:
@@ -34,14 +34,20 @@ def read_weights(path: str | Path, checksum: str | None = None) -> tuple[dict[st
     path = Path(path)
     if not path.is_file():
         names = " or ".join(OFFICIAL.values())
-        raise UserError(f"no Inception weights at '{path}': put {names} there; nothing is downloaded silently.")
+        raise UserError(
+            f"no Inception weights at '{path}': put {names} there; nothing is downloaded silently.",
+            key=str(path),
+            code="missing",
+        )
     found = file_checksum(path)
     expected = [checksum] if checksum else list(OFFICIAL)
     if not any(found.startswith(digest.lower()) for digest in expected):
         wanted = " or ".join(digest[:16] + "…" for digest in expected)
         raise UserError(
             f"'{path}' has SHA-256 {found[:16]}…, not {wanted}: "
-            "it is cut short or another file; download it again, or give its own --checksum to use it on purpose."
+            "it is cut short or another file; download it again, or give its own --checksum to use it on purpose.",
+            key=str(path),
+            code="mismatch",
         )
     raw = _torchscript(path) if _is_torchscript(path) else _pickle(path)
     weights = from_torchscript(raw) if "layers.conv.weight" in raw else raw
@@ -60,7 +66,11 @@ def _torchscript(path: Path) -> dict[str, Tensor]:
 def _pickle(path: Path) -> dict[str, Tensor]:
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"'{path}' is not a plain state dict of tensors: give the weights as published.")
+        raise UserError(
+            f"'{path}' is not a plain state dict of tensors: give the weights as published.",
+            key=str(path),
+            code="damaged",
+        )
     return loaded
 
 
@@ -74,8 +84,10 @@ def _check(path: Path, weights: dict[str, Tensor]) -> None:
     if given != wanted:
         odd = sorted(key for key in given.keys() | wanted.keys() if given.get(key) != wanted.get(key))
         raise UserError(
-            f"'{path}' does not hold the 2015 Inception network: {len(odd)} keys are missing, too many or of "
-            f"another shape, first '{odd[0]}'; torchvision's Inception is another network."
+            f"'{path}' does not contain the 2015 Inception network: {len(odd)} keys are missing, too many or of "
+            f"another shape, first '{odd[0]}'; torchvision's Inception is another network.",
+            key=str(path),
+            code="mismatch",
         )
 
 

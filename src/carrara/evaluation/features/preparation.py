@@ -1,4 +1,4 @@
-"""How images become a feature network's input: the resize and the scaling, which are part of a figure.
+"""How images become a feature network's input: the resize and the scaling, which are part of a metric.
 
 A resize without antialiasing, or with another idea of where a pixel's centre lies, moves a FID by more than
 most papers' improvements (Parmar et al. 2022), so each convention is named and travels with the number.
@@ -23,7 +23,9 @@ def levels(images: Tensor) -> Tensor:
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise UserError(
-            f"images of shape {list(images.shape)} cannot enter a feature network: give gray or RGB, [N, 1 or 3, H, W]."
+            f"images of shape {list(images.shape)} do not fit a feature network: give gray or RGB, [N, 1 or 3, H, W].",
+            key="channels",
+            code="shape",
         )
     whole = ((images.float() + 1) * 127.5).round().clamp(0, 255)
     return whole.expand(-1, 3, -1, -1)
@@ -74,7 +76,9 @@ INCEPTION = {"tensorflow": _tensorflow, "pytorch-fid": _pytorch_fid, "clean-fid"
 def inception_input(images: Tensor, preparation: str) -> Tensor:
     """The Inception network's input for images in [-1, 1], by one of `INCEPTION`."""
     if preparation not in INCEPTION:
-        raise UserError(f"unknown preparation '{preparation}': {nearest(preparation, INCEPTION)}")
+        raise UserError(
+            f"unknown preparation '{preparation}': {nearest(preparation, INCEPTION)}", key="preparation", code="unknown"
+        )
     return INCEPTION[preparation](images)
 
 

@@ -89,7 +89,9 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise UserError("CLIP and DINOv2 need transformers: pip install 'carrara[evaluation]'.") from None
+        raise UserError(
+            "CLIP and DINOv2 need transformers: pip install 'carrara[evaluation]'.", key="features", code="unsupported"
+        ) from None
     return transformers
 
 
@@ -98,7 +100,11 @@ def _load_plain(kind: Any, path: str | Path) -> Any:
         return kind.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"'{path}' cannot be loaded as {kind.__name__}: {first} Give a local model folder.") from None
+        raise UserError(
+            f"'{path}' cannot be loaded as {kind.__name__}: {first} Give a local model folder.",
+            key=str(path),
+            code="missing",
+        ) from None
 
 
 def _load(kind: Any, path: str | Path, device: torch.device) -> Any:
