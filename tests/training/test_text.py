@@ -14,6 +14,7 @@ from carrara import DiffusionModel
 from carrara.recipe import Recipe, load, override, validate
 from carrara.sampling import replay
 from carrara.scorer import Scorer
+from carrara.training.choose import recipe_for
 from tests.errors import refused
 from tests.runs import TINY, train
 from tests.text import encoders
@@ -122,3 +123,16 @@ def test_a_scorer_of_images_and_captions(pictures: Path, tmp_path: Path) -> None
     assert agreement.argmax(1).tolist() == [0, 1, 2]
     with refused("conflict", key="training.micro_batch"):
         validate(override(data, [*own, "training.micro_batch=4"]))
+
+
+def test_a_folder_with_captions_makes_a_model_of_texts(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, reasons = recipe_for(pictures)
+    assert data["conditioning"] == {"kind": "text"}
+    assert validate(data)
+    assert any("captions" in reason for reason in reasons)
+    monkeypatch.setattr("carrara.training.choose._reads_text", lambda: False)
+    data, reasons = recipe_for(pictures)
+    assert data["conditioning"] == {"kind": "none"}
+    assert any("carrara[text]" in reason for reason in reasons)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ _NETWORKS: dict[int, dict[str, Any]] = {
     128: {"channels": 96, "channel_mult": [1, 1, 2, 3, 4], "blocks_per_level": 2, "attention": [8, 16]},
     256: {"channels": 128, "channel_mult": [1, 1, 2, 2, 4, 4], "blocks_per_level": 2, "attention": [16, 32]},
 }
+_GUIDANCE = {"none": 1.0, "labels": 1.5, "text": 3.0}
 _BATCHES = {8: 128, 16: 128, 32: 64, 64: 32, 128: 16, 256: 8}
 
 
@@ -52,12 +54,12 @@ def recipe_for(path: Path, changes: Sequence[str] = ()) -> tuple[dict[str, Any],
         raise UserError(report.problems[0], key=str(path), code="unsupported")
     side = _side(report, wanted.get("resolution"))
     batch = changed.get("training", {}).get("batch_size") or _batch(report.images, _BATCHES[side])
-    labels = report.classes is not None and len(report.classes) > 1
+    kind = _condition(report)
     channels = wanted.get("channels", report.suggested["channels"])
     data = {
         "name": re.sub(r"[^\w.-]", "-", path.resolve().name) or "images",
         "data": {"path": str(path), "resolution": side, "channels": channels},
-        "conditioning": {"kind": "labels" if labels else "none"},
+        "conditioning": {"kind": kind},
         "network": _NETWORKS[side],
         "objective": {"predicts": "v"},
         "training": {
@@ -67,9 +69,21 @@ def recipe_for(path: Path, changes: Sequence[str] = ()) -> tuple[dict[str, Any],
             "warmup": 500,
             "ema": 0.999 if report.images < 20_000 else 0.9999,
         },
-        "sampling": {"guidance": 1.5 if labels else 1.0},
+        "sampling": {"guidance": _GUIDANCE[kind]},
     }
     return data, _reasons(path, report, data)
+
+
+def _condition(report: DataReport) -> str:
+    """What a model of these images is conditioned on: their captions, else their classes."""
+    if report.captions is not None and report.captions["distinct"] > 1 and _reads_text():
+        return "text"
+    return "labels" if report.classes is not None and len(report.classes) > 1 else "none"
+
+
+def _reads_text() -> bool:
+    """Whether the package is installed that makes a vocabulary of captions."""
+    return importlib.util.find_spec("tokenizers") is not None
 
 
 def _side(report: DataReport, wanted: Any) -> int:
@@ -97,6 +111,13 @@ def _reasons(path: Path, report: DataReport, data: dict[str, Any]) -> list[str]:
     if data["conditioning"]["kind"] == "labels":
         assert report.classes is not None
         lines.append(f"class-conditional: {len(report.classes)} classes, the label dropped for one image in ten.")
+    if data["conditioning"]["kind"] == "text":
+        lines.append(
+            "text-conditional: captions are read by an encoder that is trained with the network, and dropped for "
+            "one image in ten; encoder=minilm takes a pretrained one, kind=labels the classes."
+        )
+    elif report.captions is not None and not _reads_text():
+        lines.append("the captions are not trained on: that needs pip install 'carrara[text]'.")
     network = yaml.safe_dump(data["network"], default_flow_style=True, width=1000).strip()
     lines.append(
         f"a recipe for {side}×{side}: network {network}, batch {data['training']['batch_size']}, "
