@@ -38,6 +38,28 @@ def test_nothing_is_lost(layout: str, given: str, predicts: Any, tmp_path: Path)
     assert torch.equal(pictures(again), pictures(ours))
 
 
+def test_the_deviation_of_the_data_is_kept(tmp_path: Path) -> None:
+    ours = model()
+    ours.predicts, ours.sigma_data = "edm", 0.7
+    export_model(ours, tmp_path / "m.pt")
+    again = import_model(tmp_path / "m.pt").model
+    assert isinstance(again, DiffusionModel)
+    assert (again.predicts, again.sigma_data) == ("edm", 0.7)
+    assert torch.equal(pictures(again), pictures(ours))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conditioning_that_no_layout_holds_is_refused(layout: str, tmp_path: Path) -> None:
+    class Text(ClassLabels):
+        kind = "text"
+
+    ours = model("a class")
+    ours.conditioners = (Text(NAMES),)
+    with refused("unsupported", key="conditioners"):
+        export_model(ours, tmp_path / LAYOUTS[layout], layout)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_model_of_wide_images_keeps_both_sides(layout: str, tmp_path: Path) -> None:
     ours = model(image_size=(8, 16))

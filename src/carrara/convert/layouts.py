@@ -173,6 +173,14 @@ def export_model(model: Convertible, path: str | Path, layout: str | None = None
             key="out",
             code="unsupported",
         )
+    for conditioner in model.conditioners if isinstance(model, DiffusionModel) else ():
+        if conditioner.kind not in ("labels", "low_res"):
+            raise UserError(
+                f"the layout {chosen.name} has no place for conditioning on {conditioner.kind}: copy the model's own "
+                "folder, which Carrara reads.",
+                key="conditioners",
+                code="unsupported",
+            )
     if not chosen.folder:
         refuse_foreign(path, path.with_suffix(chosen.config))
     return {"layout": chosen.name, **chosen.write(model, path)}

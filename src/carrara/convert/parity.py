@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,21 +75,13 @@ def check_outputs(model: Convertible, path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, or lacks an array.
     """
-    arrays = _arrays(path, ("x", "out") if isinstance(model, LearnedCodec) else ("x", "t", "out"))
-    x, expected = arrays["x"].float(), arrays["out"].float()
+    arrays = _arrays(path)
     if isinstance(model, LearnedCodec):
-        _check_images(path, x, (model.params.in_channels, model.reduction))
-        answer = model.decode(model.encode(x).mode())
+        _check_arrays(path, arrays, {"x": (None, model.params.in_channels, None, None)}, model.reduction)
+        answer = model.decode(model.encode(arrays["x"].float()).mode())
     else:
-        network = own_network(model)
-        label, small = arrays.get("y"), arrays.get("low_res")
-        condition = Condition(
-            label=None if label is None else label.long(), concat=None if small is None else small.float()
-        )
-        if isinstance(network, EncoderClassifier):
-            condition = Condition()
-        _check_shapes(path, network, arrays, condition)
-        answer = network(x, arrays["t"].float(), condition)
+        answer = _outputs(own_network(model), path, arrays)
+    expected = arrays["out"].float()
     if answer.shape != expected.shape:
         raise UserError(
             f"{path}: 'out' has the shape {tuple(expected.shape)}, the network gives {tuple(answer.shape)}.",
@@ -100,69 +93,51 @@ def check_outputs(model: Convertible, path: str | Path) -> dict[str, Any]:
     return {"largest_difference": difference, "largest_output": largest, "equal": equal}
 
 
-def _arrays(path: str | Path, needed: tuple[str, ...]) -> dict[str, Tensor]:
+def _outputs(network: UNet | EncoderClassifier, path: str | Path, arrays: Mapping[str, Tensor]) -> Tensor:
+    """The network's outputs for the arrays, which are checked first."""
+    p, batch = network.params, len(arrays.get("x", ()))
+    sizes: dict[str, Sizes] = {"x": (None, p.in_channels, *[None] * p.dims), "t": (batch,)}
+    classes = p.labels if isinstance(p, UNetParams) else 0
+    concat = p.concat_channels if isinstance(p, UNetParams) else 0
+    sizes |= {"y": (batch,)} if classes else {}
+    sizes |= {"low_res": (batch, concat, *[None] * p.dims)} if concat else {}
+    _check_arrays(path, arrays, sizes, p.factors[-1] if p.dims == 2 else 1)
+    label = arrays["y"].long() if classes else None
+    if label is not None and not bool(((label >= 0) & (label < classes)).all()):
+        raise UserError(f"{path}: 'y' has labels outside 0 to {classes - 1}.", key="y", code="invalid")
+    condition = Condition(label=label, concat=arrays["low_res"].float() if concat else None)
+    answer: Tensor = network(arrays["x"].float(), arrays["t"].float(), condition)
+    return answer
+
+
+def _arrays(path: str | Path) -> dict[str, Tensor]:
     arrays = {name: torch.from_numpy(array) for name, array in read_arrays(path).items()}
-    for key in needed:
-        if key not in arrays:
-            raise UserError(
-                f"{path} lacks the array '{key}': it must contain {', '.join(needed[:-1])} and {needed[-1]}.",
-                key=key,
-                code="missing",
-            )
     for key, array in arrays.items():
         if not array.numel() or (array.is_floating_point() and not bool(array.isfinite().all())):
             raise UserError(f"{path}: '{key}' is empty or not finite.", key=key, code="damaged")
     return arrays
 
 
-def _check_images(path: str | Path, x: Tensor, shape: tuple[int, int]) -> None:
-    """Raises UserError unless x is [B, C, H, W] for C channels and a factor that H and W are multiples of."""
-    channels, factor = shape
-    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
-        raise UserError(
-            f"{path}: 'x' has the shape {tuple(x.shape)}; [B, {channels}, H, W] with sides that are multiples of "
-            f"{factor} is needed.",
-            key="x",
-            code="shape",
-        )
+Sizes = tuple[int | None, ...]
+"""The shape of an array; None is any size."""
 
 
-def _check_shapes(
-    path: str | Path, network: UNet | EncoderClassifier, arrays: dict[str, Tensor], condition: Condition
-) -> None:
-    """Raises UserError unless the arrays are what the network takes."""
-    p, batch = network.params, len(arrays["x"])
-    classes = p.labels if isinstance(p, UNetParams) else 0
-    if p.dims == 2:
-        _check_images(path, arrays["x"], (p.in_channels, p.factors[-1]))
-    lacks = {"y": classes and condition.label is None, "low_res": _concat(network) and condition.concat is None}
-    for key, lacking in lacks.items():
-        if lacking:
-            raise UserError(f"{path} lacks the array '{key}', which the network takes.", key=key, code="missing")
-    for key in ("t", "y"):
-        if key in arrays and tuple(arrays[key].shape) != (batch,):
+def _check_arrays(path: str | Path, arrays: Mapping[str, Tensor], sizes: Mapping[str, Sizes], factor: int) -> None:
+    """Raises UserError unless there are `out` and these arrays, and the sides of `x` are multiples of the factor."""
+    for key in (*sizes, "out"):
+        if key not in arrays:
             raise UserError(
-                f"{path}: '{key}' has the shape {tuple(arrays[key].shape)}, ({batch},) is needed.",
-                key=key,
-                code="shape",
+                f"{path} lacks the array '{key}': it must contain {', '.join(sizes)} and out.", key=key, code="missing"
             )
-    if (
-        classes
-        and condition.label is not None
-        and not bool(((condition.label >= 0) & (condition.label < classes)).all())
-    ):
-        raise UserError(f"{path}: 'y' has labels outside 0 to {classes - 1}.", key="y", code="invalid")
-    low_res = condition.concat
-    if low_res is not None and (low_res.ndim != 4 or low_res.shape[:2] != (batch, _concat(network))):
-        raise UserError(
-            f"{path}: 'low_res' has the shape {tuple(low_res.shape)}, ({batch}, {_concat(network)}, h, w) is needed.",
-            key="low_res",
-            code="shape",
-        )
-
-
-def _concat(network: UNet | EncoderClassifier) -> int:
-    return network.params.concat_channels if isinstance(network, UNet) else 0
+    for key, wanted in sizes.items():
+        shape = tuple(arrays[key].shape)
+        fits = len(shape) == len(wanted) and all(size in (None, side) for size, side in zip(wanted, shape, strict=True))
+        if not fits or (key == "x" and any(side % factor for side in shape[2:])):
+            shown = ", ".join("any" if size is None else str(size) for size in wanted)
+            multiples = f" with sides that are multiples of {factor}" if key == "x" and factor > 1 else ""
+            raise UserError(
+                f"{path}: '{key}' has the shape {shape}; ({shown}){multiples} is needed.", key=key, code="shape"
+            )
 
 
 def own_network(model: Convertible) -> UNet | EncoderClassifier:
