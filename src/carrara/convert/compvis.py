@@ -205,19 +205,9 @@ def _first_stage(tensors: StateDict, name: str | None, settings: Settings) -> tu
     Raises:
         UserError: the checkpoint fits none.
     """
-    known = published_codecs.PUBLISHED
-    recognised: list[str] = []
-    arguments = _first_stage_arguments(settings)
-    if arguments and name is not None:
-        raise UserError(
-            f"'{name}' names the whole first stage: leave out {', '.join(arguments)}.", key="--as", code="conflict"
-        )
+    arguments, known = _first_stage_arguments(settings), published_codecs.PUBLISHED
+    recognised = recognise.choose(name, arguments, lambda: recognise.first_stage(tensors), known)
     if not arguments:
-        recognised = [name] if name is not None else list(recognise.first_stage(tensors))
-        if recognised[0] not in known:
-            raise UserError(
-                f"there is no published first stage '{name}': {nearest(str(name), known)}", key="--as", code="unknown"
-            )
         arguments = dict(known[recognised[0]])
     scale = typed(settings.get("scale_factor", arguments.pop("scale_factor", 1.0)), float, "scale_factor")
     load = taming.load_vq if "n_embed" in arguments else compvis.load_autoencoder
@@ -323,17 +313,8 @@ def _model(path: Path, checkpoint: StateDict, hints: Hints, settings: Settings) 
 
 def _unet_arguments(checkpoint: StateDict, name: str | None, settings: Settings) -> tuple[dict[str, Any], list[str]]:
     """The constructor's arguments of a model's U-Net, and the published ones that it may be."""
-    known = compvis_published.PUBLISHED
-    named = _params(settings, "unet_config")
-    if named and name is not None:
-        raise UserError(f"'{name}' names the whole U-Net: leave out unet_config.", key="--as", code="conflict")
-    recognised = [name] if name is not None else [] if named else list(recognise.latent_unet(checkpoint))
-    if recognised and recognised[0] not in known:
-        raise UserError(
-            f"there is no published latent diffusion model '{name}': {nearest(str(name), known)}",
-            key="--as",
-            code="unknown",
-        )
+    named, known = _params(settings, "unet_config"), compvis_published.PUBLISHED
+    recognised = recognise.choose(name, named, lambda: recognise.latent_unet(checkpoint), known)
     if not named and not recognised:
         raise UserError(
             "the checkpoint's U-Net is none of the published ones: name the original's config with --config, or its "

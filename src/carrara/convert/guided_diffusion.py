@@ -58,37 +58,24 @@ def import_guided_diffusion(contents: Contents, hints: Hints) -> Imported:
         restore(model, written, config_file, weights_only=True)
     weights = there_and_back(strip_prefixes(checkpoint), guided_diffusion.state_dict(network))
     described = {"config": str(config_file)} if written is not None else {}
-    report = {"recognised": list(recognised), **described, **weights, "fingerprint": fingerprint(network)}
+    report = {"recognised": recognised, **described, **weights, "fingerprint": fingerprint(network)}
     return Imported(model, report)
 
 
-Choice = tuple[Published, tuple[str, ...]]
+Choice = tuple[Published, list[str]]
 """A network with its process, and the published models that it may be."""
 
 
 def _chosen(checkpoint: Mapping[str, Tensor], hints: Hints) -> Choice:
     """By the user's name or arguments, else by the shapes."""
-    name = hints.name
-    if hints.arguments:
-        if name is not None:
-            raise UserError(
-                f"'{name}' names the whole network: leave out {', '.join(hints.arguments)}.",
-                key="--as",
-                code="conflict",
-            )
-        return _described(checkpoint, hints), ()
-    if hints.schedule or hints.diffusion_steps or hints.rescaled_time:
+    if not hints.arguments and (hints.schedule or hints.diffusion_steps or hints.rescaled_time):
         raise UserError(
             "a published model has its own schedule: --schedule and its like need --set.",
             key="--schedule",
             code="conflict",
         )
-    recognised = (name,) if name is not None else recognise.network(checkpoint)
-    if recognised[0] not in PUBLISHED:
-        raise UserError(
-            f"there is no published model '{name}': {nearest(str(name), PUBLISHED)}", key="--as", code="unknown"
-        )
-    return PUBLISHED[recognised[0]], recognised
+    recognised = recognise.choose(hints.name, hints.arguments, lambda: recognise.network(checkpoint), PUBLISHED)
+    return (PUBLISHED[recognised[0]] if recognised else _described(checkpoint, hints)), recognised
 
 
 def _from_record(written: Record, config_file: Path) -> Choice:
@@ -98,7 +85,7 @@ def _from_record(written: Record, config_file: Path) -> Choice:
         raise UserError(
             f"{config_file} describes no network of guided-diffusion.", key=str(config_file), code="damaged"
         )
-    return Published(params=params, schedule="linear", files=()), ()
+    return Published(params=params, schedule="linear", files=()), []
 
 
 def _recorded(path: Path) -> Record | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
 
-from carrara.errors import UserError
+from carrara.errors import UserError, nearest
 from carrara.interop import compvis, layout
 from carrara.interop.compvis_unet import unet_weights
 from carrara.interop.layout import Shapes, difference, first_difference, strip_prefixes
@@ -47,14 +47,38 @@ def latent_unet(checkpoint: StateDict) -> tuple[str, ...]:
     return tuple(name for name in compvis_published.PUBLISHED if compvis_published.shapes(name) == found)
 
 
+def choose(
+    name: str | None, arguments: Collection[str], by_shapes: Callable[[], Iterable[str]], known: Collection[str]
+) -> list[str]:
+    """The published models that a checkpoint may be: the one that the user names, else those of its shapes; none where
+    arguments describe it.
+
+    Args:
+        name: the user's.
+        arguments: of the original's constructor.
+        by_shapes: finds the names of the models whose shapes are the checkpoint's.
+        known: all names.
+
+    Raises:
+        UserError: an unknown name (the nearest is given), or a name and arguments at once.
+    """
+    if name is not None and name not in known:
+        raise UserError(f"there is no published model '{name}': {nearest(name, known)}", key="--as", code="unknown")
+    if name is not None and arguments:
+        raise UserError(
+            f"'{name}' names the whole network: leave out {', '.join(arguments)}.", key="--as", code="conflict"
+        )
+    return [] if arguments else [name] if name is not None else list(by_shapes())
+
+
 def _fitting(found: Shapes, known: Mapping[str, Shapes], what: str) -> tuple[str, ...]:
     fitting = tuple(name for name, shapes in known.items() if shapes == found)
     if fitting:
         return fitting
-    nearest = max(known, key=lambda name: len(known[name].items() & found.items()))
+    closest = max(known, key=lambda name: len(known[name].items() & found.items()))
     raise UserError(
-        f"the checkpoint fits no published {what}; the nearest is {nearest}, but {difference(found, known[nearest])}: "
+        f"the checkpoint fits no published {what}; the nearest is {closest}, but {difference(found, known[closest])}: "
         "name the original's arguments instead.",
-        key=first_difference(found, known[nearest]),
+        key=first_difference(found, known[closest]),
         code="unknown",
     )
