@@ -17,7 +17,7 @@ from carrara.images import from_uint8, save_png
 from carrara.model import DiffusionModel
 from tests.cli.conftest import Command
 from tests.runs import tiny_recipe, train
-from tests.training.test_codec import begun, recipe
+from tests.training.test_codec import started, recipe
 
 
 def gray(folder: Path, count: int, side: int = 4) -> Path:
@@ -109,7 +109,7 @@ def test_a_decoder_learns_on_and_decodes_from_the_command_line(
     latent = ("network.channel_mult=[1]", "network.attention=[1]")
     train(tiny_recipe(f"codec.path={tmp_path / 'codec'}", *latent), tmp_path / "run")
     late = {"adversarial": 0.5, "start": 10**6}
-    fine_tuning = begun(tmp_path / "codec", "decoder", loss=late, discriminator={"layers": 1, "channels": 8})
+    fine_tuning = started(tmp_path / "codec", "decoder", loss=late, discriminator={"layers": 1, "channels": 8})
     (tmp_path / "decoder.yaml").write_text(yaml.safe_dump(fine_tuning.model_dump(mode="json", exclude_none=True)))
     trained = carrara("train", tmp_path / "decoder.yaml", "--out", tmp_path / "tuned")
     assert trained.returncode == 0, trained.stderr

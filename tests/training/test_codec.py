@@ -101,7 +101,7 @@ def test_latents_are_scaled_as_one_or_channel_by_channel(tmp_path: Path) -> None
     assert len(one.latent_scale.unique()) == 1
     assert not one.latent_shift.any()
     # A codec that learns on is measured as it was.
-    train(begun(tmp_path / "each", None), tmp_path / "on")
+    train(started(tmp_path / "each", None), tmp_path / "on")
     on = codecs.load(tmp_path / "on" / "model")
     assert isinstance(on, KLAutoencoder)
     assert bool(on.latent_shift.all())
@@ -126,7 +126,7 @@ def test_the_shipped_codecs_fit_the_shipped_latent_model() -> None:
     assert latent.network_params({"label": 10}, (4, 16, 16)).image_size == (16, 16)
 
 
-def test_a_preview_shows_images_beside_their_reconstructions(tmp_path: Path) -> None:
+def test_a_preview_shows_images_next_to_their_reconstructions(tmp_path: Path) -> None:
     train(recipe(), tmp_path)
     with Image.open(tmp_path / "samples" / "step-00000012-ema.png") as sheet:
         width, height = sheet.size
@@ -169,7 +169,7 @@ def test_a_codec_is_whole_again_for_previews_and_saving(tmp_path: Path) -> None:
     one, two = together(2, sharded, tmp_path / "run")
     assert one == two
     assert codecs.load(tmp_path / "run" / "model").latent_shape((1, 8, 8)) == (2, 4, 4)
-    with pytest.raises(UserError, match=r"log_scale is one number.* set training\.parallel=ddp"):
+    with refused("unsupported", "training.parallel"):
         spread([make_codec(recipe("vae"))], distributed.start())
 
 
@@ -203,7 +203,7 @@ def test_a_diffusion_model_works_in_the_codec_and_carries_it(tmp_path: Path) -> 
     for name in ("config.json", "codec.safetensors"):
         source = tmp_path / "other" / "model" / name
         (tmp_path / "run" / "model" / "codec" / name).write_bytes(source.read_bytes())
-    with pytest.raises(UserError, match=r"belongs to the codec .* not to "):
+    with refused("mismatch", "codec"):
         DiffusionModel.load(tmp_path / "run")
 
 
@@ -222,11 +222,11 @@ def test_cached_latents_train_to_the_same_bits_as_images(tmp_path: Path) -> None
         # images are encoded in other batches than the cache's, which rounds the last bits
         torch.testing.assert_close(value, weights[1][name], atol=1e-4, rtol=0)
     (pictures / "a" / "000.png").write_bytes((pictures / "a" / "001.png").read_bytes())
-    with pytest.raises(UserError, match="not those whose latents"):
+    with refused("mismatch", "a/000.png"):
         Trainer(tiny_recipe(*latent, f"codec.cache={tmp_path / 'cache'}"), tmp_path / "stale")
 
 
-def begun(start: Path, learn: str | None, /, **sections: dict[str, Any]) -> CodecRecipe:
+def started(start: Path, learn: str | None, /, **sections: dict[str, Any]) -> CodecRecipe:
     """A few steps more of a codec of the digits."""
     base = recipe().model_dump(include={"name", "kind", "data", "training", "sampling"})
     codec = {} if learn is None else {"learn": learn}
@@ -237,10 +237,10 @@ def begun(start: Path, learn: str | None, /, **sections: dict[str, Any]) -> Code
 
 
 @pytest.mark.parametrize("kind", ["kl", "vae", "vq", "dvae"])
-def test_a_decoder_learns_alone_and_every_latent_stays_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_decoder_is_fine_tuned_and_every_latent_stays_the_same(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"codes": 16} if kind in ("vq", "dvae") else {}
     train(recipe(kind, codec=options), tmp_path / "codec")
-    tuned = begun(tmp_path / "codec", "decoder")
+    tuned = started(tmp_path / "codec", "decoder")
     trainer = Trainer(tuned, tmp_path / "tuned")
     assert trainer.summary()["learns"].startswith("the decoder alone")
     for progress in trainer.steps():
@@ -261,7 +261,7 @@ def test_a_decoder_learns_alone_and_every_latent_stays_what_it_is(kind: str, tmp
     assert decoder_after != decoder
 
 
-def test_a_decoder_that_learns_alone_sees_the_latents_that_are_used() -> None:
+def test_a_fine_tuned_decoder_gets_the_latents_that_are_used() -> None:
     codec = make_codec(recipe(codec={"dropout": 0.5}))
     for parameter in codec.encoder.parameters():  # blocks end in zeros at first, behind their dropout
         torch.nn.init.normal_(parameter, std=0.3)
@@ -278,8 +278,8 @@ def test_a_model_takes_the_codec_whose_decoder_learned_on_and_no_other(tmp_path:
     train(recipe(), tmp_path / "codec")
     latent = ("network.channel_mult=[1]", "network.attention=[1]")
     train(tiny_recipe(f"codec.path={tmp_path / 'codec'}", *latent), tmp_path / "run")
-    train(begun(tmp_path / "codec", "decoder"), tmp_path / "tuned")
-    train(begun(tmp_path / "codec", None), tmp_path / "all")
+    train(started(tmp_path / "codec", "decoder"), tmp_path / "tuned")
+    train(started(tmp_path / "codec", None), tmp_path / "all")
     model = DiffusionModel.load(tmp_path / "run")
     tuned, other = (codecs.load(tmp_path / name / "model") for name in ("tuned", "all"))
     own, with_tuned = model.sample([1, 2], steps=2), model.with_codec(tuned).sample([1, 2], steps=2)
@@ -301,13 +301,13 @@ def test_a_codec_learns_on_by_the_loss_of_what_it_is(kind: str, likelihood: bool
     """With a learned p(x|z) a variational autoencoder at weight 1, without one a first stage as it is published."""
     made = codecs.build({"kind": kind, "params": {"in_channels": 1, "channels": 8}, "learned_scale": likelihood})
     codecs.save(made, tmp_path)
-    loss = make_loss(begun(tmp_path, None), make_codec(begun(tmp_path, None)))
+    loss = make_loss(started(tmp_path, None), make_codec(started(tmp_path, None)))
     assert loss.latent == (1 if likelihood else {"kl": 1e-6, "discrete": 0.1}[kind])
 
 
 def test_all_of_a_codec_learns_on_from_where_it_ended(tmp_path: Path) -> None:
     train(recipe("vq", codec={"codes": 16}), tmp_path / "codec")
-    tuned = begun(tmp_path / "codec", "all", training={"steps": 2, "batch_size": 16, "learning_rate": 1e-4, "ema": 0})
+    tuned = started(tmp_path / "codec", "all", training={"steps": 2, "batch_size": 16, "learning_rate": 1e-4, "ema": 0})
     trainer = Trainer(tuned, tmp_path / "tuned")
     before = codecs.load(tmp_path / "codec" / "model")
     assert isinstance(before, VQAutoencoder)
@@ -329,15 +329,15 @@ def test_what_a_codec_starts_from_decides_is_refused(tiny_run: Path, tmp_path: P
         ({"learn": "decodr"}, "unknown", "codec.learn"),
     ):
         with refused(code, key):  # type: ignore[arg-type]
-            begun(tmp_path / "codec", None, codec=codec)
+            started(tmp_path / "codec", None, codec=codec)
     with refused("conflict", "codec.learn"):
         validate({**recipe().model_dump(), "codec": {"learn": "decoder"}})
-    with pytest.raises(UserError, match="holds a diffusion model"):
-        Trainer(begun(tiny_run, "decoder"), tmp_path / "a")
-    coloured = begun(tmp_path / "codec", "decoder", data={"path": "digits", "resolution": 8, "channels": 3})
-    with pytest.raises(UserError, match=r"encodes images of 1 channels, not of 3: set data\.channels=1"):
+    with refused("mismatch"):
+        Trainer(started(tiny_run, "decoder"), tmp_path / "a")
+    coloured = started(tmp_path / "codec", "decoder", data={"path": "digits", "resolution": 8, "channels": 3})
+    with refused("shape", "data.channels"):
         Trainer(coloured, tmp_path / "b")
-    with pytest.raises(UserError, match="takes no codec"):
+    with refused("conflict", "codec"):
         DiffusionModel.load(tiny_run).with_codec(codecs.load(tmp_path / "codec" / "model"))
 
 
@@ -373,7 +373,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         tiny_recipe("codec.path=x", "codec.channels=8")
     with refused("missing", "codec.path"):
         tiny_recipe("codec.cache=x")
-    with pytest.raises(UserError, match=r"no folder .*: name a run"):
+    with refused("missing", str(tmp_path / "none")):
         Trainer(tiny_recipe(f"codec.path={tmp_path / 'none'}"), tmp_path / "run")
     late = recipe("vqgan", loss={"adversarial": 0.5, "start": 10**6}, discriminator={"layers": 1}, codec={"codes": 16})
     trainer = Trainer(late, tmp_path / "late")
@@ -382,8 +382,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_a_run_goes_on_in_the_latents_it_began_with(accepted: bool, tmp_path: Path) -> None:
-    """Not in those of a codec trained anew in the same place, however the recipe reads."""
+def test_a_run_resumes_in_the_latents_it_started_with(accepted: bool, tmp_path: Path) -> None:
+    """Not in those of a codec trained again in the same folder, however the recipe reads."""
     latent = ("network.channel_mult=[1]", "network.attention=[1]", "training.checkpoint_every=5")
     train(recipe(), tmp_path / "codec")
     own = codecs.content_hash(codecs.load(tmp_path / "codec" / "model"))
@@ -395,7 +395,7 @@ def test_a_run_goes_on_in_the_latents_it_began_with(accepted: bool, tmp_path: Pa
     shutil.rmtree(tmp_path / "codec")
     (tmp_path / "other").rename(tmp_path / "codec")
     other = codecs.content_hash(codecs.load(tmp_path / "codec" / "model"))
-    with pytest.raises(UserError, match="belongs to the codec") as error:
+    with pytest.raises(UserError) as error:
         Trainer(made, tmp_path / "run", accept_changes=accepted)
     assert own in str(error.value)
     assert other in str(error.value)

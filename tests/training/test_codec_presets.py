@@ -19,7 +19,7 @@ from carrara.training import Trainer
 from carrara.training.codec import make_codec, make_loss
 from tests.errors import refused
 from tests.runs import train
-from tests.training.test_codec import begun, recipe
+from tests.training.test_codec import recipe, started
 
 
 def published(preset: str, channels: int = 3, /, **codec: Any) -> CodecRecipe:
@@ -49,9 +49,9 @@ def test_a_preset_is_the_codec_of_the_published_config(name: str) -> None:
     rung = {"kl": "kl", "vq": "vqgan", "discrete": "gumbel"}[ours.kind]
     # `published` has no discriminator, and nothing to look through
     assert make_loss(made, ours) == replace(LOSSES[rung], perceptual=0.0, adversarial=0.0)
-    told = published(name, theirs.params.in_channels, kind=rung)
+    chosen = published(name, theirs.params.in_channels, kind=rung)
     with torch.device("meta"):
-        assert make_codec(told).config() == ours.config()
+        assert make_codec(chosen).config() == ours.config()
 
 
 def test_every_published_first_stage_of_pictures_is_a_preset() -> None:
@@ -123,6 +123,6 @@ def test_a_new_codebook_never_has_the_loss_of_old_weights(tmp_path: Path) -> Non
         make_codec(recipe("vq", codec={"legacy": True, "decay": None}))
     quantiser = {"codes": 16, "legacy": True, "decay": None}
     codecs.save(codecs.build({"kind": "vq", "params": {"channels": 8}, "quantiser": quantiser}), tmp_path)
-    loaded = make_codec(begun(tmp_path, None))
+    loaded = make_codec(started(tmp_path, None))
     assert isinstance(loaded, VQAutoencoder)
     assert loaded.quantiser.params.legacy
