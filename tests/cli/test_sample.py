@@ -17,7 +17,7 @@ from carrara.images import from_uint8, save_png
 from carrara.model import DiffusionModel
 from tests.cli.conftest import Command
 from tests.runs import tiny_recipe, train
-from tests.training.test_codec import started, recipe
+from tests.training.test_codec import recipe, started
 
 
 def gray(folder: Path, count: int, side: int = 4) -> Path:
