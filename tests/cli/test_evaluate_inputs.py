@@ -96,7 +96,9 @@ def test_pictures_are_held_against_their_originals(
     assert same["psnr"]["value"] == 100
     assert "8 of 8 pictures" in same["psnr"]["note"]
     assert "contains 8 pictures" in refused("evaluate", square, "--originals", photos)
-    assert "3×32×32" in refused("evaluate", photos, "--n", "8", "--originals", square)
+    assert "has no partner" in refused("evaluate", photos, "--n", "8", "--originals", square)
+    few = photographs(tmp_path / "few", 8)
+    assert "3×32×32" in refused("evaluate", few, "--originals", square)
 
 
 def test_a_learned_distance_carries_its_checksum(
@@ -196,7 +198,8 @@ def test_captions_are_compared_by_clip(square: Path, tmp_path: Path, carrara: Co
     assert own["clip_score"]["value"] == pytest.approx(given["clip_score"]["value"])
     assert "clip_score" not in printed(carrara, *words)
     options = ("--features", f"clip={clip}", "--captions")
-    assert "--captions" in refused("evaluate", *words, "--n", "1", "--captions", tmp_path / "lines.txt")
+    (tmp_path / "four.txt").write_text("a cat\n" * 4)
+    assert "leave --n out" in refused("evaluate", *words, "--n", "4", "--captions", tmp_path / "four.txt")
     for k in range(8, 12):
         lines.append("a cat")
         (square / f"{k}.png").write_bytes((square / f"{k - 8}.png").read_bytes())
@@ -321,4 +324,4 @@ def test_inception_weights_of_another_checksum_are_refused(tmp_path: Path, carra
     assert "frechet_distance" in figures
     assert "fid" not in figures
     assert figures["frechet_distance"]["stamp"]["features_checksum"] == file_checksum(weights)
-    assert "Inception's weights only" in refused(*words[:-1], "pixels", "--checksum", "0" * 64)
+    assert "only Inception's weights" in refused(*words[:-1], "pixels", "--checksum", "0" * 64)
