@@ -192,3 +192,9 @@ def test_rows_of_one_picture_in_two_files(tmp_path: Path) -> None:
     }
     with refused("conflict"):
         open_source(folder(tmp_path, contents))
+
+
+def test_a_second_text_file_of_a_picture_is_named(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path, {**files(1), "000.txt": "a", "000.caption": "b"}))
+    assert source[0].caption == "b"
+    assert source.warnings == ["second captions of one image, not read: 000.txt."]

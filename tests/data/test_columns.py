@@ -86,7 +86,7 @@ def test_every_source_refuses_what_is_no_class_and_names_it(
     if write is in_npz and bad is None:
         pytest.skip("an array of numbers has no empty cells")
     path = write(tmp_path, [0, 1, bad, bad])
-    with pytest.raises(UserError, match=r"row 2|002\.png") as caught:
+    with pytest.raises(UserError, match=r"row 2|002\.png") as caught:  # a golden sentence: it names the row
         open_source(path)
     assert caught.value.code == "invalid"
 

@@ -47,7 +47,7 @@ def test_an_npz_of_no_images(tmp_path: Path, labels: np.ndarray | None) -> None:
 def test_a_pipe_is_an_unreadable_picture(tmp_path: Path) -> None:
     os.mkfifo(folder(tmp_path, files(3)) / "x.png")
     source = open_source(tmp_path)
-    with refused("invalid"):
+    with refused("damaged", key="x.png"):
         source[3]
 
 
@@ -57,5 +57,5 @@ def test_links_in_a_circle_are_unreadable_pictures(tmp_path: Path, target: str) 
     if target != "x.png":
         os.symlink("x.png", tmp_path / "y.png")
     source = open_source(tmp_path)
-    with refused("invalid"):
+    with refused("damaged", key="x.png"):
         source[3]

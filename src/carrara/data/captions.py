@@ -232,9 +232,12 @@ def from_side_files(tree: Tree, pictures: Sequence[str], limit: float, caption_c
     """
     stems = {name: stem_of(name)[0] for name in pictures}
     sides: dict[str, dict[str, str]] = {"text": {}, ".cls": {}, ".json": {}}
+    second = []
     for name in tree.sizes:
         stem, suffix = stem_of(name)
-        sides.get("text" if suffix in SIDE_SUFFIXES else suffix, {}).setdefault(stem, name)
+        side = sides.get("text" if suffix in SIDE_SUFFIXES else suffix, {})
+        if side.setdefault(stem, name) != name:
+            second.append(name)
     of_picture = {
         kind: {name: side[stem] for name, stem in stems.items() if stem in side} for kind, side in sides.items()
     }
@@ -263,6 +266,7 @@ def from_side_files(tree: Tree, pictures: Sequence[str], limit: float, caption_c
     extra = [name for stem, name in known.items() if stem not in every and not _is_prose(name)]
     where = f"the {', '.join(_suffixes(side) for side in used)} files"
     notices = _unmatched(where, len(names), len(pictures), extra, missing, limit)
+    notices += [f"second captions of one image, not read: {_some(second)}."] if second and texts else []
     return Described(names, captions, classes, (*kinds, *table.found), [*notices, *table.notices])
 
 

@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?|nan|[+-]?inf", re.IGNORECASE
 
 
 def named(names: Sequence[str], columns: Iterable[str]) -> list[str]:
-    """The columns that bear one of these names, in the names' order, whatever their case."""
+    """The columns of these names, in the names' order, whatever their case."""
     columns = list(columns)
     return [column for name in names for column in columns if column.lower() == name]
 
@@ -111,7 +111,7 @@ def class_numbers(
             "the labels.",
             key=where,
         )
-    every = [*classes, *(value for value in map(_class, known) if value is not None)]
+    every = [value for value in (*classes, *map(_class, known)) if value is not None]
     for index, value in enumerate(every):
         if type(value) is not type(every[0]):
             raise UserError(
@@ -126,16 +126,23 @@ def class_numbers(
                 key=where,
                 code="mismatch",
             )
+    return _numbered(every, len(values), names)
+
+
+def _numbered(
+    every: Sequence[bool | int | str], count: int, names: tuple[str, ...] | None
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """The numbers of the first `count` classes, all of one kind, and the names of all."""
     if names is None and every and isinstance(every[0], bool):
         names = ("false", "true")
     numbers = [value for value in every if isinstance(value, int)]  # truth values as well: 0 and 1
     if names is None and len(numbers) == len(every) and max(numbers, default=0) <= _LARGEST_NUMBER:
         names = tuple(map(str, range(max(numbers, default=-1) + 1)))
     if names is not None:
-        return np.array(numbers[: len(values)], dtype=np.int64), names
+        return np.array(numbers[:count], dtype=np.int64), names
     ordered = sorted(set(every), key=_order)
     number_of = {value: number for number, value in enumerate(ordered)}
-    return np.array([number_of[value] for value in every[: len(values)]], dtype=np.int64), tuple(
+    return np.array([number_of[value] for value in every[:count]], dtype=np.int64), tuple(
         printable(str(value)) for value in ordered
     )
 

@@ -55,10 +55,10 @@ def open_source(
 ) -> Source:
     """Open a data set, whatever its layout.
 
-    Found by looking: a folder of images; class folders; images with .txt files beside them; metadata.jsonl or
-    .csv (also nested); parquet file(s) or a folder of them; a data set saved by Hugging Face `datasets`;
-    webdataset tar shards (a folder, one file, or "name-{000..099}.tar"); a zip of any of the image layouts
-    (also with EDM's dataset.json); an .npz of arrays; or the word "digits" (scikit-learn's scanned digits).
+    Found by looking: a folder of images; class folders; images with .txt, .caption, .cls or .json files next to them;
+    metadata.jsonl or .csv (also nested); parquet file(s) or a folder of them; a data set saved by Hugging Face
+    `datasets`; webdataset tar shards (a folder, one file, or "name-{000..099}.tar"); a zip of any of the image
+    layouts (also with EDM's dataset.json); an .npz of arrays; or the word "digits" (scikit-learn's scanned digits).
     Where folders, files or tables are split, `split` is taken.
 
     Args:
@@ -69,7 +69,7 @@ def open_source(
         caption_column: the column of captions where its name is not one of the usual.
 
     Raises:
-        UserError: nothing is there, or it cannot be understood; the sentence says what was looked for.
+        UserError: nothing is there, or it cannot be understood; the sentence names what was looked for.
     """
     if not 0 <= unreadable_limit <= 1:
         raise UserError(

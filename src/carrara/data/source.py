@@ -68,10 +68,10 @@ class Source:
         layout: how it was understood, a readable sentence.
         pictures: the encoded pictures.
         labels: int64 [N], 0..K-1, or None.
-        captions: N texts (read when asked for), or None.
+        captions: N texts (read when they are needed), or None.
         class_names: K names, or None.
         levels: distinct values of a channel, stored as 0..levels-1; 256 but for the scanned digits (17).
-        unreadable_limit: the share of unreadable pictures that is skipped; above it they are refused.
+        unreadable_limit: the fraction of unreadable pictures that is skipped; above it they are refused.
         notices: what the reader of the layout found worth saying.
         unreadable: reason by index, for each picture found unreadable so far.
         conversions: how many pictures met so far were converted, by conversion.
