@@ -16,7 +16,7 @@ LEFT = {
     "codecs": 0,
     "conditioning": 0,
     "convert": 0,
-    "data": 31,
+    "data": 0,
     "evaluation": 1,  # a key of earlier files, which is still read
     "guidance": 0,
     "interop": 0,
