@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
 
 from carrara import conditioning, networks
@@ -180,3 +181,25 @@ def test_the_settings_of_a_conditioner_are_typed() -> None:
             load("digits", ["conditioning={kind: brush, names: [a]}"])
     finally:
         del conditioning.KINDS["brush"]
+
+
+@dataclass(frozen=True)
+class DtypeSettings:
+    """A setting that no recipe can contain."""
+
+    precision: torch.dtype = torch.float32
+
+
+def test_settings_that_no_recipe_can_contain_are_refused() -> None:
+    conditioning.register(Brush, DtypeSettings)
+    try:
+        with refused("unsupported", "conditioning"):
+            load("digits")
+    finally:
+        del conditioning.KINDS["brush"]
+
+
+def test_a_section_of_another_union_is_refused() -> None:
+    data = load("digits").model_dump(exclude={"schedule"})
+    with refused("invalid", "schedule"):
+        validate({**data, "schedule": LogNormal(kind="log_normal")})

@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    PydanticUserError,
     SerializationInfo,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -28,7 +29,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from carrara.errors import nearest
+from carrara.errors import UserError, nearest
 
 
 class Section(BaseModel):
@@ -140,11 +141,11 @@ class OneOf:
         Raises:
             ValidationError: no mapping, an unknown kind, or what its class refuses.
         """
-        if isinstance(value, Section):
+        members = self.members()
+        if isinstance(value, Section) and type(value) in members.values():
             return value
         if not isinstance(value, Mapping):
             raise PydanticCustomError("invalid", "a section of keys is needed")
-        members = self.members()
         kind = self.kind(value) or self.default
         if kind not in members:
             raise refusal("unknown_value", "kind", nearest(str(kind), members), kind)
@@ -184,16 +185,27 @@ def section_from(
         decided: fields that the data and the rest of the recipe decide.
         without: fields that no recipe sets.
         more: further fields, each its type and default.
+
+    Raises:
+        UserError: a field of a type that no recipe can contain.
     """
     fields: dict[str, Any] = {} if kind is None else {"kind": (Literal[kind], kind if optional_kind else ...)}
-    for source in sources:
-        hints = get_type_hints(source)
-        for field in dataclasses.fields(source):
-            if field.init and field.name not in {*decided, *without}:
-                fields[field.name] = (hints[field.name], _default(field))
     words = re.split(r"\W|_", kind or sources[0].__name__.removesuffix("Params"))
     name = "".join(word[:1].upper() + word[1:] for word in words) + base.__name__
-    section: type[S] = create_model(name, __base__=base, __doc__=inspect.getdoc(base), **fields, **more)
+    try:
+        for source in sources:
+            hints = get_type_hints(source)
+            for field in dataclasses.fields(source):
+                if field.init and field.name not in {*decided, *without}:
+                    fields[field.name] = (hints[field.name], _default(field))
+        section: type[S] = create_model(name, __base__=base, __doc__=inspect.getdoc(base), **fields, **more)
+    except (PydanticUserError, NameError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the settings of kind '{kind}' cannot be keys of a recipe ({reason}): annotate plain data.",
+            key=kind or name,
+            code="unsupported",
+        ) from None
     section.described_by, section.decided = sources, decided
     return section
 
