@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from carrara.devices import to_device
 from carrara.errors import UserError
 
 
@@ -85,7 +86,7 @@ class Condition:
 
     def to(self, device: torch.device | str) -> Condition:
         """The same condition on another device."""
-        return self.map(lambda value: value.to(device))
+        return self.map(lambda value: to_device(value, device))
 
     def rows(self, index: Tensor | slice) -> Condition:
         """The condition of some of the samples (as a batch of one branch)."""
@@ -142,7 +143,7 @@ class Condition:
         def choose(name: str, value: Tensor) -> Tensor:
             if other[name] is value:
                 return value
-            mask = keep.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+            mask = to_device(keep, value.device).reshape(-1, *[1] * (value.ndim - 1))
             return torch.where(mask, value, other[name].to(value))
 
         return self._filled({name: choose(name, value) for name, value in own.items()})

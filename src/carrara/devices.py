@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from carrara.errors import UserError, nearest
 
 Precision = Literal["fp32", "bf16", "fp16"]
 HALF = (torch.float16, torch.bfloat16)
 """The number types of half precision."""
+
+_STAGED_BYTES = 2**15
+"""CUDA's driver stages copies up to 64 KiB by itself; larger ones wait unless the memory is pinned."""
 
 
 def resolve_device(word: str = "auto") -> torch.device:
@@ -62,6 +65,14 @@ def _native_bf16(device: torch.device) -> bool:
     except (RuntimeError, TypeError):
         return False
     return True
+
+
+def to_device(values: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Values on a device; where they come from the host, it does not wait for what a CUDA device is still computing."""
+    waits = values.device.type != "cpu" or torch.device(device).type != "cuda"
+    if not waits and values.nbytes > _STAGED_BYTES:
+        values = values.pin_memory()
+    return values.to(device, dtype or values.dtype, non_blocking=not waits)
 
 
 def compute_in(network: nn.Module, precision: Precision, device: torch.device) -> None:

@@ -43,7 +43,7 @@ class Processes:
 
 
 def start(device: str = "auto") -> Processes:
-    """Join the group that a launcher made, or be alone: NCCL on GPUs, gloo on CPUs.
+    """Join the group that a launcher made, or be alone: NCCL for what lies on GPUs, gloo for what lies on CPUs.
 
     Args:
         device: where this process computes; of "auto" and "cuda" each process of a machine takes its own GPU.
@@ -59,7 +59,7 @@ def start(device: str = "auto") -> Processes:
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if place.index is None else place.index)
         torch.cuda.set_device(place)
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=world)
     return Processes(rank, world, place)
 
 
@@ -95,11 +95,9 @@ def gather_lists(items: Sequence[Any]) -> list[Any]:
     return [item for part in parts for item in part]
 
 
-def any_of(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process."""
-    if not _together():
-        return flag
-    return bool(gather(torch.tensor([flag], device=device)).any())
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any process; exchanged by the hosts, which do not wait for their devices."""
+    return bool(gather(torch.tensor([flag])).any()) if _together() else flag
 
 
 def first_tells(function: Callable[[], Result]) -> Result:
@@ -151,7 +149,7 @@ def in_turn(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[R
             yield result
 
 
-def all_or_none(function: Callable[[], Result], device: torch.device) -> Result:
+def all_or_none(function: Callable[[], Result]) -> Result:
     """What the function gives on this process, where it gives something on every one.
 
     Raises:
@@ -163,7 +161,7 @@ def all_or_none(function: Callable[[], Result], device: torch.device) -> Result:
         result.append(function())
     except UserError as error:
         failure = error
-    if any_of(failure is not None, device):
+    if any_of(failure is not None):
         raise failure or UserError("another process cannot go on: its own message says why.")
     return result[0]
 

@@ -89,20 +89,23 @@ def test_choices_that_cannot_be_are_refused_before_anything_is_written(
 
 
 def test_the_loss_scale_halves_on_overflow_and_grows_again() -> None:
-    scale = LossScale()
-    scale.update(False)
-    assert scale.value == 2.0**15
+    scale, yes, no = LossScale(), torch.tensor(True), torch.tensor(False)
+    scale.update(no, counted=yes)
+    assert scale.state_dict() == {"value": 2.0**15, "good_steps": 0}
     for _ in range(LossScale.PATIENCE):
-        scale.update(True)
+        scale.update(yes, counted=yes)
     assert scale.value == 2.0**16
+    scale.update(no, counted=no)  # the loss itself was no number: no fault of the scale
+    assert scale.state_dict() == {"value": 2.0**16, "good_steps": LossScale.PATIENCE}
 
 
 def test_an_overflow_of_fp16_is_skipped_without_counting_as_a_fault(tmp_path: Path) -> None:
     trainer = Trainer(tiny_recipe(*FEW, "training.precision=fp16"), tmp_path)
     assert trainer.stepper.scale is not None
-    trainer.stepper.scale.value = 2.0**120  # beyond what float32 holds once it is multiplied with
+    trainer.stepper.scale.value = torch.tensor(2.0**120)  # beyond what float32 holds once it is multiplied with
     before = [p.clone() for p in trainer.network.parameters()]
     trainer.one_step(trainer.batches.at(0))
+    trainer.end_interval()
     assert trainer.stepper.scale.value == 2.0**119
     assert trainer.bad_steps == 0
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from carrara import DiffusionModel
 from carrara.data import Batch, LatentBatch
@@ -163,7 +164,7 @@ def poisoned(trainer: Trainer, bad: set[int]) -> Trainer:
     """The trainer with NaN images in some steps."""
     honest = trainer.one_step
 
-    def one_step(batch: Batch | LatentBatch) -> float:
+    def one_step(batch: Batch | LatentBatch) -> Tensor:
         assert isinstance(batch, Batch)
         if trainer.step in bad:
             batch = replace(batch, pixels=batch.pixels * float("nan"))
@@ -180,6 +181,25 @@ def test_a_step_without_a_finite_loss_is_skipped_and_written_down(tmp_path: Path
     assert [entry["step"] for entry in entries] == [3]
     assert entries[0]["positions"] == list(range(48, 64))
     assert all(bool(torch.isfinite(p).all()) for p in trainer.network.parameters())
+
+
+def test_a_step_that_is_not_taken_leaves_weights_moments_and_mean(tmp_path: Path) -> None:
+    trainer = poisoned(Trainer(tiny_recipe(), tmp_path), {2})
+    for step in range(2):
+        trainer.one_step(trainer.batches.at(step))
+
+    def state() -> list[Tensor]:
+        entries = trainer.stepper.optimisers["network"].state.values()
+        modules = (trainer.network, trainer.means["ema"].module)
+        found = [*(t for module in modules for t in module.parameters()), *(t for e in entries for t in e.values())]
+        return [t.detach().clone() for t in found]
+
+    before = state()
+    trainer.one_step(trainer.batches.at(2))
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    trainer.end_interval()
+    assert (trainer.bad_steps, trainer.window.steps) == (1, 2)
+    trainer.run.close()
 
 
 def test_too_many_bad_steps_stop_the_run_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:

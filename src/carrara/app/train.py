@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from carrara.recipe import Recipe
     from carrara.training import Trainer
     from carrara.training.progress import Progress
+
+_LOSS_EVERY = 1.0
+"""Seconds between two losses that are shown in addition to the logged ones."""
 
 
 class TrainRequest(Request):
@@ -79,14 +83,17 @@ def training(trainer: Trainer, reasons: list[str]) -> Iterator[Event]:
         return
     about = {"start": trainer.summary(), "reasons": reasons, "run": str(trainer.run.folder)}
     yield Metrics("start", about)
-    every = trainer.recipe.training.log_every
+    every, loss, shown = trainer.recipe.training.log_every, 0.0, float("-inf")
     for state in trainer.steps():
         if state.notice:
             yield Notice(state.notice)
             continue
-        yield _step(state)
-        if state.step % every == 0 or state.step == state.total:
-            values = {"loss": state.loss, "images_per_s": state.images_per_s, "seconds_left": state.seconds_left}
+        logged = state.step % every == 0 or state.step == state.total
+        if logged or time.monotonic() - shown > _LOSS_EVERY:  # reading a loss waits for the device
+            loss, shown = state.loss, time.monotonic()
+        yield _step(state, loss)
+        if logged:
+            values = {"loss": loss, "images_per_s": state.images_per_s, "seconds_left": state.seconds_left}
             finite = {name: value for name, value in values.items() if value == value}
             yield Metrics("log", {"step": state.step, "total": state.total, **finite})
     if trainer.stopped:
@@ -111,8 +118,8 @@ def self_test(request: SelfTestRequest) -> Iterator[Event]:
             yield Metrics("overfit", {"steps": step, "loss_share": fraction, "passed": fraction <= GOAL})
 
 
-def _step(state: Progress) -> StepDone:
-    note = f"loss {state.loss:.4f}  {state.images_per_s:,.0f} images/s  {_duration(state.seconds_left)} left"
+def _step(state: Progress, loss: float) -> StepDone:
+    note = f"loss {loss:.4f}  {state.images_per_s:,.0f} images/s  {_duration(state.seconds_left)} left"
     return StepDone("training", state.step, state.total, note)
 
 

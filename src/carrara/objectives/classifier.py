@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from carrara.devices import to_device
 from carrara.errors import UserError
 from carrara.networks.slots import check_labels
 from carrara.objectives.base import Examples, Terms
@@ -48,13 +49,16 @@ class ClassifierObjective:
         times, importance = self.times.draw(self.schedule, draw.uniform((len(x0),), sub=TIME))
         x = diffuse(self.schedule, x0, times, draw.like(x0, sub=NOISE))
         logits = NoisyClassifier(self.network, self.schedule)(x, times).float()
-        label = label.to(logits.device)
+        label = to_device(label, logits.device)
         check_labels(label, logits.shape[1])
         loss = nn.functional.cross_entropy(logits, label, reduction="none")
         if loss.requires_grad:
             self.times.observe(times, loss.detach(), range(len(x0)) if draw.ids is None else draw.ids)
         return Terms(
-            loss * importance.to(loss), _accuracy(logits.detach(), label), quarters(self.schedule, times), times
+            loss * to_device(importance, loss.device, loss.dtype),
+            _accuracy(logits.detach(), label),
+            quarters(self.schedule, times),
+            times,
         )
 
     def end_step(self) -> None:

@@ -218,7 +218,7 @@ class CodecObjective:
         self, image: Tensor, ramp: Tensor, made: Reconstruction, l_rec: ImageLoss, seen: Tensor
     ) -> tuple[ImageLoss, Tensor]:
         """L_GAN, and its weight λ, a number; both 0, without a pass, while the ramp is 0 on all processes."""
-        if not any_of(bool((ramp > 0).any()), image.device):
+        if not any_of(bool((ramp > 0).any())):
             return ImageLoss.zero(image), image.new_zeros(())
         assert self.discriminator is not None
         l_gan = ImageLoss.of(generator_loss(_bare(self.discriminator)(image)), image)
@@ -251,7 +251,7 @@ class CodecObjective:
     def _discriminator(self, x: Tensor, draw: Noise, seen: Tensor) -> Terms:
         """The loss of telling images from reconstructions, 0 before the start."""
         started = seen >= self.loss.start
-        if not any_of(bool(started.any()), x.device):
+        if not any_of(bool(started.any())):
             nothing = torch.zeros(len(x), device=x.device)
             logged = dict.fromkeys(("discriminator", "logits real", "logits fake"), nothing)
             return Terms(nothing.clone().requires_grad_(torch.is_grad_enabled()), logged)

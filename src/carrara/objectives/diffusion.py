@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from carrara import conditioning
 from carrara.condition import Condition
 from carrara.conditioning import Conditioner
+from carrara.devices import to_device
 from carrara.errors import UserError, nearest
 from carrara.objectives.base import Examples, Terms
 from carrara.objectives.times import TimeSampler, UniformTimes
@@ -106,7 +107,9 @@ class DiffusionObjective:
         loss, scalars = self.losses(x0, times, draw.like(x0, sub=NOISE), condition)
         if loss.requires_grad:
             self.times.observe(times, loss.detach(), range(size) if draw.ids is None else draw.ids)
-        return Terms(loss * importance.to(loss), scalars, quarters(self.schedule, times), times)
+        return Terms(
+            loss * to_device(importance, loss.device, loss.dtype), scalars, quarters(self.schedule, times), times
+        )
 
     def losses(self, x0: Tensor, times: Tensor, eps: Tensor, condition: Condition) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of every sample at given times, without importance weights.
@@ -139,7 +142,8 @@ class DiffusionObjective:
         return self._weigh(error, times) + self.vlb_weight * scaled, scalars
 
     def _weigh(self, error: Tensor, times: Tensor) -> Tensor:
-        return error * self.weight(self.predicts, self.schedule, times, self.sigma_data).to(error)
+        weight = self.weight(self.predicts, self.schedule, times, self.sigma_data)
+        return error * to_device(weight, error.device, error.dtype)
 
     def end_step(self) -> None:
         self.times.end_step()

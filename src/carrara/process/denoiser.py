@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.condition import Condition
-from carrara.devices import HALF
+from carrara.devices import HALF, to_device
 from carrara.errors import UserError, nearest
 from carrara.process.parameterisation import SIGMA_DATA, Predicts, network_input, to_prediction
 from carrara.process.prediction import Prediction, scales
@@ -23,7 +23,7 @@ Network = Callable[[Tensor, Tensor, Condition], Tensor]
 def network_times(schedule: Schedule, t: Time, x: Tensor) -> Tensor:
     """The network's own time at t: [B] on x's device, float64 where x is, else float32."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return schedule.network_time(t).to(device=x.device, dtype=dtype).expand(x.shape[0])
+    return to_device(schedule.network_time(t), x.device, dtype).expand(x.shape[0])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from carrara.devices import to_device
 from carrara.errors import UserError, whole_number
 
 _NUMBERS_PER_BLOCK = 8  # one Philox block gives four 64-bit words: eight numbers of 32 bits
@@ -171,7 +172,7 @@ class Noise:
         values = np.empty((shape[0], count))
         for place, length, generator in self._runs(shape[0], count, sub):
             np.add(_bits(generator, length, count)[:, :count], 0.5, out=values[place : place + length])
-        return torch.from_numpy(values * 2.0**-32).reshape(tuple(shape)).to(device=device, dtype=dtype)
+        return to_device(torch.from_numpy(values * 2.0**-32).reshape(tuple(shape)), device, dtype)
 
     def normal(
         self,
@@ -186,12 +187,13 @@ class Noise:
         differ by their rounding only, narrower types are rounded from float32.
         """
         if self.toward is None:
-            return self._own(shape, sub, torch.float64 if dtype == torch.float64 else torch.float32).to(device, dtype)
+            own = self._own(shape, sub, torch.float64 if dtype == torch.float64 else torch.float32)
+            return to_device(own, device, dtype)
         other, weight = self.toward
         if weight == 1:
             return other.normal(shape, sub, dtype, device)
         theirs = other.normal(shape, sub, torch.float64)
-        return slerp(self._own(shape, sub, torch.float64), theirs, weight).to(device, dtype)
+        return to_device(slerp(self._own(shape, sub, torch.float64), theirs, weight), device, dtype)
 
     def _own(self, shape: Sequence[int], sub: int, dtype: torch.dtype) -> Tensor:
         """Standard normals of this seed alone, in float32 or float64."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from carrara.condition import Condition
+from carrara.devices import to_device
 from carrara.errors import UserError
 from carrara.process.schedules import Schedule, Time, level
 
@@ -30,7 +31,10 @@ def scales(schedule: Schedule, t: Time, x: Tensor) -> tuple[Scale, Scale]:
     if not isinstance(t, Tensor) or t.ndim == 0:
         return level(schedule, float(t))
     shape = (-1, *[1] * (x.ndim - 1))
-    return schedule.alpha(t).to(x).reshape(shape), schedule.sigma(t).to(x).reshape(shape)
+    alpha, sigma = (
+        to_device(scale, x.device, x.dtype).reshape(shape) for scale in (schedule.alpha(t), schedule.sigma(t))
+    )
+    return alpha, sigma
 
 
 def _vanishes(scale: Scale) -> bool:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,11 +66,17 @@ class EMA:
         self.module = copy.deepcopy(module).float().eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Take in the weights after optimiser step `step` (from 1)."""
+    def update(self, module: nn.Module, step: int, taken: Tensor | None = None) -> None:
+        """Update the mean after optimiser step `step` (from 1).
+
+        Args:
+            taken: bool [], whether the step was taken; the mean stays where it was not. Default: it was.
+        """
         mean: list[Tensor] = [local(p) for p in self.module.parameters()]
         weights: list[Tensor] = [local(p.detach()).float() for p in module.parameters()]
-        torch._foreach_lerp_(mean, weights, 1 - self.decay(step))
+        weight: Any = 1 - self.decay(step)
+        # A tensor for each weight keeps the decision on the device.
+        torch._foreach_lerp_(mean, weights, weight if taken is None else [torch.where(taken, weight, 0.0)] * len(mean))
         for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
             own.copy_(other)
 

@@ -87,6 +87,7 @@ class Trainer:
         self._stop = False
         self._saved = 0  # the step of the last checkpoint
         self._late: list[str] = []  # notices of what failed along the way
+        self._interval: list[tuple[int, list[str], list[Outcome]]] = []  # steps whose results lie on the device still
         self.log: Log | None = None  # only the first process has one
         self.writer = checkpoint.Writer()
         self._copy: dict[str, Any] = {}  # the last checkpoint's, whose memory serves the next
@@ -207,7 +208,7 @@ class Trainer:
             self.run.close()
 
     def _notice(self, sentence: str) -> Progress:
-        return Progress(self.step, self.recipe.training.steps, float("nan"), 0.0, 0.0, sentence)
+        return Progress(self.step, self.recipe.training.steps, torch.tensor(torch.nan), 0.0, 0.0, sentence)
 
     def _train(self) -> Iterator[Progress]:
         training, first, began = self.recipe.training, self.step, self.phases.clock()
@@ -215,7 +216,7 @@ class Trainer:
         self.source.new_notices()  # up to here they are among the run's notices
         while self.step < training.steps and not self._stopping():
             with self.phases("reading data"):
-                batch = distributed.all_or_none(lambda: next(batches), self.processes.device)
+                batch = distributed.all_or_none(lambda: next(batches))
             yield from map(self._notice, self.source.new_notices())
             loss = self.one_step(batch)
             speed = (self.step - first) * training.batch_size / passed(began, self.phases.clock())
@@ -240,7 +241,11 @@ class Trainer:
         if training.validate_every and self.step % training.validate_every == 0:
             with self.phases("validating"):
                 self._attempt("validation", self._validate)
-        if self.step % training.log_every == 0 and self.window.steps:
+        due, saving = self.step % training.log_every == 0, self.step % training.checkpoint_every == 0
+        if due or saving or last:
+            with self.phases("waiting for the device"):
+                self.end_interval()
+        if due and self.window.steps:
             self._write_log()
         if self.task.pictures and (self.step % training.sample_every == 0 or last):
             with self.phases("sampling"):
@@ -249,7 +254,7 @@ class Trainer:
             if training.power_ema and self.step % training.power_ema_every == 0:
                 self._save_snapshot()
             # Nothing is saved in the middle of a bad stretch, so that the last checkpoint is a good one.
-            if self.step % training.checkpoint_every == 0 and not last and not self.bad_steps:
+            if saving and not last and not self.bad_steps:
                 self.save_checkpoint()
 
     def _attempt(self, name: str, work: Callable[[], None]) -> None:
@@ -266,6 +271,8 @@ class Trainer:
 
     def _rescue(self) -> None:
         """Save a healthy run that ends by a failure; sharded weights cannot be gathered by one process alone."""
+        with suppress(Exception):
+            self.end_interval()
         saved = self.step <= self._saved and not self.writer.failed
         if saved or self.bad_steps or not self.processes.first:
             return
@@ -287,7 +294,7 @@ class Trainer:
 
     def _stopping(self) -> bool:
         """Whether a signal came, or a checkpoint failed, on any process: all stop at the same step."""
-        self._stop = distributed.any_of(self._stop or self.writer.failed, self.processes.device)
+        self._stop = distributed.any_of(self._stop or self.writer.failed)
         return self._stop
 
     # ---- one step ----------------------------------------------------------------------------------------
@@ -296,25 +303,34 @@ class Trainer:
         """What the objective learns from a batch."""
         return self.task.examples(batch, Stepper.draws(self.recipe.seed, batch.positions))
 
-    def one_step(self, batch: Batch | LatentBatch) -> float:
-        """One optimiser step of every player; returns the first player's loss."""
+    def one_step(self, batch: Batch | LatentBatch) -> Tensor:
+        """One optimiser step of every player, which the device may still be computing; returns the first player's loss,
+        []. `end_interval` looks at what came of it."""
         outcomes = self.stepper.step(self.examples(batch), batch.positions, self.step)
-        if all(outcome.finite for outcome in outcomes):
-            self.bad_steps = 0
-            self.window.add(dict(zip(self.task.modules, outcomes, strict=True)))
-            with self.phases("optimiser"):
-                for mean in self.means.values():
-                    mean.update(self.network, self.step + 1)
-        else:
-            self._skip(batch, next(outcome for outcome in outcomes if not outcome.finite))
+        with self.phases("optimiser"):
+            taken = torch.stack([outcome.taken for outcome in outcomes]).all()
+            for mean in self.means.values():
+                mean.update(self.network, self.step + 1, taken)
+        self._interval.append((self.step, batch.names, outcomes))
         self.step += 1
         return outcomes[0].loss
 
-    def _skip(self, batch: Batch | LatentBatch, outcome: Outcome) -> None:
-        """Write down what a step held that was not taken, and give up after too many in a row."""
-        names, first = distributed.gather_lists(batch.names), self.step * self.recipe.training.batch_size
+    def end_interval(self) -> None:
+        """Wait for the device and add the steps since the last call to the window of the log."""
+        interval, self._interval = self._interval, []
+        for step, names, on_device in interval:
+            outcomes = [outcome.cpu() for outcome in on_device]
+            if all(outcome.taken for outcome in outcomes):
+                self.bad_steps = 0
+                self.window.add(dict(zip(self.task.modules, outcomes, strict=True)))
+            else:
+                self._skip(step, names, next(outcome for outcome in outcomes if not outcome.taken))
+
+    def _skip(self, step: int, names: list[str], outcome: Outcome) -> None:
+        """Log a step that was not taken, and give up after too many in a row."""
+        names, first = distributed.gather_lists(names), step * self.recipe.training.batch_size
         if self.log is not None:
-            self.log.skipped({"step": self.step, **outcome.record(names, first), **self.stepper.loss_scale})
+            self.log.skipped({"step": step, **outcome.record(names, first)})
         if outcome.scale_fell:
             return
         self.bad_steps += 1
@@ -363,7 +379,7 @@ class Trainer:
         for name, network in (("ema", self.means["ema"].module), ("raw", self.network)):
             whole = self._whole(network)
             with self.phases.moved_by(whole):
-                own, metadata = distributed.all_or_none(partial(self._shown, whole, rows), self.processes.device)
+                own, metadata = distributed.all_or_none(partial(self._shown, whole, rows))
             images = distributed.gather(own.to(self.processes.device)).cpu()[: self.task.pictures]
             if self.log is not None:
                 sheet = pictures.grid(images)
@@ -411,6 +427,7 @@ class Trainer:
 
     def save_checkpoint(self) -> Path:
         """Copy the state, and write it behind the training's back; then old checkpoints are pruned."""
+        self.end_interval()
         distributed.first_tells(self.writer.wait)  # the memory of the copy is what is being written
         return self._write_checkpoint()
 
@@ -428,7 +445,7 @@ class Trainer:
             "step": step,
             "bad_steps": self.bad_steps,
             "window": asdict(self.window),
-            "scale": asdict(self.stepper.scale) if self.stepper.scale else None,
+            "scale": self.stepper.scale.state_dict() if self.stepper.scale else None,
             "optimisers": self._copy["optimisers"],
             "objective": self._copy["objective"],
             "codec": self._codec,
@@ -486,7 +503,7 @@ class Trainer:
         restore(state, weights, self._modules, self.stepper.optimisers, self.run.folder)
         self.objective.load_state_dict(state["objective"])
         if self.stepper.scale is not None and state["scale"] is not None:
-            self.stepper.scale = LossScale(**state["scale"])
+            self.stepper.scale = LossScale(**state["scale"], device=self.processes.device)
         self.step, self.bad_steps = state["step"], state["bad_steps"]
         self._saved = self.step
         self.window = Window.of(state["window"])

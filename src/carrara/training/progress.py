@@ -1,9 +1,9 @@
-"""What a step tells, and what is summed up between two lines of the log."""
+"""What a step yields, and what is summed up between two lines of the log."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ class Progress:
 
     Attributes:
         step, total: optimiser steps done, of the whole run.
-        loss: of this step.
+        device_loss: of this step, a tensor [] where the network computes.
         images_per_s: since this process started.
         seconds_left: at that speed.
         notice: a sentence for the user, or None.
@@ -24,41 +24,73 @@ class Progress:
 
     step: int
     total: int
-    loss: float
+    device_loss: Tensor
     images_per_s: float
     seconds_left: float
     notice: str | None = None
 
+    @property
+    def loss(self) -> float:
+        """The loss of this step. Reading it waits until the device has computed the step."""
+        return float(self.device_loss)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one optimiser step of one player gave, the same on every process.
+    """What one optimiser step of one player gave, the same on every process; on its device until `cpu` is called.
 
     Attributes:
-        per_sample: float64 [B], in the order of the global positions.
-        times: float64 [B], the noise levels that were visited; NaN where the objective has none.
-        quarter: int64 [B], see `Terms.quarter`; -1 where there are no levels.
-        scalars: what the objective tells beside the loss, float64 [B] each.
-        gradient: the norm before clipping.
-        scale_fell: the gradient left fp16's range and the loss scale was halved: no fault of the run.
+        table: float64 [B, columns], the samples in the order of their global positions.
+        columns: "loss"; "times", the noise levels that were visited, NaN where the objective has none; "quarter", see
+            `Terms.quarter`, -1 where there are no levels; and "scalar NAME" for each of the objective's.
+        gradient: the norm before clipping, [].
+        taken: bool [], whether the optimiser took the step: loss and gradient were finite.
+        scale_fell: bool [], the gradient left fp16's range and the loss scale was halved: no fault of the run.
+        loss_scale: of fp16 after the step, [].
     """
 
-    per_sample: Tensor
-    times: Tensor
-    quarter: Tensor
-    scalars: dict[str, Tensor]
-    gradient: float
-    scale_fell: bool = False
+    table: Tensor
+    columns: tuple[str, ...]
+    gradient: Tensor
+    taken: Tensor
+    scale_fell: Tensor
+    loss_scale: Tensor | None = None
+
+    def cpu(self) -> Outcome:
+        """The same on the CPU; waits for the device."""
+        return replace(
+            self,
+            table=self.table.cpu(),
+            gradient=self.gradient.cpu(),
+            taken=self.taken.cpu(),
+            scale_fell=self.scale_fell.cpu(),
+        )
 
     @property
-    def loss(self) -> float:
-        """The mean over the batch."""
-        return float(self.per_sample.mean())
+    def per_sample(self) -> Tensor:
+        """The losses, float64 [B]."""
+        return self.table[:, 0]
 
     @property
-    def finite(self) -> bool:
-        """Whether the optimiser could take the step."""
-        return bool(torch.isfinite(self.per_sample).all()) and abs(self.gradient) < float("inf")
+    def times(self) -> Tensor:
+        """float64 [B]."""
+        return self.table[:, 1]
+
+    @property
+    def quarter(self) -> Tensor:
+        """int64 [B]."""
+        return self.table[:, 2].long()
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """What the objective reports in addition to the loss, float64 [B] each."""
+        pairs = zip(self.columns[3:], self.table.unbind(1)[3:], strict=True)
+        return {column.removeprefix("scalar "): values for column, values in pairs}
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean over the batch, []."""
+        return self.per_sample.mean()
 
     def record(self, names: Sequence[str], first: int) -> dict[str, Any]:
         """Of a step that was not taken: its samples that are not finite, or all where every one is.
@@ -70,12 +102,12 @@ class Outcome:
         broken = ~torch.isfinite(self.per_sample)
         rows = (broken if bool(broken.any()) else ~broken).nonzero().flatten()
         return {
-            "loss": repr(self.loss),
-            "gradient_norm": repr(self.gradient),
+            "loss": repr(float(self.loss)),
+            "gradient_norm": repr(float(self.gradient)),
             "images": [names[row] for row in rows.tolist()],
             "positions": (first + rows).tolist(),
             "times": [repr(time) for time in self.times[rows].tolist()],
-        }
+        } | ({} if self.loss_scale is None else {"loss_scale": float(self.loss_scale)})
 
 
 @dataclass
@@ -87,7 +119,7 @@ class Tally:
     counts: tuple[int, ...] = (0,) * 4
 
     def add(self, per_sample: Tensor, quarter: Tensor) -> None:
-        """Take in one step's samples, float64 [B] and int64 [B]."""
+        """Add one step's samples, float64 [B] and int64 [B]."""
         self.total += float(per_sample.mean())
         sums, counts = by_quarter(per_sample, quarter)
         self.sums = tuple((torch.tensor(self.sums, dtype=torch.float64) + sums).tolist())
@@ -107,7 +139,7 @@ class Window:
         steps: that were taken.
         gradients: each player's sum of gradient norms.
         tallies: of each player's loss and scalars, by their names in the log.
-        validation: the last figures on held-out data, if any were taken since.
+        validation: the last metrics on held-out data, if any were computed since.
     """
 
     steps: int = 0
@@ -116,17 +148,17 @@ class Window:
     validation: dict[str, Any] | None = None
 
     def add(self, outcomes: Mapping[str, Outcome]) -> None:
-        """Take in one step of all players; the first player's figures have no prefix."""
+        """Add one step of all players, on the CPU; the first player's names have no prefix."""
         self.steps += 1
         for number, (player, outcome) in enumerate(outcomes.items()):
             prefix = f"{player}_" if number else ""
             name = f"{prefix}gradient_norm"
-            self.gradients[name] = self.gradients.get(name, 0.0) + outcome.gradient
+            self.gradients[name] = self.gradients.get(name, 0.0) + float(outcome.gradient)
             for key, per_sample in {"loss": outcome.per_sample, **outcome.scalars}.items():
                 self.tallies.setdefault(prefix + key, Tally()).add(per_sample, outcome.quarter)
 
     def means(self) -> dict[str, Any]:
-        """What the log line says; a quarter that no sample fell into is null."""
+        """The entry of the log; a quarter that no sample fell into is null."""
         tallies = dict(self.tallies)
         loss = tallies.pop("loss")
         entry: dict[str, Any] = {"loss": loss.total / self.steps}

@@ -29,7 +29,7 @@ def overfit_one_batch(trainer: Trainer, steps: int = 500) -> Iterator[tuple[int,
     first = 0.0
     for step in range(1, steps + 1):
         examples = trainer.examples(batch)
-        loss = trainer.stepper.step(examples, batch.positions, step - 1)[0].loss
+        loss = float(trainer.stepper.step(examples, batch.positions, step - 1)[0].loss)
         first = first or loss
         yield step, loss / first
         if not loss > GOAL * first:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from carrara.devices import to_device
 from carrara.distributed import Processes, gather, gradients_joined, local, whole
 from carrara.objectives import Examples, Objective, Terms
 from carrara.process import Noise
@@ -32,36 +32,46 @@ def autocast(training: Training, device: torch.device) -> AbstractContextManager
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Of the generator that network dropout alone draws from: anew in every step, apart on every process."""
+    """Of the generator that network dropout alone draws from: another in every step and on every process."""
     digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
-@dataclass
 class LossScale:
     """The factor that keeps fp16's small gradients from vanishing (Micikevicius et al. 2018, §3.2).
 
-    It is halved when the gradient overflows and doubled after `PATIENCE` steps without that. Own, because
-    `torch.amp.GradScaler` looks at one process's share of a sharded gradient only.
-    """
+    It is halved when the gradient overflows and doubled after `PATIENCE` steps without that, on the device. Own,
+    because `torch.amp.GradScaler` looks at one process's part of a sharded gradient only.
 
-    value: float = 2.0**16
-    good_steps: int = 0
+    Attributes:
+        value: float32 [].
+        good_steps: in a row, int64 [].
+    """
 
     PATIENCE = 2000
 
-    def update(self, finite: bool) -> None:
-        """Take in whether the gradient was finite."""
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self.good_steps % self.PATIENCE == 0:
-            self.value *= 2
+    def __init__(self, value: float = 2.0**16, good_steps: int = 0, device: torch.device | str = "cpu") -> None:
+        self.value, self.good_steps = torch.tensor(value, device=device), torch.tensor(good_steps, device=device)
+
+    def update(self, finite: Tensor, counted: Tensor) -> None:
+        """Follow one step.
+
+        Args:
+            finite: bool [], whether the gradient was.
+            counted: bool [], whether the loss was finite: only then the scale can be at fault.
+        """
+        good = torch.where(finite, self.good_steps + 1, 0)
+        grown = torch.where(good % self.PATIENCE == 0, 2 * self.value, self.value)
+        self.value = torch.where(counted, torch.where(finite, grown, self.value / 2), self.value)
+        self.good_steps = torch.where(counted, good, self.good_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its numbers, for the checkpoint."""
+        return {"value": float(self.value), "good_steps": int(self.good_steps)}
 
 
 def rows_of(terms: Terms) -> dict[str, Tensor]:
-    """What is known of each sample, float64 [B] each: `loss`, `times` and `quarter` (NaN and -1 where there are none),
-    and `scalar NAME` for what the objective tells beside them."""
+    """The columns of `Outcome.table`, float64 [B] each."""
     loss = terms.per_sample.detach()
     row = {
         "loss": loss,
@@ -69,7 +79,7 @@ def rows_of(terms: Terms) -> dict[str, Tensor]:
         "quarter": torch.full_like(loss, -1) if terms.quarter is None else terms.quarter,
         **{f"scalar {key}": value.expand(len(loss)) for key, value in terms.scalars.items()},
     }
-    return {key: value.to(loss.device, torch.float64) for key, value in row.items()}
+    return {key: to_device(value, loss.device, torch.float64) for key, value in row.items()}
 
 
 class Stepper:
@@ -95,7 +105,7 @@ class Stepper:
     ) -> None:
         self.objective, self.training, self.seed = objective, training, seed
         self.processes, self.micro_batch, self.phases = processes, micro_batch, phases
-        self.scale = LossScale() if training.precision == "fp16" else None
+        self.scale = LossScale(device=processes.device) if training.precision == "fp16" else None
         self.optimisers = {
             name: torch.optim.AdamW(
                 player.parameters(),
@@ -110,7 +120,7 @@ class Stepper:
     @property
     def loss_scale(self) -> dict[str, float]:
         """The loss scale for the log; nothing except with fp16."""
-        return {} if self.scale is None else {"loss_scale": self.scale.value}
+        return {} if self.scale is None else {"loss_scale": float(self.scale.value)}
 
     @staticmethod
     def draws(seed: int, positions: Tensor) -> Noise:
@@ -137,11 +147,11 @@ class Stepper:
         return outcomes
 
     def _accumulate(self, name: str, player: nn.Module, examples: Examples, positions: Tensor) -> dict[str, Tensor]:
-        """Add up the gradients of this process's samples; what is known of each sample, [B] each."""
+        """Accumulate the gradients of this process's samples; returns `rows_of` all of them."""
         player.train()
         share = len(positions)
         scale = self.scale.value if self.scale else 1.0
-        told: list[dict[str, Tensor]] = []
+        parts: list[dict[str, Tensor]] = []
         for low in range(0, share, self.micro_batch):
             part = slice(low, min(low + self.micro_batch, share))
             some = Examples(examples.x0[part], examples.condition.rows(part))
@@ -149,33 +159,31 @@ class Stepper:
                 with autocast(self.training, self.processes.device):
                     terms = self.objective.terms(some, self.draws(self.seed, positions[part]), name)
                 (terms.per_sample.sum() * (scale / share)).backward()
-            told.append(rows_of(terms))
-        return {key: torch.cat([row[key] for row in told]) for key in told[0]}
+            parts.append(rows_of(terms))
+        return {key: torch.cat([row[key] for row in parts]) for key in parts[0]}
 
     def _take(self, name: str, player: nn.Module, rows: dict[str, Tensor], step: int) -> Outcome:
-        """Clip the gradient, take the step if all is finite, and forget the gradient."""
+        """Clip the gradient, take the step if all is finite, and drop the gradient."""
         optimiser = self.optimisers[name]
         if self.scale is not None:
             gradients = [local(p.grad) for p in player.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, 1 / self.scale.value)
-        norm = float(whole(nn.utils.clip_grad_norm_(player.parameters(), self.training.clip)))
+        norm = whole(nn.utils.clip_grad_norm_(player.parameters(), self.training.clip))
         outcome = self._outcome(rows, norm)
-        if outcome.finite:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(self.training, step)
-            optimiser.step()
-        for other in self.optimisers.values():  # the others were frozen: what the loss says of them is dropped
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(self.training, step)
+        # Read by the fused kernels, which leave everything as it was where it is 1: no one waits for the device.
+        optimiser.found_inf = (~outcome.taken).float()  # type: ignore[attr-defined]
+        optimiser.step()
+        for other in self.optimisers.values():  # the others were frozen: their gradients are dropped
             other.zero_grad(set_to_none=True)
         return outcome
 
-    def _outcome(self, rows: dict[str, Tensor], norm: float) -> Outcome:
-        table = gather(torch.stack(list(rows.values()), dim=1)).cpu()
-        all_rows = dict(zip(rows, table.unbind(1), strict=True))
-        loss = all_rows["loss"]
-        scale_fell = False
-        if self.scale is not None and bool(torch.isfinite(loss).all()):
-            scale_fell = not math.isfinite(norm) and self.scale.value > 1
-            self.scale.update(math.isfinite(norm))
-        prefix = "scalar "
-        scalars = {k.removeprefix(prefix): v for k, v in all_rows.items() if k.startswith(prefix)}
-        return Outcome(loss, all_rows["times"], all_rows["quarter"].long(), scalars, norm, scale_fell)
+    def _outcome(self, rows: dict[str, Tensor], norm: Tensor) -> Outcome:
+        table = gather(torch.stack(list(rows.values()), dim=1))
+        counted, finite = torch.isfinite(table[:, 0]).all(), torch.isfinite(norm)
+        if self.scale is None:
+            return Outcome(table, tuple(rows), norm, counted & finite, torch.zeros_like(finite))
+        fell = counted & ~finite & (self.scale.value > 1)
+        self.scale.update(finite, counted)
+        return Outcome(table, tuple(rows), norm, counted & finite, fell, self.scale.value)
