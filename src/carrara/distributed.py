@@ -7,9 +7,10 @@ Training, sampling and evaluation share it. One process is the plain case and ne
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -240,3 +241,64 @@ def spread_like(pattern: Tensor, values: Tensor) -> Tensor:
     if not isinstance(pattern, DTensor):
         return values.to(pattern.device)
     return distribute_tensor(values.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+# ---- parts of sharded tensors on disk: each process writes and reads its own -------------------------------
+
+
+def copy_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's parts of sharded tensors, copied to the CPU; of tensors that all hold whole, on the first."""
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+    from torch.distributed.tensor import DTensor
+
+    first = torch.distributed.get_rank() == 0
+    own = {name: values for name, values in tensors.items() if first or isinstance(values, DTensor)}
+    result: dict[str, Tensor] = BlockingAsyncStager().stage(own)
+    return result
+
+
+def write_parts(parts: Mapping[str, Tensor], folder: Path) -> bool:
+    """Write what `copy_parts` gave as one safetensors file of this process, waiting for no other.
+
+    Returns:
+        Whether the files of all processes lie in the folder now.
+
+    Raises:
+        OSError: a full disk or the like.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own = folder / f"process-{rank:05}"
+    try:
+        writer = HuggingFaceStorageWriter(str(own), save_distributed=True)
+        save(dict(parts), storage_writer=writer, no_dist=True)
+    except CheckpointException as error:  # derives from BaseException
+        raise OSError("; ".join(str(reason) for reason, _ in error.failures.values())) from None
+    for file in own.iterdir():
+        file.rename(folder / f"{own.name}.safetensors")
+    own.rmdir()
+    return len(list(folder.glob("*.safetensors"))) == world
+
+
+def read_parts(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose parts lie in a folder, however many processes wrote them.
+
+    Args:
+        like: tensors by name; those of the same shape are placed and sharded as these, of which only this process's
+            parts are read. Others are whole and on the CPU.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors: dict[str, Any] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        alike = name in like and like[name].shape == entry.size  # type: ignore[union-attr]
+        tensors[name] = (
+            torch.empty_like(like[name]) if alike else torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+        )
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

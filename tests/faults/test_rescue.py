@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from carrara.errors import UserError
-from carrara.recipe import Recipe
+from carrara.recipe import Recipe, validate
 from carrara.training import Trainer, checkpoint
 from tests.errors import refused
 from tests.runs import tiny_recipe, train
@@ -127,7 +127,7 @@ def test_classes_that_moved_are_refused_and_mapped_by_name(tmp_path: Path, moved
     (data / "apple").rename(data / moved)
     with refused("mismatch", "data.path"):
         Trainer(recipe, tmp_path / "run")
-    tuned = Recipe.model_validate(
+    tuned = validate(
         {
             "name": "tuned",
             "start": str(tmp_path / "run"),

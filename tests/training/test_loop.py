@@ -17,7 +17,7 @@ from torch import Tensor
 from carrara import DiffusionModel
 from carrara.data import Batch, LatentBatch
 from carrara.errors import UserError
-from carrara.training import Trainer
+from carrara.training import Trainer, checkpoint
 from carrara.training.loop import BAD_STEPS
 from tests.runs import tiny_recipe, train
 
@@ -30,11 +30,11 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def final_state(folder: Path, step: int) -> dict[str, Any]:
     """Weights, mean and optimiser of a checkpoint, flat."""
-    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-    state: dict[str, Any] = {}
-    for name in ("network", "ema"):
-        state.update({f"{name}.{k}": v for k, v in load_file(checkpoint / f"{name}.safetensors").items()})
-    optimiser = torch.load(checkpoint / "state.pt", weights_only=True)["optimisers"]["network"]["state"]
+    weights, rest = checkpoint.load(folder / "checkpoints", step)
+    state: dict[str, Any] = {
+        f"{name}.{key}": value for name in ("network", "ema") for key, value in weights[name].items()
+    }
+    optimiser = rest["optimisers"]["network"]["state"]
     for index, entries in optimiser.items():
         state.update({f"optimiser.{index}.{k}": v for k, v in entries.items()})
     return state

@@ -2,8 +2,12 @@
 
     checkpoints/step-00005000/  network.safetensors  ema.safetensors  state.pt  manifest.json
 
-The folder is written under a temporary name, synced and renamed; the manifest with every file's checksum is
-written last, and a folder without a matching one does not count.
+Of sharded weights each process writes its parts, and the last to finish the rest:
+
+    checkpoints/step-00005000/  parts/process-00000.safetensors …  state.pt  manifest.json
+
+Any number of processes resumes from either layout. The folder is written under a temporary name, synced and renamed;
+the manifest with every file's checksum is written last, and a folder without a matching one does not count.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from carrara.distributed import read_parts, write_parts
 from carrara.errors import UserError
+from carrara.training.state import join
 
+_PARTS = "parts"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -45,29 +53,76 @@ def save(checkpoints: Path, step: int, weights: Mapping[str, Mapping[str, Tensor
     Raises:
         UserError: the disk is full or the folder not writable; earlier checkpoints are untouched.
     """
-    final = folder_of(checkpoints, step)
-    partial = final.with_name(f".{final.name}.partial")
-    try:
+    with _writing(checkpoints, step) as partial:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, tensors in weights.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors")
-        torch.save(state, partial / "state.pt")
-        manifest = {"step": step, "files": {path.name: _checksum(path) for path in sorted(partial.iterdir())}}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        _sync(checkpoints)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as told by this file, torch, safetensors
+        _complete(partial, checkpoints, step, state)
+    return folder_of(checkpoints, step)
+
+
+def save_parts(checkpoints: Path, step: int, parts: Mapping[str, Tensor], state: dict[str, Any]) -> bool:
+    """Write this process's parts of the checkpoint of a step; no process waits for another.
+
+    Args:
+        parts: of `distributed.copy_parts`.
+        state: everything else, the same on every process.
+
+    Returns:
+        Whether this process was the last, and completed the checkpoint.
+
+    Raises:
+        UserError: as `save`.
+    """
+    with _writing(checkpoints, step) as partial:
+        (partial / _PARTS).mkdir(parents=True, exist_ok=True)
+        if not write_parts(parts, partial / _PARTS):
+            return False
+        last = partial / "last"  # two may see all parts at the same time
+        try:
+            last.touch(exist_ok=False)
+        except (FileExistsError, FileNotFoundError):
+            return False
+        last.unlink()
+        _complete(partial, checkpoints, step, state)
+    return True
+
+
+@contextmanager
+def _writing(checkpoints: Path, step: int) -> Iterator[Path]:
+    """The temporary folder of a checkpoint, which is removed when writing fails.
+
+    Raises:
+        UserError: writing failed.
+    """
+    final = folder_of(checkpoints, step)
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        yield partial
+    except (OSError, RuntimeError, SafetensorError) as error:  # how this file, torch and safetensors report a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"the checkpoint {final} could not be written ({error}): free some space and run the same command again, "
-            "it goes on from the newest whole checkpoint."
+            "it goes on from the newest whole checkpoint.",
+            key=str(final),
+            code="damaged",
         ) from None
-    return final
+
+
+def _complete(partial: Path, checkpoints: Path, step: int, state: dict[str, Any]) -> None:
+    """Write state and manifest, and give the folder its name."""
+    final = folder_of(checkpoints, step)
+    torch.save(state, partial / "state.pt")
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    manifest = {"step": step, "files": {path.relative_to(partial).as_posix(): _checksum(path) for path in files}}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _sync(checkpoints)
 
 
 def newest(checkpoints: Path) -> tuple[int, list[str]]:
@@ -82,12 +137,31 @@ def newest(checkpoints: Path) -> tuple[int, list[str]]:
     return 0, complaints
 
 
-def load(checkpoints: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The weights and the state of one step's checkpoint, as `save` took them."""
+Weights = dict[str, dict[str, Tensor]]
+
+
+def load(checkpoints: Path, step: int, parts: bool = True) -> tuple[Weights, dict[str, Any]]:
+    """The weights and the state of one step's checkpoint, whole, in whichever layout it was saved.
+
+    Args:
+        parts: whether to read what lies in parts; without them `join_parts` has to.
+    """
     folder = folder_of(checkpoints, step)
-    weights = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    weights: Weights = state.pop("weights", {})
+    weights |= {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    if parts:
+        join_parts(checkpoints, step, weights, state, {})
     return weights, state
+
+
+def join_parts(
+    checkpoints: Path, step: int, weights: Weights, state: dict[str, Any], like: Mapping[str, Tensor]
+) -> None:
+    """Add what lies in parts to the weights and the state of a checkpoint, placed as `distributed.read_parts` does."""
+    folder = folder_of(checkpoints, step) / _PARTS
+    if folder.is_dir():
+        join(read_parts(folder, like), {"weights": weights, "optimisers": state["optimisers"]})
 
 
 def prune(checkpoints: Path, step: int, keep: int, keep_every: int = 0) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -41,7 +41,7 @@ from carrara.training.progress import Outcome, Progress, Window
 from carrara.training.rates import learning_rate
 from carrara.training.resume import changes, check, check_data, restore
 from carrara.training.run import Run
-from carrara.training.state import copied, put_weights
+from carrara.training.state import copied, pattern, put_weights, split
 from carrara.training.step import LossScale, Stepper, autocast
 from carrara.training.task import make_task
 from carrara.training.validation import validate
@@ -108,7 +108,8 @@ class Trainer:
         distributed.first_tells(self._refuse_full_disk)
         found, complaints = distributed.first_tells(lambda: checkpoint.newest(self.run.checkpoints))
         self.notices += complaints
-        weights, state = checkpoint.load(self.run.checkpoints, found) if found else ({}, {})
+        sharded = training.parallel == "fsdp" and self.processes.world > 1  # reads its parts when it is
+        weights, state = checkpoint.load(self.run.checkpoints, found, parts=not sharded) if found else ({}, {})
         self.flops_per_image = self._count_flops()
         self.micro_batch = self._micro_batch(state.get("setting", {}).get("micro_batch"))
         players = self._over_processes()
@@ -230,7 +231,7 @@ class Trainer:
         with self.phases("saving"):
             if self.step > first:
                 self.save_checkpoint()
-                distributed.first_tells(self.writer.wait)
+                distributed.all_or_none(self.writer.wait)
             if self.step == training.steps:
                 self._save_models()
 
@@ -270,13 +271,13 @@ class Trainer:
             self._late.append(f"{name} of step {self.step} failed and is left out: {type(error).__name__}: {error}")
 
     def _rescue(self) -> None:
-        """Save a healthy run that ends by a failure; sharded weights cannot be gathered by one process alone."""
+        """Save a healthy run that ends by a failure. Nothing here waits for other processes: of sharded weights each
+        writes its parts when it fails, alone or because it misses the one that did."""
         with suppress(Exception):
-            self.end_interval()
+            if all(outcome.taken for _, _, outcomes in self._interval for outcome in outcomes):
+                self.end_interval()
         saved = self.step <= self._saved and not self.writer.failed
-        if saved or self.bad_steps or not self.processes.first:
-            return
-        if distributed.is_sharded(self.network):
+        if saved or self.bad_steps or self._interval:
             return
         with suppress(Exception):  # a write that failed before is tried again
             self.writer.wait()
@@ -360,15 +361,19 @@ class Trainer:
             self.log.write({**entry, **self.stepper.loss_scale, "timing": timing})
         self.window = Window()
 
-    def _whole(self, network: nn.Module) -> nn.Module:
-        """The network as one process can run it without the others, uncompiled. All must call this."""
+    def _whole(self, network: nn.Module, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The network as one process can run it without the others, uncompiled.
+
+        Args:
+            weights: of the network; by default they are gathered, for which all processes must call this.
+        """
         if not distributed.is_sharded(network) and not (self.recipe.training.compile and network is self.network):
             return network
         assert self._plain is not None  # kept before the network was sharded or compiled
         plain = copy.deepcopy(self._plain).to_empty(device=self.processes.device).eval()
         for name, buffer in network.named_buffers():  # never sharded, and some are in no state dict
             plain.get_buffer(name).copy_(buffer)
-        put_weights(plain, copied(network.state_dict()))
+        put_weights(plain, weights or copied(network.state_dict()))
         return plain
 
     def _preview(self) -> None:
@@ -428,16 +433,22 @@ class Trainer:
     def save_checkpoint(self) -> Path:
         """Copy the state, and write it behind the training's back; then old checkpoints are pruned."""
         self.end_interval()
-        distributed.first_tells(self.writer.wait)  # the memory of the copy is what is being written
+        distributed.all_or_none(self.writer.wait)  # the memory of the copy is what is being written
         return self._write_checkpoint()
 
     def _write_checkpoint(self) -> Path:
         step, training = self.step, self.recipe.training
         folder = checkpoint.folder_of(self.run.checkpoints, step)
         self._saved = step
-        if not self.processes.first and not distributed.is_sharded(self.network):
+        sharded = distributed.is_sharded(self.network)
+        if not self.processes.first and not sharded:
             return folder
-        self._copy = copied(self._tensors(), self._copy)
+        tensors = self._tensors()
+        if sharded:
+            own, tensors = split({key: tensors[key] for key in ("weights", "optimisers")})
+            parts = distributed.copy_parts(own)
+            tensors["objective"] = self.objective.state_dict()
+        self._copy = copied(tensors, self._copy)
         weights = self._copy["weights"]
         state = {
             "carrara": carrara.__version__,
@@ -455,11 +466,13 @@ class Trainer:
         }
 
         def write() -> None:
-            checkpoint.save(self.run.checkpoints, step, weights, state)
+            if not sharded:
+                checkpoint.save(self.run.checkpoints, step, weights, state)
+            elif not checkpoint.save_parts(self.run.checkpoints, step, parts, {**state, "weights": weights}):
+                return
             checkpoint.prune(self.run.checkpoints, step, training.keep_checkpoints, training.keep_every)
 
-        if self.processes.first:
-            self.writer.start(write)
+        self.writer.start(write)
         return folder
 
     def _save_snapshot(self) -> None:
@@ -470,13 +483,15 @@ class Trainer:
             self.writer.start(lambda: checkpoint.save(self.run.snapshots, step, weights, {"step": step}))
 
     def _save_models(self) -> None:
-        """The mean of the first decay as the run's model, those of the others beside it."""
-        for name, mean in self.means.items():
+        """The mean of the first decay as the run's model, those of the others in folders of their own. Of sharded
+        weights they are read back from the checkpoint, so that no device has to hold them whole."""
+        weights: checkpoint.Weights = {}
+        if distributed.is_sharded(self.network) and self.processes.first:
+            weights, _ = checkpoint.load(self.run.checkpoints, self.step)
+        for name, mean in self.means.items() if self.processes.first else ():
             if isinstance(mean.decay, Exponential):
-                network = self._whole(mean.module)
                 folder = self.run.model if name == "ema" else self.run.folder / f"model-{name}"
-                if self.processes.first:
-                    self.task.save(network, folder, f"EMA of step {self.step}")
+                self.task.save(self._whole(mean.module, weights.get(name)), folder, f"EMA of step {self.step}")
 
     def setting(self) -> dict[str, Any]:
         """What changes the last bits of the sums though not the result, for the checkpoint."""
@@ -500,6 +515,9 @@ class Trainer:
         """Continue from a checkpoint."""
         self.notices += check_data(state, self._data, self.run.folder, accept_changes)
         check(state, self.recipe, self.run.folder, self.class_names, self.task.codec)
+        if distributed.is_sharded(self.network):
+            like = pattern(self._modules, self.stepper.optimisers)
+            checkpoint.join_parts(self.run.checkpoints, state["step"], weights, state, like)
         restore(state, weights, self._modules, self.stepper.optimisers, self.run.folder)
         self.objective.load_state_dict(state["objective"])
         if self.stepper.scale is not None and state["scale"] is not None:

@@ -33,6 +33,42 @@ def copied(value: Any, place: Any = None) -> Any:
     return value
 
 
+def split(tree: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[Any, Any]]:
+    """The tensors of nested data by their paths ("weights/ema/out.bias"), and the data without them; single numbers
+    stay in the data. `join` is its inverse."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[Any, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Tensor) and value.ndim:
+            tensors[f"{prefix}{key}"] = value
+        elif isinstance(value, Mapping):
+            inner, rest[key] = split(value, f"{prefix}{key}/")
+            tensors |= inner
+        else:
+            rest[key] = value
+    return tensors, rest
+
+
+def join(tensors: Mapping[str, Tensor], rest: dict[Any, Any]) -> None:
+    """Put tensors back into the data that they were split from, in place."""
+    for path, values in tensors.items():
+        *places, name = path.split("/")
+        node = rest
+        for place in places:  # an optimiser numbers its parameters
+            node = node[place if place in node else int(place)]
+        node[name] = values
+
+
+def pattern(modules: Mapping[str, nn.Module], optimisers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """How the tensors of a checkpoint lie on this process, by their paths; both moments lie as their parameter."""
+    moments = {
+        name: {"state": dict(enumerate({"exp_avg": p, "exp_avg_sq": p} for g in o.param_groups for p in g["params"]))}
+        for name, o in optimisers.items()
+    }
+    weights = {name: module.state_dict() for name, module in modules.items()}
+    return split({"weights": weights, "optimisers": moments})[0]
+
+
 def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Fill a module, sharded or not, from whole weights.
 
