@@ -7,6 +7,7 @@ Training, sampling and evaluation share it. One process is the plain case and ne
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -245,6 +246,8 @@ def spread_like(pattern: Tensor, values: Tensor) -> Tensor:
 
 # ---- parts of sharded tensors on disk: each process writes and reads its own -------------------------------
 
+_ALONE = "torch.distributed is disabled"  # a warning of its checkpoints, when a process needs no other: that is meant
+
 
 def copy_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This process's parts of sharded tensors, copied to the CPU; of tensors that all hold whole, on the first."""
@@ -270,6 +273,7 @@ def write_parts(parts: Mapping[str, Tensor], folder: Path) -> bool:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    warnings.filterwarnings("ignore", _ALONE)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = folder / f"process-{rank:05}"
     try:
@@ -293,6 +297,7 @@ def read_parts(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    warnings.filterwarnings("ignore", _ALONE)
     reader = HuggingFaceStorageReader(str(folder))
     tensors: dict[str, Any] = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
