@@ -1,4 +1,4 @@
-"""The U-Net on a CPU beside what else one can run it with: diffusers eager, ONNX Runtime and OpenVINO.
+"""The U-Net on a CPU against what else one can run it with: diffusers eager, ONNX Runtime and OpenVINO.
 
     python -m benchmarks.runtimes [--rounds 20] [--threads 2] [--busy 1] [--batch 16] [--only carrara onnxruntime]
 
@@ -34,6 +34,10 @@ from carrara.networks.packed import packed_weights
 
 CLI = {"GOMP_SPINCOUNT": "1000"}
 """What the command line sets, before PyTorch is loaded."""
+
+
+PAUSE = 0.2
+"""Seconds before each turn, in which the threads of the contestant before go to sleep."""
 
 
 class Named(nn.Module):
@@ -196,9 +200,12 @@ def measure(names: list[str], path: Path, options: argparse.Namespace) -> dict[s
             for turn in range(options.rounds + 1):
                 if time.perf_counter() > end:
                     break
-                for name, process in processes.items():
-                    question(process)
-                    if seconds := answer(process) if turn else answer(process) and []:
+                first = turn % len(names)  # nobody always follows the same one
+                for name in names[first:] + names[:first]:
+                    time.sleep(PAUSE)
+                    question(processes[name])
+                    seconds = answer(processes[name])
+                    if turn:  # the first round warms up
                         times[name].append(seconds)
     finally:
         for process in processes.values():
