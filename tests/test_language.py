@@ -26,13 +26,12 @@ LEFT = {
     "process": 0,
     "recipe": 0,
     "solvers": 0,
-    "training": 45,
+    "training": 0,
 }
 """How many are left in each room; lower a number when you have cleaned it, never raise one."""
 
 
 LEFT_IN_PAGES = {
-    "src/carrara/distributed.py": 9,
     "src/carrara/errors.py": 1,
     "src/carrara/model.py": 1,
 }

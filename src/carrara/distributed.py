@@ -75,7 +75,7 @@ def _together() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-# ---- what all tell each other: every process must call these alike ---------------------------------------
+# ---- exchanged between all: every process must call these alike ---------------------------------------
 
 
 def gather(values: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def any_of(flag: bool) -> bool:
     return bool(gather(torch.tensor([flag])).any()) if _together() else flag
 
 
-def first_tells(function: Callable[[], Result]) -> Result:
+def run_on_rank0(function: Callable[[], Result]) -> Result:
     """What the function gives on the first process, on all of them.
 
     Raises:
@@ -110,19 +110,19 @@ def first_tells(function: Callable[[], Result]) -> Result:
     """
     if not _together():
         return function()
-    told: list[Any] = [None, None]
+    answer: list[Any] = [None, None]
     failure: Exception | None = None
     if torch.distributed.get_rank() == 0:
         try:
-            told[0] = function()
+            answer[0] = function()
         except Exception as error:
-            failure, told[1] = error, error if isinstance(error, UserError) else UserError(str(error))
-    torch.distributed.broadcast_object_list(told, src=0)
+            failure, answer[1] = error, error if isinstance(error, UserError) else UserError(str(error))
+    torch.distributed.broadcast_object_list(answer, src=0)
     if failure is not None:
         raise failure
-    if told[1] is not None:
-        raise told[1]
-    result: Result = told[0]
+    if answer[1] is not None:
+        raise answer[1]
+    result: Result = answer[0]
     return result
 
 
@@ -151,7 +151,7 @@ def in_turn(items: Sequence[Item], work: Callable[[Item], Result]) -> Iterator[R
             yield result
 
 
-def all_or_none(function: Callable[[], Result]) -> Result:
+def fail_together(function: Callable[[], Result]) -> Result:
     """What the function gives on this process, where it gives something on every one.
 
     Raises:
@@ -164,7 +164,9 @@ def all_or_none(function: Callable[[], Result]) -> Result:
     except UserError as error:
         failure = error
     if any_of(failure is not None):
-        raise failure or UserError("another process cannot go on: its own message says why.")
+        raise failure or UserError(
+            "another process cannot go on: its own message has the reason.", key="processes", code="unsupported"
+        )
     return result[0]
 
 
@@ -173,14 +175,14 @@ def all_or_none(function: Callable[[], Result]) -> Result:
 
 def replicated(module: nn.Module) -> nn.Module:
     """The module with gradients averaged over the processes, each of which holds it whole (DDP)."""
-    # Without the search for unused parameters DDP lays out its buckets anew after the first step: the sums of
+    # Without the search for unused parameters DDP lays out its buckets again after the first step: the sums of
     # three and more processes, whose order depends on that, would have other last bits after a resume.
     several = torch.distributed.get_world_size() > 2
     return nn.parallel.DistributedDataParallel(module, find_unused_parameters=several)
 
 
 def shard(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
-    """Spread the module's parameters over the processes (FSDP2), in place.
+    """Shard the module's parameters over the processes (FSDP2), in place.
 
     Args:
         blocks: submodules that are gathered on their own, each right before it is used.
@@ -233,7 +235,7 @@ def whole(values: Tensor) -> Tensor:
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
-def spread_like(pattern: Tensor, values: Tensor) -> Tensor:
+def shard_like(pattern: Tensor, values: Tensor) -> Tensor:
     """A whole tensor, known to every process, sharded as `pattern` is, on its device."""
     if not _together():
         return values.to(pattern.device)

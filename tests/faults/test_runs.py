@@ -132,7 +132,7 @@ def met(data: Path, run: Path) -> str:
 def test_a_fault_of_one_process_stops_all_so_that_none_waits(tmp_path: Path) -> None:
     first, second = together(2, met, folder(tmp_path / "data", files(12)), tmp_path / "run")
     assert second.startswith("the shard 1.tar is gone")
-    assert first == "another process cannot go on: its own message says why."
+    assert first == "another process cannot go on: its own message has the reason."
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from torch import nn
 
 from carrara import DiffusionModel
 from carrara.training import Trainer
+from tests.errors import refused
 from tests.runs import tiny_recipe, train
 from tests.training.test_loop import assert_same_bits, log_of
 
@@ -64,6 +69,40 @@ def test_a_traced_network_trains_and_resumes_to_the_same_bits(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "straight" / "checkpoints" / "step-00000004")
     notices = [progress.notice for progress in train(eager, tmp_path / "straight") if progress.notice]
     assert any("made with compile True, this is False: bits may differ" in notice for notice in notices)
+
+
+def no_triton(patch: pytest.MonkeyPatch) -> None:
+    def forward(*_: object) -> None:
+        raise RuntimeError("Cannot find a working triton installation.\nMore lines\n")
+
+    patch.setattr(nn.Module, "compile", lambda module: setattr(module, "forward", forward))
+
+
+def no_text(patch: pytest.MonkeyPatch) -> None:
+    def forward(*_: object) -> None:
+        raise OSError
+
+    patch.setattr(nn.Module, "compile", lambda module: setattr(module, "forward", forward))
+
+
+@pytest.mark.parametrize("lacks", [no_triton, no_text])
+def test_a_machine_that_cannot_compile_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    lacks(monkeypatch)
+    with refused("unsupported", "training.compile"):
+        Trainer(RECIPE, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_without_a_compiler_ends_in_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "carrara", "train", "digits", "--set", "training.compile=true", "--out", "run"]
+    cache = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | cache, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert "training.compile" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def _evaluate(request: EvaluateRequest, report: Report) -> None:
     if request.report is not None and evaluation is not None and work.real is not None:
         whole = page.of_evaluation(request.subject, replace(evaluation, metrics=metrics), work.real, work.known, filled)
         path = request.report
-        distributed.first_tells(lambda: whole.write(path))
+        distributed.run_on_rank0(lambda: whole.write(path))
         report(Saved("report", path))
     distributed.finish()
 
@@ -120,7 +120,7 @@ def _sweep(request: SweepRequest, report: Report) -> None:
 
     cells = [{"line": c.line, "place": c.place, "metrics": json.loads(stamp.to_json(f))} for c, f in filled.cells]
     report(Metrics("table", {"table": kind, "protocol": dict(filled.protocol), "cells": cells}, filled))
-    distributed.first_tells(write)
+    distributed.run_on_rank0(write)
     report(Saved("table", request.out))
     distributed.finish()
 

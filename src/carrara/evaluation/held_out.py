@@ -12,7 +12,7 @@ from torch import Tensor
 
 from carrara.condition import Condition
 from carrara.conditioning import NullForm
-from carrara.distributed import first_tells, in_turn
+from carrara.distributed import in_turn, run_on_rank0
 from carrara.evaluation.bootstrap import mean_interval
 from carrara.evaluation.bound import Bound, bits_per_dimension
 from carrara.evaluation.likelihood import Likelihood, flow_likelihood
@@ -86,7 +86,7 @@ def measure_held_out(
         sampling={"weights": model.origin, "condition": source, "seed": seed},
     )
     kind = variance or ("learned" if model.learned_variance else "small")
-    return first_tells(
+    return run_on_rank0(
         lambda: {
             **_bound_metrics(bound, stamp.with_settings(levels=len(bound.times), variance=kind, cdf="erf")),
             **_flow_metric(estimates, stamp.with_settings(steps=steps, trace="hutchinson", probes=probes)),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.codecs.perceptual import Perceptual
-from carrara.distributed import first_tells, in_turn
+from carrara.distributed import in_turn, run_on_rank0
 from carrara.errors import UserError
 from carrara.evaluation.bootstrap import mean_interval
 from carrara.evaluation.pictures import Pictures, refuse_other_shape
@@ -103,7 +103,7 @@ def reconstruction(
         reference_hash=hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest(),
         sampling={"pictures": Path(pictures.name).name, **pictures.sampling},
     )
-    return first_tells(lambda: measure_reconstruction(joined, stamp, checksum))
+    return run_on_rank0(lambda: measure_reconstruction(joined, stamp, checksum))
 
 
 def measure_reconstruction(

@@ -19,7 +19,7 @@ from carrara.classifier import Classifier
 from carrara.codecs import Codec
 from carrara.data import Example, Preprocess, Source, open_source
 from carrara.data.batches import in_threads, normalised
-from carrara.distributed import first_tells
+from carrara.distributed import run_on_rank0
 from carrara.errors import UserError, nearest
 from carrara.evaluation.survey import Survey, samples_of, survey
 from carrara.images import from_uint8, to_uint8
@@ -241,7 +241,7 @@ def data_pictures(
         split,
         OWN_SIZE if size.resolution is None else prepare.describe(),
         256 if rounded else source.levels,
-        survey=first_tells(lambda: survey(source, order, prepare.channels)),
+        survey=run_on_rank0(lambda: survey(source, order, prepare.channels)),
         reading=f"{prepare.describe()}, {'8 bits' if rounded else f'{source.levels} values'}",
     )
 

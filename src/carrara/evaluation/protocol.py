@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from carrara.classifier import Classifier
-from carrara.distributed import first_tells
+from carrara.distributed import run_on_rank0
 from carrara.errors import UserError, nearest
 from carrara.evaluation import evaluator as svcs
 from carrara.evaluation.collect import Collected, collect_together
@@ -299,7 +299,7 @@ def evaluate(
                 measured |= metric.measure(seen)
         return measured
 
-    return Evaluation(first_tells(metrics), collected, samples.labels, tuple(notices))
+    return Evaluation(run_on_rank0(metrics), collected, samples.labels, tuple(notices))
 
 
 def stamp_of(samples: Pictures, reference: Reference, features: Features, collected: Collected) -> Stamp:

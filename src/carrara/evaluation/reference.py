@@ -22,7 +22,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from carrara.distributed import first_tells
+from carrara.distributed import run_on_rank0
 from carrara.errors import UserError
 from carrara.evaluation.collect import ROWS, Collected, collect_together
 from carrara.evaluation.features import Features, Pixels
@@ -226,11 +226,11 @@ def collected_reference(
         device: where the features are computed, which decides their last digits.
     """
     key = _cache_key(pictures, features, rows, str(device))
-    collected = None if key is None else first_tells(lambda: _cached(key))
+    collected = None if key is None else run_on_rank0(lambda: _cached(key))
     if collected is None:
         collected = collect_together(pictures, features, rows, progress=progress)
         if key is not None:
-            first_tells(lambda: _keep(key, collected))
+            run_on_rank0(lambda: _keep(key, collected))
     elif progress is not None:
         progress(pictures.count)
     labels = None if pictures.labels is None else pictures.labels[: len(collected.rows)]

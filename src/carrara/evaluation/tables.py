@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from carrara import images as pictures
-from carrara.distributed import first_tells
+from carrara.distributed import run_on_rank0
 from carrara.errors import UserError
 from carrara.evaluation import plots, stamp
 from carrara.evaluation.measure import frechet_name
@@ -168,14 +168,14 @@ def fill(
     Raises:
         UserError: the folder holds another table.
     """
-    first_tells(lambda: _start(folder, kind, plan, protocol))
+    run_on_rank0(lambda: _start(folder, kind, plan, protocol))
     filled: list[tuple[Cell, Measurements]] = []
     for cell in plan:
         kept = folder / f"{cell.stem}.json"
-        metrics = first_tells(lambda kept=kept: stamp.load(kept) if kept.is_file() else None)  # type: ignore[misc]
+        metrics = run_on_rank0(lambda kept=kept: stamp.load(kept) if kept.is_file() else None)  # type: ignore[misc]
         if metrics is None:
             found = measure(cell)
-            first_tells(lambda cell=cell, found=found: _keep(folder, cell, found))  # type: ignore[misc]
+            run_on_rank0(lambda cell=cell, found=found: _keep(folder, cell, found))  # type: ignore[misc]
             metrics = found.metrics
         filled.append((cell, metrics))
     return Table(kind, filled, protocol, folder)

@@ -106,7 +106,7 @@ def _writing(checkpoints: Path, step: int) -> Iterator[Path]:
             f"the checkpoint {final} could not be written ({error}): free some space and run the same command again, "
             "it goes on from the newest whole checkpoint.",
             key=str(final),
-            code="damaged",
+            code="resources",
         ) from None
 
 
@@ -197,47 +197,49 @@ def refuse_full_disk(checkpoints: Path, needed: int) -> None:
     if free < needed - there:
         raise UserError(
             f"the checkpoints of this run need {(needed - there) / 1e9:,.2f} GB more on the disk of {checkpoints}, "
-            f"where {free / 1e9:,.2f} GB are free: make room, name another --out, or lower training.keep_checkpoints."
+            f"where {free / 1e9:,.2f} GB are free: make room, name another --out, or lower training.keep_checkpoints.",
+            key="training.keep_checkpoints",
+            code="resources",
         )
 
 
 class Writer:
-    """Writes checkpoints behind the training's back, one after the other.
+    """Writes checkpoints in a thread while training continues, one after the other.
 
     Training only waits for a consistent copy of the state, and for the write before where that is still under way.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
-        self._under_way: Future[object] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_lower_priority)
+        self._current: Future[object] | None = None
 
     def start(self, write: Callable[[], object]) -> None:
-        """Wait for the write before, then begin this one."""
+        """Wait for the previous write, then start this one."""
         self.wait()
-        self._under_way = self._thread.submit(write)
+        self._current = self._thread.submit(write)
 
     @property
     def failed(self) -> bool:
-        """Whether the last write has ended and went wrong; `wait` says how."""
-        ended = self._under_way is not None and self._under_way.done()
-        return ended and self._under_way is not None and self._under_way.exception() is not None
+        """Whether the last write has failed; `wait` raises its error."""
+        ended = self._current is not None and self._current.done()
+        return ended and self._current is not None and self._current.exception() is not None
 
     def wait(self) -> None:
-        """Come back when nothing is being written.
+        """Return when nothing is being written.
 
         Raises:
             UserError: as `save`.
         """
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
+        current, self._current = self._current, None
+        if current is not None:
+            current.result()
 
     def close(self) -> None:
-        """Let the write that is under way end, whatever becomes of it."""
+        """Wait for the write in progress, even if it fails."""
         self._thread.shutdown(wait=True)
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     """Let training go first: checksums are in less of a hurry. Not last of all, since training waits for a write that
     is still under way when the next is due."""
     if sys.platform == "linux":  # where a single thread has a priority of its own
@@ -253,7 +255,7 @@ def _steps(checkpoints: Path) -> list[int]:
 
 
 def _verify(folder: Path) -> str | None:
-    """None where every file is as the manifest says, else what is wrong."""
+    """None where every file matches the manifest, else what is wrong."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, checksum in manifest["files"].items():

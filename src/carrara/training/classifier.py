@@ -1,4 +1,4 @@
-"""Training a classifier of noisy images, for guidance, or of clean ones, as a judge."""
+"""Training a classifier of noisy images, for guidance, or of clean ones, for evaluation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class ClassifierTask:
         if source.class_names is None:
             raise UserError(
                 f"a classifier learns from classes, but {source.name} has none: sort the images into one folder per "
-                "class."
+                "class.",
+                key="data.path",
+                code="missing",
             )
         self.recipe, self.device = recipe, processes.device
         self.names = tuple(source.class_names)

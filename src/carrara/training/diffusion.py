@@ -138,7 +138,7 @@ class DiffusionTask:
             prepare=images.prepare,
             source=images.source,
         )
-        distributed.first_tells(lambda: len(opened()))  # it hashes everything, for all processes
+        distributed.run_on_rank0(lambda: len(opened()))  # it hashes everything, for all processes
         latents = opened(verify=False)
         return LatentBatches(
             latents,

@@ -82,7 +82,7 @@ class EMA:
 
 
 def decays_of(training: Training) -> dict[str, Callable[[int], float]]:
-    """The means that a recipe asks for, by the names of their files; samples are made from "ema"."""
+    """The means that a recipe names, by the names of their files; samples are made from "ema"."""
     first, *others = training.decays
     decays: dict[str, Callable[[int], float]] = {"ema": Exponential(first)}
     decays |= {f"ema-{decay:g}": Exponential(decay) for decay in others}

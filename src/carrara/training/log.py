@@ -1,4 +1,4 @@
-"""The log of a run: `log.jsonl` always, and a tracker beside it."""
+"""The log of a run: `log.jsonl` always, and a tracker in addition."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from carrara.training.run import flat
 
 
 class Tracker(Protocol):
-    """Where figures and pictures go beside `log.jsonl`."""
+    """Where numbers and pictures go in addition to `log.jsonl`."""
 
     def numbers(self, values: dict[str, float], step: int) -> None:
-        """Add the figures of one step."""
+        """Add the numbers of one step."""
         ...
 
     def picture(self, name: str, image: Tensor, step: int) -> None:
@@ -63,7 +63,9 @@ class WeightsAndBiases:
             import wandb  # type: ignore[import-not-found, unused-ignore]
         except ImportError:
             raise UserError(
-                "training.tracker=wandb needs the package wandb: install it, or use tensorboard or none."
+                "training.tracker=wandb needs the package wandb: install it, or use tensorboard or none.",
+                key="training.tracker",
+                code="missing",
             ) from None
         self._wandb: Any = wandb
         name = folder.resolve().name
@@ -120,7 +122,7 @@ class Log:
                 self.tracker.numbers(numbers, entry["step"])
 
     def skipped(self, entry: dict[str, Any]) -> None:
-        """Write down a step that was not taken."""
+        """Log a step that was not taken."""
         with self._writing(), open(self._skipped, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -132,7 +134,7 @@ class Log:
 
     def close(self) -> None:
         """Write out what is still in memory."""
-        # A line that found no room was told of when it was written; it is written again on resume.
+        # A line that found no room was reported when it was written; it is written again on resume.
         with contextlib.suppress(OSError):
             self._file.close()
         if self.tracker is not None:
@@ -146,5 +148,7 @@ class Log:
         except OSError as error:
             raise UserError(
                 f"the log {self._file.name} could not be written ({error.strerror or error}): free some space and run "
-                "the same command again, it goes on from the newest whole checkpoint."
+                "the same command again, it goes on from the newest whole checkpoint.",
+                key=str(self._file.name),
+                code="resources",
             ) from None

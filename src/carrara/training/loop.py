@@ -33,6 +33,7 @@ from carrara.objectives import Examples
 from carrara.recipe import Recipe
 from carrara.training import checkpoint
 from carrara.training.assembly import open_batches, open_held_out, spread
+from carrara.training.compilation import check_compiler
 from carrara.training.ema import EMA, Exponential, PowerFunction, decays_of
 from carrara.training.log import Log
 from carrara.training.micro_batch import largest_micro_batch, refuse_sharded
@@ -73,6 +74,8 @@ class Trainer:
         self.recipe = recipe
         self.phases = Phases()
         self.processes: Processes = distributed.start(device)
+        if recipe.training.compile:
+            check_compiler(self.processes.device)
         self.source, images = open_batches(recipe, self.processes)
         self.class_names = list(self.source.class_names or ())
         self.held_out = open_held_out(recipe, self.processes)
@@ -92,21 +95,21 @@ class Trainer:
         self.writer = checkpoint.Writer()
         self._copy: dict[str, Any] = {}  # the last checkpoint's, whose memory serves the next
         self.run = Run(folder, recipe)
-        distributed.first_tells(lambda: self.run.claim(accept_changes))
+        distributed.run_on_rank0(lambda: self.run.claim(accept_changes))
         try:
             self._prepare(accept_changes)
-            distributed.first_tells(self.run.write_recipe)
+            distributed.run_on_rank0(self.run.write_recipe)
         except BaseException:
             self.run.close()
             raise
 
     def _prepare(self, accept_changes: bool) -> None:
-        """What takes time or room: only once the folder is ours."""
-        self._data = distributed.first_tells(lambda: identity(self.source))
+        """What takes time or memory: only once this process holds the folder."""
+        self._data = distributed.run_on_rank0(lambda: identity(self.source))
         training = self.recipe.training
         self.size = sum(p.numel() for module in self.task.modules.values() for p in module.parameters())
-        distributed.first_tells(self._refuse_full_disk)
-        found, complaints = distributed.first_tells(lambda: checkpoint.newest(self.run.checkpoints))
+        distributed.run_on_rank0(self._refuse_full_disk)
+        found, complaints = distributed.run_on_rank0(lambda: checkpoint.newest(self.run.checkpoints))
         self.notices += complaints
         sharded = training.parallel == "fsdp" and self.processes.world > 1  # reads its parts when it is
         weights, state = checkpoint.load(self.run.checkpoints, found, parts=not sharded) if found else ({}, {})
@@ -121,7 +124,7 @@ class Trainer:
             self.objective, training, self.recipe.seed, self.processes, self.micro_batch, self.phases
         )
         if found:
-            self._take_up(weights, state, accept_changes)
+            self._resume(weights, state, accept_changes)
 
     def _refuse_full_disk(self) -> None:
         checkpoint.tidy(self.run.checkpoints)
@@ -138,7 +141,7 @@ class Trainer:
         """Images that this process works on at once.
 
         Args:
-            before: what the checkpoint says; another number would change the last bits.
+            before: of the checkpoint; another number would change the last bits.
         """
         training, processes = self.recipe.training, self.processes
         share = training.batch_size // processes.world
@@ -193,7 +196,7 @@ class Trainer:
         try:
             for notice in self.notices:
                 yield self._notice(notice)
-            distributed.first_tells(self._open_log)
+            distributed.run_on_rank0(self._open_log)
             stacks = self.run.folder / f"stuck-{self.processes.rank}.txt"
             with Watchdog(self.phases, self.recipe.training.stuck_after, stacks):
                 yield from self._train()
@@ -217,7 +220,7 @@ class Trainer:
         self.source.new_notices()  # up to here they are among the run's notices
         while self.step < training.steps and not self._stopping():
             with self.phases("reading data"):
-                batch = distributed.all_or_none(lambda: next(batches))
+                batch = distributed.fail_together(lambda: next(batches))
             yield from map(self._notice, self.source.new_notices())
             loss = self.one_step(batch)
             speed = (self.step - first) * training.batch_size / passed(began, self.phases.clock())
@@ -231,7 +234,7 @@ class Trainer:
         with self.phases("saving"):
             if self.step > first:
                 self.save_checkpoint()
-                distributed.all_or_none(self.writer.wait)
+                distributed.fail_together(self.writer.wait)
             if self.step == training.steps:
                 self._save_models()
 
@@ -241,7 +244,7 @@ class Trainer:
         last = self.step == training.steps
         if training.validate_every and self.step % training.validate_every == 0:
             with self.phases("validating"):
-                self._attempt("validation", self._validate)
+                self._optional("validation", self._validate)
         due, saving = self.step % training.log_every == 0, self.step % training.checkpoint_every == 0
         if due or saving or last:
             with self.phases("waiting for the device"):
@@ -250,7 +253,7 @@ class Trainer:
             self._write_log()
         if self.task.pictures and (self.step % training.sample_every == 0 or last):
             with self.phases("sampling"):
-                self._attempt("the preview", self._preview)
+                self._optional("the preview", self._preview)
         with self.phases("saving"):
             if training.power_ema and self.step % training.power_ema_every == 0:
                 self._save_snapshot()
@@ -258,7 +261,7 @@ class Trainer:
             if saving and not last and not self.bad_steps:
                 self.save_checkpoint()
 
-    def _attempt(self, name: str, work: Callable[[], None]) -> None:
+    def _optional(self, name: str, work: Callable[[], None]) -> None:
         """Do what no run depends on: where it fails there is a notice, and training continues.
 
         Of several processes all fail together, see `_preview`; what a single one cannot do ends the run.
@@ -336,7 +339,7 @@ class Trainer:
             return
         self.bad_steps += 1
         if self.bad_steps >= BAD_STEPS:
-            distributed.first_tells(self._give_up)
+            distributed.run_on_rank0(self._give_up)
 
     def _give_up(self) -> None:
         self.writer.wait()
@@ -344,7 +347,9 @@ class Trainer:
         good = f"the last good checkpoint is that of step {whole}" if whole else "there is no checkpoint yet"
         raise UserError(
             f"{BAD_STEPS} steps in a row had no finite loss or gradient (see {self.run.folder / 'skipped.jsonl'}); "
-            f"{good}: lower training.learning_rate or use training.precision=fp32."
+            f"{good}: lower training.learning_rate or use training.precision=fp32.",
+            key="training.learning_rate",
+            code="not_finite",
         )
 
     # ---- log, previews, validation --------------------------------------------------------------------------
@@ -384,7 +389,7 @@ class Trainer:
         for name, network in (("ema", self.means["ema"].module), ("raw", self.network)):
             whole = self._whole(network)
             with self.phases.moved_by(whole):
-                own, metadata = distributed.all_or_none(partial(self._shown, whole, rows))
+                own, metadata = distributed.fail_together(partial(self._shown, whole, rows))
             images = distributed.gather(own.to(self.processes.device)).cpu()[: self.task.pictures]
             if self.log is not None:
                 sheet = pictures.grid(images)
@@ -407,8 +412,8 @@ class Trainer:
         whole = self._whole(self.means["ema"].module)
         objective = self.task.objective({**self.task.modules, first: whole})
         with self.phases.moved_by(whole):
-            figures = validate(objective, self.task.examples, self.held_out, self.recipe.training.validation_images)
-        self.window.validation = {"step": self.step, **figures}
+            metrics = validate(objective, self.task.examples, self.held_out, self.recipe.training.validation_images)
+        self.window.validation = {"step": self.step, **metrics}
 
     # ---- on disk -----------------------------------------------------------------------------------------
 
@@ -421,7 +426,7 @@ class Trainer:
         }
 
     def _reserve(self) -> None:
-        """Have the memory of the checkpoints' copy handed out behind the training's back, before the first of them."""
+        """Allocate the memory of the checkpoints' copy in the background, before the first of them."""
         if self.processes.first and not distributed.is_sharded(self.network):
             live = self._tensors()
 
@@ -431,9 +436,9 @@ class Trainer:
             self.writer.start(reserve)
 
     def save_checkpoint(self) -> Path:
-        """Copy the state, and write it behind the training's back; then old checkpoints are pruned."""
+        """Copy the state and write it in the background; then old checkpoints are pruned."""
         self.end_interval()
-        distributed.all_or_none(self.writer.wait)  # the memory of the copy is what is being written
+        distributed.fail_together(self.writer.wait)  # the memory of the copy is what is being written
         return self._write_checkpoint()
 
     def _write_checkpoint(self) -> Path:
@@ -511,8 +516,8 @@ class Trainer:
         codec = self.task.codec
         return None if codec is None else {"kind": codec.kind, "hash": codecs.content_hash(codec)}
 
-    def _take_up(self, weights: dict[str, Any], state: dict[str, Any], accept_changes: bool) -> None:
-        """Continue from a checkpoint."""
+    def _resume(self, weights: dict[str, Any], state: dict[str, Any], accept_changes: bool) -> None:
+        """Resume from a checkpoint."""
         self.notices += check_data(state, self._data, self.run.folder, accept_changes)
         check(state, self.recipe, self.run.folder, self.class_names, self.task.codec)
         if distributed.is_sharded(self.network):

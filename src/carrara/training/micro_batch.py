@@ -26,13 +26,13 @@ def largest_micro_batch(
     largest: int,
     processes: Processes,
 ) -> tuple[int, list[str]]:
-    """The share of the batch, halved until a forward and a backward pass fit into memory on every process.
+    """This process's part of the batch, halved until a forward and a backward pass fit into memory on every process.
 
     Args:
         network: plain, not over several processes: each process tries on its own.
         forward: the forward pass.
         examples: some of the data, on the device.
-        largest: where the search begins, this process's share.
+        largest: where the search begins, this process's part of the batch.
 
     Returns:
         The size, and a sentence for every one that did not fit.
@@ -48,17 +48,21 @@ def largest_micro_batch(
     if size == 0:
         raise UserError(
             "not even one image fits into memory: choose a smaller network or resolution, or set "
-            "network.checkpointing=true."
+            "network.checkpointing=true.",
+            key="training.micro_batch",
+            code="resources",
         )
     return size, notices
 
 
 def refuse_sharded(training: Training, processes: Processes) -> None:
-    """Raises UserError where each process cannot try sizes on its own: its weights are sharded."""
+    """Raises UserError if the weights are sharded, so that no process can try sizes on its own."""
     if processes.world > 1 and training.parallel == "fsdp":
         raise UserError(
             "training.micro_batch=auto tries sizes on each process alone, which sharded weights do not allow: "
-            "give a number with training.parallel=fsdp."
+            "give a number with training.parallel=fsdp.",
+            key="training.micro_batch",
+            code="conflict",
         )
 
 

@@ -107,12 +107,12 @@ class Watchdog:
         phases: what the loop is doing.
         limit: seconds in one phase.
         stacks: where the Python stacks of all threads are appended at that moment.
-        say: what the sentence is given to; by default it goes to stderr.
+        report: takes the sentence; default: it is printed to stderr.
     """
 
-    def __init__(self, phases: Phases, limit: float, stacks: Path, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, phases: Phases, limit: float, stacks: Path, report: Callable[[str], None] | None = None) -> None:
         self.phases, self.limit, self.stacks = phases, limit, stacks
-        self.say = say or (lambda sentence: print(f"carrara: {sentence}", file=sys.stderr, flush=True))
+        self.report = report or (lambda sentence: print(f"carrara: {sentence}", file=sys.stderr, flush=True))
         self._reported: tuple[str, float] = ("", limit)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -130,7 +130,7 @@ class Watchdog:
             self.look()
 
     def look(self) -> None:
-        """Say which phase is stuck, if one is."""
+        """Report the phase that is stuck, if one is."""
         current = self.phases.current
         if current is None:
             return
@@ -140,6 +140,6 @@ class Watchdog:
         if lasted < self._reported[1]:
             return
         self._reported = (name, 2 * lasted)
-        self.say(f"nothing has moved for {lasted:,.0f} s while {name}; {self.stacks} says in which line.")
+        self.report(f"nothing has moved for {lasted:,.0f} s while {name}; {self.stacks} has the stacks of all threads.")
         with open(self.stacks, "a", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)

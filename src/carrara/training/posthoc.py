@@ -64,23 +64,31 @@ def reweighted(run: str | Path, sigma_rel: float, step: int | None = None) -> Di
     """
     snapshots = Path(run) / "snapshots"
     if not Path(run).is_dir():
-        raise UserError(f"there is no run folder {run}: give one whose recipe had training.power_ema.")
+        raise UserError(
+            f"there is no run folder {run}: give one whose recipe had training.power_ema.", key="run", code="missing"
+        )
     files = sorted(snapshots.glob("step-*/power-*.safetensors"))
     found = {path: (int(path.parent.name.removeprefix("step-")), _width(path)) for path in files}
     if not found:
         raise UserError(
             f"{run} stored no power-function means: train with training.power_ema=[0.05, 0.1] "
-            "and training.power_ema_every."
+            "and training.power_ema_every.",
+            key="training.power_ema",
+            code="missing",
         )
     if not 0 < sigma_rel < 0.28:
-        raise UserError(f"a relative width lies above 0 and below 0.28, {sigma_rel:g} does not.")
+        raise UserError(f"a relative width lies above 0 and below 0.28, {sigma_rel:g} does not.", key="sigma_rel")
     last = max(at for at, _ in found.values()) if step is None else step
     used = {path: Profile(PowerFunction(width).gamma, at) for path, (at, width) in found.items() if at <= last}
     if not used:
-        raise UserError(f"{run} stored no means up to step {last}: the first are of step {min(found.values())[0]}.")
-    shares = coefficients(list(used.values()), Profile(PowerFunction(sigma_rel).gamma, last))
+        raise UserError(
+            f"{run} stored no means up to step {last}: the first are of step {min(found.values())[0]}.",
+            key="step",
+            code="missing",
+        )
+    weights_of_means = coefficients(list(used.values()), Profile(PowerFunction(sigma_rel).gamma, last))
     model = DiffusionModel.load(run)
-    model.network.load_state_dict(_combined(list(used), shares))
+    model.network.load_state_dict(_combined(list(used), weights_of_means))
     model.origin = f"power-function mean of width {sigma_rel:g} at step {last}, from {len(used)} snapshots"
     return model
 
@@ -89,12 +97,12 @@ def _width(path: Path) -> float:
     return float(path.name.removeprefix("power-").removesuffix(".safetensors"))
 
 
-def _combined(files: Sequence[Path], shares: NDArray[np.float64]) -> dict[str, Tensor]:
-    """Σ share · weights, in float64 and then rounded; one tensor at a time, so that few are in memory."""
+def _combined(files: Sequence[Path], weights_of_means: NDArray[np.float64]) -> dict[str, Tensor]:
+    """Σ coefficient · weights, in float64 and then rounded; one tensor at a time, so that few are in memory."""
     total: dict[str, Tensor] = {}
-    for path, share in zip(files, shares.tolist(), strict=True):
+    for path, factor in zip(files, weights_of_means.tolist(), strict=True):
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call, unused-ignore]
             for key in file.keys():  # noqa: SIM118 (it is no mapping)
-                part = file.get_tensor(key).double() * share
+                part = file.get_tensor(key).double() * factor
                 total[key] = total[key].add_(part) if key in total else part
     return {key: value.float() for key, value in total.items()}

@@ -90,7 +90,9 @@ def restore(
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"the checkpoint of step {state['step']} in {folder} does not fit this recipe (Carrara "
-            f"{state.get('carrara')} wrote it): name another --out. {str(error).splitlines()[0]}"
+            f"{state.get('carrara')} wrote it): name another --out. {str(error).splitlines()[0]}",
+            key="out",
+            code="mismatch",
         ) from None
 
 

@@ -61,9 +61,13 @@ class Run:
         """
         folder, known = self.folder, self.folder / "recipe.yaml"
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file: name a folder for the run.")
+            raise UserError(f"{folder} is a file: name a folder for the run.", key="out", code="exists")
         if folder.is_dir() and not known.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise UserError(f"{folder} holds other files and no run: name an empty or a new folder with --out.")
+            raise UserError(
+                f"{folder} holds other files and no run: name an empty or a new folder with --out.",
+                key="out",
+                code="exists",
+            )
         busy = f"another process is training in {folder}: wait for it, or name another --out."
         self._lock.enter_context(locked(folder, busy))
         try:
@@ -78,7 +82,7 @@ class Run:
         write_whole(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
 
     def close(self) -> None:
-        """Let other processes have the folder."""
+        """Release the folder for other processes."""
         self._lock.close()
 
     @property
@@ -105,13 +109,19 @@ class Run:
         try:
             before = validate(yaml.safe_load(known.read_text(encoding="utf-8")), f"the recipe {known}")
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{known} is damaged ({error}): name another --out, or remove the folder.") from None
-        changes = differences(before, self.recipe)
-        telling = [line for key, line in changes.items() if key not in _HARMLESS and not self._extends(key)]
-        if telling and not accept_changes:
             raise UserError(
-                f"{self.folder} holds a run of another recipe, which differs in {'; '.join(telling)}: "
-                "name another --out, or pass --accept-changes to go on with this one."
+                f"{known} is damaged ({error}): name another --out, or remove the folder.",
+                key=str(known),
+                code="damaged",
+            ) from None
+        changes = differences(before, self.recipe)
+        relevant = [line for key, line in changes.items() if key not in _HARMLESS and not self._extends(key)]
+        if relevant and not accept_changes:
+            raise UserError(
+                f"{self.folder} holds a run of another recipe, which differs in {'; '.join(relevant)}: "
+                "name another --out, or pass --accept-changes to go on with this one.",
+                key="accept_changes",
+                code="mismatch",
             )
 
     def _extends(self, key: str) -> bool:

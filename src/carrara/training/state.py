@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from carrara.distributed import spread_like, whole
+from carrara.distributed import shard_like, whole
 
 
 def copied(value: Any, place: Any = None) -> Any:
@@ -76,7 +76,7 @@ def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         RuntimeError: they do not fit.
     """
     own = module.state_dict()
-    module.load_state_dict({k: spread_like(own[k], v) if k in own else v for k, v in weights.items()})
+    module.load_state_dict({k: shard_like(own[k], v) if k in own else v for k, v in weights.items()})
 
 
 def put_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ def put_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]) ->
 
     def placed(parameter: Tensor, value: Any) -> Any:
         same = isinstance(value, Tensor) and value.shape == parameter.shape
-        return spread_like(parameter, value) if same else value
+        return shard_like(parameter, value) if same else value
 
     entries = {
         index: {key: placed(parameters[index], value) for key, value in entry.items()}

@@ -31,7 +31,7 @@ def validate(
         images: how many.
 
     Returns:
-        Of the loss and of every figure that the objective tells for each sample: its mean by its name, and
+        Of the loss and of every scalar that the objective returns for each sample: its mean by its name, and
         `NAME_by_quarter` of the noise levels where there are any; and of how many `images`.
     """
     player, module = next(iter(objective.players.items()))
@@ -45,13 +45,13 @@ def validate(
         table = gather(torch.stack(list(rows.values()), dim=1)).cpu()
         parts.append(dict(zip(rows, table.unbind(1), strict=True)))
     module.train(training)
-    told = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    quarter, _ = told.pop("quarter").long(), told.pop("times")
-    figures: dict[str, Any] = {}
-    for name, values in told.items():
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    quarter, _ = columns.pop("quarter").long(), columns.pop("times")
+    metrics: dict[str, Any] = {}
+    for name, values in columns.items():
         tally = Tally()
         tally.add(values, quarter)
         name = name.removeprefix("scalar ")
-        figures[name] = tally.total
-        figures |= {f"{name}_by_quarter": tally.by_quarter} if any(tally.counts) else {}
-    return {**figures, "images": len(quarter)}
+        metrics[name] = tally.total
+        metrics |= {f"{name}_by_quarter": tally.by_quarter} if any(tally.counts) else {}
+    return {**metrics, "images": len(quarter)}
