@@ -308,6 +308,9 @@ def test_what_would_fail_late_is_refused_before_the_reference_is_read(
     assert "foo" in refused("evaluate", tiny_run, *real, "--spacing", "foo")
     assert "nowhere" in refused("evaluate", tmp_path / "nowhere", *real)
     assert "181" in refused("evaluate", halves[0], *real, "--n", "181")
+    photos = photographs(tmp_path / "photos", 4)
+    for wish in (("--evaluator", "svc"), ("--per-class",)):
+        assert wish[0] in refused("evaluate", photos, *real, *wish)
     for option in ("--out", "--report"):
         assert str(tmp_path) in refused("evaluate", halves[0], *real, option, tmp_path)
         assert "file" in refused("evaluate", halves[0], *real, option, tmp_path / "file" / "x")
