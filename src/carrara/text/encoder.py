@@ -16,13 +16,16 @@ class TextEncoder(Protocol):
     Attributes:
         kind: the word that recipes and `config.json` name it by.
         slots: the slots of the condition that it fills, with their widths.
-        notices: what is worth telling about the texts that it was given, each once.
+        about: what it is, in words.
     """
 
     kind: ClassVar[str]
 
     @property
     def slots(self) -> Mapping[str, int]: ...
+
+    @property
+    def about(self) -> str: ...
 
     def encode(self, spans: Sequence[Span]) -> Condition:
         """One prompt, as slots of one row. It does not depend on other prompts."""

@@ -106,6 +106,11 @@ class Pretrained:
     def slots(self) -> Mapping[str, int]:
         return {"context": self.width, **({"vector": self._pooled_width()} if self.reading.pooled else {})}
 
+    @property
+    def about(self) -> str:
+        name = self.package or self.family
+        return f"frozen {name}, {self.width} wide, chunks of {self.reading.length} tokens"
+
     def _pooled_width(self) -> int:
         projection = getattr(self.model, "text_projection", None)
         return self.width if projection is None else int(projection.out_features)

@@ -48,6 +48,10 @@ class Vocabulary:
     def slots(self) -> Mapping[str, int]:
         return {"tokens": len(self)}
 
+    @property
+    def about(self) -> str:
+        return f"an encoder trained with the network, {len(self):,} words, prompts of {self.length} tokens"
+
     def __len__(self) -> int:
         """How many ids there are."""
         return int(self._tokenizer.get_vocab_size())

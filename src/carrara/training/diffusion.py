@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from carrara import codecs, conditioning, distributed, networks
 from carrara.codecs import Codec, Identity
 from carrara.condition import Condition
-from carrara.conditioning import Conditioner, DataFacts, LowRes, TrainingInputs, shrink, shrunk_size
+from carrara.conditioning import Conditioner, DataFacts, LowRes, Text, TrainingInputs, shrink, shrunk_size
 from carrara.data import Batch, Batches, LatentBatch, LatentBatches, Source, open_latents
 from carrara.distributed import Processes
 from carrara.errors import UserError
@@ -112,6 +112,8 @@ class DiffusionTask:
             "image": "×".join(map(str, model.shape)),
             "classes": len(model.class_labels.names) if model.class_labels else 0,
         }
+        for text in (conditioner for conditioner in model.conditioners if isinstance(conditioner, Text)):
+            summary["texts"] = text.encoder.about
         if low_res is not None and low_res.factor is not None and low_res.augmentation is not None:
             height, width = shrunk_size(low_res.factor, *model.shape[1:])
             noise = low_res.augmentation.fraction
