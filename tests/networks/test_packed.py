@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from carrara.networks import UNet, UNetParams
+from carrara.networks import UNet, UNetParams, packed
 from carrara.networks.packed import Convolution2d, packed_weights
 
 
@@ -96,3 +96,14 @@ def test_what_is_not_packed_is_computed_as_ever(kind: str) -> None:
         if kind == "gradient":
             result.sum().backward()
             assert layer.weight.grad is not None
+
+
+def test_no_more_is_packed_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, x, t = network(64), torch.randn(2, 3, 16, 16), torch.tensor([3.0])
+    with torch.no_grad():
+        plain = unet(x, t)
+        monkeypatch.setattr("carrara.networks.packed._MOST_BYTES", 1_000_000)
+        with packed_weights():
+            assert torch.equal(unet(x, t), plain)
+            kept = sum(module.weight.nbytes for module in packed._run.packed)
+    assert 0 < kept <= 1_000_000

@@ -15,15 +15,19 @@ _run = threading.local()
 _ONE_SMALL_MAP = 20480
 """PyTorch computes a single map of no more numbers by its own kernel, which rounds otherwise."""
 
+_MOST_BYTES = 2**30
+"""Of copies; the weights of a larger network are packed as far as that goes."""
+
 _Shape = tuple[int, ...]
-_Packed = dict[nn.Module, tuple[_Shape, Tensor]]
+_Packed = dict[nn.Conv2d, tuple[_Shape, Tensor]]
 
 
 @contextmanager
 def packed_weights() -> Iterator[None]:
     """While it lasts, this thread's convolutions keep their packed weights: no weight may change meanwhile.
 
-    The results are the same to the last bit. A second copy of the convolutions' weights is held, on CPUs alone.
+    The results are the same to the last bit. A second copy of the convolutions' weights is held, on CPUs alone, of up
+    to 1 GiB.
     """
     outer = getattr(_run, "packed", None)
     _run.packed = {}
@@ -41,6 +45,8 @@ class Convolution2d(nn.Conv2d):
         if packed is None or torch.compiler.is_compiling() or not self._can_pack(x):
             return super().forward(x)
         known = packed.get(self)
+        if known is None and sum(module.weight.nbytes for module in packed) + self.weight.nbytes > _MOST_BYTES:
+            return super().forward(x)
         if known is None or known[0] != x.shape:
             known = packed[self] = (tuple(x.shape), self._pack(x.shape))
         where = (self.padding, self.stride, self.dilation, self.groups)
