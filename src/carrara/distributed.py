@@ -7,6 +7,7 @@ Training, sampling and evaluation share it. One process is the plain case and ne
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -277,15 +278,17 @@ def write_parts(parts: Mapping[str, Tensor], folder: Path) -> bool:
 
     warnings.filterwarnings("ignore", _ALONE)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    own = folder / f"process-{rank:05}"
+    # Written outside of the folder, which another process may complete and rename as soon as the last file is in it.
+    own = folder.parent.with_name(f"{folder.parent.stem}.process-{rank:05}.partial")
+    shutil.rmtree(own, ignore_errors=True)
     try:
         writer = HuggingFaceStorageWriter(str(own), save_distributed=True)
         save(dict(parts), storage_writer=writer, no_dist=True)
     except CheckpointException as error:  # derives from BaseException
         raise OSError("; ".join(str(reason) for reason, _ in error.failures.values())) from None
     for file in own.iterdir():
-        file.rename(folder / f"{own.name}.safetensors")
-    own.rmdir()
+        file.rename(folder / f"process-{rank:05}.safetensors")
+    shutil.rmtree(own, ignore_errors=True)
     return len(list(folder.glob("*.safetensors"))) == world
 
 

@@ -25,6 +25,22 @@ def steps_of(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir() if path.name.startswith("step"))
 
 
+def test_one_process_alone_completes_a_checkpoint_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both see all parts: the second while the first completes the folder, and again after it has its name."""
+    monkeypatch.setattr(checkpoint, "write_parts", lambda parts, folder: True)
+    complete, late = checkpoint._complete, []
+
+    def completing(*arguments: Any) -> None:
+        late.append(checkpoint.save_parts(tmp_path, 3, {}, {"step": 3}))
+        complete(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_complete", completing)
+    assert checkpoint.save_parts(tmp_path, 3, {}, {"step": 3})
+    assert late == [False]
+    assert checkpoint.newest(tmp_path) == (3, [])
+    assert not list(tmp_path.rglob("last"))
+
+
 def test_the_newest_and_every_so_many_are_kept(tmp_path: Path) -> None:
     written(tmp_path, 10, 20, 30, 40, 50)
     checkpoint.prune(tmp_path, 50, keep=2, keep_every=20)

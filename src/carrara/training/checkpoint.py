@@ -35,6 +35,7 @@ from carrara.errors import UserError
 from carrara.training.state import join
 
 _PARTS = "parts"
+_LAST = "last"  # made by the process that completes the folder, and gone once it has its name
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -79,13 +80,12 @@ def save_parts(checkpoints: Path, step: int, parts: Mapping[str, Tensor], state:
         (partial / _PARTS).mkdir(parents=True, exist_ok=True)
         if not write_parts(parts, partial / _PARTS):
             return False
-        last = partial / "last"  # two may see all parts at the same time
-        try:
-            last.touch(exist_ok=False)
+        try:  # two may see all parts at the same time
+            (partial / _LAST).touch(exist_ok=False)
         except (FileExistsError, FileNotFoundError):
             return False
-        last.unlink()
         _complete(partial, checkpoints, step, state)
+    (folder_of(checkpoints, step) / _LAST).unlink(missing_ok=True)
     return True
 
 
@@ -114,7 +114,7 @@ def _complete(partial: Path, checkpoints: Path, step: int, state: dict[str, Any]
     """Write state and manifest, and give the folder its name."""
     final = folder_of(checkpoints, step)
     torch.save(state, partial / "state.pt")
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    files = sorted(path for path in partial.rglob("*") if path.is_file() and path.name != _LAST)
     manifest = {"step": step, "files": {path.relative_to(partial).as_posix(): _checksum(path) for path in files}}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in [*partial.rglob("*"), partial]:
