@@ -102,6 +102,10 @@ def test_a_folder_holds_it(tmp_path: Path) -> None:
     with torch.no_grad():
         again.network.image_head.weight.add_(1)
     assert again.name != own.name
+    other = Scorer(own.network, Vocabulary.train([*CAPTIONS, "another word"], 300, 8))
+    assert other.name != own.name
+    with refused("shape", key="texts"):
+        rank(own, images, texts[:1])
     (tmp_path / "scorer" / "tokenizer.json").unlink()
     with refused("missing"):
         Scorer.load(tmp_path / "scorer")

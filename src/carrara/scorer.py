@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ class Scorer:
     @property
     def name(self) -> str:
         """ "scorer CHECKSUM": metrics of different scorers are never compared."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(self.texts.config(), sort_keys=True).encode())
         for key, value in sorted(self.network.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -184,5 +185,14 @@ def rank(scorer: ImageTextScorer, images: Tensor, texts: Sequence[str]) -> Tenso
     Args:
         images: float [N, C, H, W] in [-1, 1].
         texts: N of them.
+
+    Raises:
+        UserError: their numbers differ.
     """
+    if len(images) != len(texts):
+        raise UserError(
+            f"{len(images)} images and {len(texts)} texts are no pairs: give a text for each image.",
+            key="texts",
+            code="shape",
+        )
     return (scorer.embed_images(images) * scorer.embed_texts(texts)).sum(1)

@@ -188,7 +188,7 @@ def test_devices_and_precisions_that_are_not_there_are_refused(
 
 
 def test_auto_trains_in_fp32_on_a_cpu(tmp_path: Path, carrara: Command) -> None:
-    words = ("--device", "cpu", "--precision", "auto", "--steps", "1", "--json")
+    words = ("--device", "cpu", "--precision", "auto", "--set", "training.steps=1", "--json")
     first = carrara("train", "digits", "--out", tmp_path / "x", *SETS, *words).stdout.splitlines()[0]
     assert json.loads(first)["start"]["precision"] == "fp32"
     assert json.loads(first)["start"]["device"] == "cpu"
@@ -222,3 +222,17 @@ def test_a_count_of_none_is_refused_and_never_replaced(
     sentence = refused(*(word.replace("PLACE", str(tmp_path)) for word in words))
     assert "1" in sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_contradictions_and_folders_of_other_files_are_refused(
+    tmp_path: Path, tiny_run: Path, refused: Callable[..., str]
+) -> None:
+    both = refused("train", "digits", "--steps", "5", "--set", "training.steps=4", "--out", tmp_path / "run")
+    assert "training.steps" in both
+    assert "--schema" in refused("recipes", "digits", "--schema")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "holiday.png").write_bytes(b"mine")
+    for more in ((), ("--overwrite",)):
+        assert "photos" in refused("sample", tiny_run, "--label", "1", "--steps", "1", "--out", photos, *more)
+    assert [path.name for path in photos.iterdir()] == ["holiday.png"]

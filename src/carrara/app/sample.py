@@ -203,7 +203,7 @@ def samples_folder(out: Path | None, default: Path, overwrite: bool) -> Path:
     """A folder without samples, so that two sets are never mixed: `out`, or a new one named after `default`.
 
     Raises:
-        UserError: `out` holds samples, or cannot be written.
+        UserError: `out` holds samples, or other files that `overwrite` would not replace, or cannot be written.
     """
     if out is None:
         numbered = (default.with_name(f"{default.name}-{number}") for number in range(2, 10**6))
@@ -213,6 +213,12 @@ def samples_folder(out: Path | None, default: Path, overwrite: bool) -> Path:
         if not overwrite and _samples_in(out):
             raise UserError(
                 f"{out} holds samples already: name another --out, or replace them with --overwrite.",
+                key="out",
+                code="exists",
+            )
+        if out.is_dir() and any(out.iterdir()) and not _samples_in(out):
+            raise UserError(
+                f"{out} holds other files, among which pictures would be lost: name a new folder with --out.",
                 key="out",
                 code="exists",
             )

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from carrara.errors import UserError
+
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe in full.")] = None,
@@ -18,6 +20,10 @@ def recipes(
 
     from carrara.recipe import json_schema, load, shipped
 
+    if schema and name is not None:
+        raise UserError(
+            f"--schema is of all recipes: leave out {name}, or leave out --schema.", key="schema", code="conflict"
+        )
     if schema:
         print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
         return

@@ -61,7 +61,17 @@ def train(
         "training.learning_rate": learning_rate,
         "seed": seed,
     }
-    changes = [f"{key}={value}" for key, value in aliases.items() if value is not None] + (assignments or [])
+    options = {key: value for key, value in aliases.items() if value is not None}
+    for assignment in assignments or []:
+        key, _, value = assignment.partition("=")
+        if key in options and value != str(options[key]):
+            raise UserError(
+                f"--set {assignment} and the option for {key}, {options[key]}, contradict each other: leave one "
+                "of them out.",
+                key=key,
+                code="conflict",
+            )
+    changes = [f"{key}={value}" for key, value in options.items()] + (assignments or [])
     given = {"what": what, "out": out, "changes": changes, "device": device, "precision": precision}
     if overfit or profile:
         tests = app.SelfTestRequest(**given, overfit_one_batch=overfit, profile=profile)

@@ -6,6 +6,7 @@ be written.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -72,7 +73,7 @@ class Vocabulary:
         return type(self)(self._json, length)
 
     def config(self) -> dict[str, Any]:
-        return {"length": self.length}
+        return {"length": self.length, "hash": hashlib.sha256(self._json.encode()).hexdigest()[:12]}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
