@@ -1,4 +1,4 @@
-"""How well images and texts agree: a contrastive scorer trained in Carrara, or a CLIP model of `transformers`."""
+"""How well images and texts agree: a contrastive scorer trained in Carrara."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,31 +20,10 @@ from carrara.interop import efficientnet
 from carrara.modes import eval_mode
 from carrara.networks.contrastive import Towers, TowersParams
 from carrara.packages import locate
-from carrara.text import Pretrained, Span, TextEncoder, Vocabulary
+from carrara.text import ENCODERS, Span, TextEncoder
 
 IMAGE_SIDE = 128
 """Images are resized to squares of this side for EfficientNet-Lite0's features."""
-
-TEXTS: dict[str, type[TextEncoder]] = {Pretrained.kind: Pretrained, Vocabulary.kind: Vocabulary}
-
-
-class ImageTextScorer(Protocol):
-    """Whatever embeds images and texts in one space.
-
-    Attributes:
-        name: what metrics call it, with its checksum.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """float [N, C, H, W] in [-1, 1] to unit vectors float32 [N, D]."""
-        ...
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts to unit vectors float32 [N, D]."""
-        ...
 
 
 class FrozenImages:
@@ -166,7 +145,7 @@ class Scorer:
         try:
             network = Towers(TowersParams(**config["network"]))
             own: Mapping[str, Any] = config["texts"]
-            texts = TEXTS[own["kind"]].load({k: v for k, v in own.items() if k != "kind"}, folder)
+            texts = ENCODERS[own["kind"]].load({k: v for k, v in own.items() if k != "kind"}, folder)
             scorer = cls(network, texts, config["about"], config["origin"])
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -179,7 +158,7 @@ class Scorer:
         return scorer.to(device)
 
 
-def rank(scorer: ImageTextScorer, images: Tensor, texts: Sequence[str]) -> Tensor:
+def rank(scorer: Scorer, images: Tensor, texts: Sequence[str]) -> Tensor:
     """The cosine of each image with its own text, float32 [N]: by it candidates are put in order.
 
     Args:

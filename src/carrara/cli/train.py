@@ -11,7 +11,7 @@ from typer import Option
 from carrara.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from carrara.app.events import Event, Metrics
     from carrara.app.train import SelfTestRequest
@@ -61,8 +61,23 @@ def train(
         "training.learning_rate": learning_rate,
         "seed": seed,
     }
-    options = {key: value for key, value in aliases.items() if value is not None}
-    for assignment in assignments or []:
+    changes = _changes({key: value for key, value in aliases.items() if value is not None}, assignments or [])
+    given = {"what": what, "out": out, "changes": changes, "device": device, "precision": precision}
+    if overfit or profile:
+        tests = app.SelfTestRequest(**given, overfit_one_batch=overfit, profile=profile)
+        _self_test(tests, json_lines)
+        return
+    request = app.TrainRequest(**given, accept_changes=accept_changes)
+    show_training(app.train(request), json_lines)
+
+
+def _changes(options: Mapping[str, object], assignments: list[str]) -> list[str]:
+    """The options and the --set assignments as KEY=VALUE.
+
+    Raises:
+        UserError: an option and an assignment give one key two values.
+    """
+    for assignment in assignments:
         key, _, value = assignment.partition("=")
         if key in options and value != str(options[key]):
             raise UserError(
@@ -71,14 +86,7 @@ def train(
                 key=key,
                 code="conflict",
             )
-    changes = [f"{key}={value}" for key, value in options.items()] + (assignments or [])
-    given = {"what": what, "out": out, "changes": changes, "device": device, "precision": precision}
-    if overfit or profile:
-        tests = app.SelfTestRequest(**given, overfit_one_batch=overfit, profile=profile)
-        _self_test(tests, json_lines)
-        return
-    request = app.TrainRequest(**given, accept_changes=accept_changes)
-    show_training(app.train(request), json_lines)
+    return [f"{key}={value}" for key, value in options.items()] + assignments
 
 
 def show_training(events: Iterable[Event], json_lines: bool = False) -> None:

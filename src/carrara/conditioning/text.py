@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -16,10 +16,7 @@ from carrara.condition import Condition
 from carrara.conditioning.base import DataFacts, Input, TrainingInputs, check_dropout
 from carrara.errors import UserError
 from carrara.process.noise import Noise
-from carrara.text import Pretrained, Span, TextEncoder, Vocabulary, parse
-
-ENCODERS: dict[str, type[TextEncoder]] = {Pretrained.kind: Pretrained, Vocabulary.kind: Vocabulary}
-"""The kinds of encoder that saved models may name."""
+from carrara.text import ENCODERS, Pretrained, Span, TextEncoder, Vocabulary, parse
 
 LONGEST = 64
 """Ids of a prompt that are trained on at most, where the recipe does not say how many."""
@@ -72,7 +69,6 @@ class Text:
     encoder: TextEncoder
     dropout: float = 0.0
     emphasis: bool = True
-    _empty: list[Condition] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
@@ -110,12 +106,7 @@ class Text:
         return self._stack([[Span(caption)] for caption in batch.captions])
 
     def null(self, condition: Condition) -> Condition:
-        if condition.negative is not None:
-            own = condition.negative
-        else:
-            if not self._empty:
-                self._empty.append(self.encoder.encode([Span("")]))
-            own = self._empty[0]
+        own = self.encoder.encode([Span("")]) if condition.negative is None else condition.negative
         filled = condition.tensors()
         size = len(next(filled[slot] for slot in self.slots))
         like = {slot: filled[slot] for slot in ("context", "context_mask", "tokens", "token_weights") if slot in filled}

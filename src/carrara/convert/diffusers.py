@@ -31,7 +31,6 @@ from carrara.networks import UNet
 
 CODECS = ("vae", "vqvae", "movq")
 """What a pipeline may call its first stage."""
-SCHEDULER = "scheduler_config.json"
 RECORD = f"{KEY}.json"
 
 
@@ -126,7 +125,7 @@ def export_diffusers(model: Convertible, folder: Path) -> dict[str, Any]:
         diffusers_unet2d.save_unet(network, new / "unet")
         if codec is not None:
             diffusers_codec.save_codec(codec, new / "vqvae")
-        write_json(new / "scheduler" / SCHEDULER, scheduler)
+        write_json(new / "scheduler" / diffusers_scheduler.FILE, scheduler)
         write_json(new / INDEX, index)
         write_json(new / RECORD, record(model))
     tensors = len(diffusers_unet2d.unet_state_dict(network))
@@ -162,7 +161,7 @@ def _model(contents: Contents, first: str | None) -> Imported:
     folder = contents.path
     labels = _labels(folder, contents.config.get("id2label"))
     network = diffusers_unet2d.load_unet(folder / "unet", null_label=labels is not None and labels.dropout > 0)
-    scheduler = read_json(folder / "scheduler" / SCHEDULER, "pipeline")
+    scheduler = read_json(folder / "scheduler" / diffusers_scheduler.FILE, "pipeline")
     schedule, predicts = diffusers_scheduler.read(scheduler)
     if network.params.learned_variance and scheduler.get("variance_type") != "learned_range":
         raise UserError(

@@ -35,7 +35,8 @@ INDEX = "model_index.json"
 FILES = (".ckpt", ".pt", ".pth", ".safetensors")
 """The endings of the weight files that are written."""
 DROPOUT = 0.1
-"""The fraction of labels that training dropped, as in the published models: others record only that some were."""
+"""The fraction of labels or captions that training dropped, in the published models: others record only that some
+were."""
 
 
 @dataclass(frozen=True)

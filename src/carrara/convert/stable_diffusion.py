@@ -13,7 +13,7 @@ from typing import Any
 
 from carrara.codecs import LearnedCodec
 from carrara.conditioning import Text
-from carrara.convert.imported import Contents, Imported, latent_scale, there_and_back
+from carrara.convert.imported import DROPOUT, Contents, Imported, latent_scale, there_and_back
 from carrara.convert.parity import fingerprint
 from carrara.errors import UserError
 from carrara.interop import diffusers_codec, diffusers_scheduler, diffusers_unet
@@ -27,13 +27,8 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """What a pipeline may list besides, and the model does without."""
 
-DROPOUT = 0.1
-"""The fraction of captions that the published models were trained without."""
-
 SAMPLING = {"solver": "dpm++2m", "steps": 20, "grid": "trailing", "guidance": 7.5}
 """Of the models where nothing else is chosen."""
-
-SCHEDULER = "scheduler_config.json"
 
 
 def is_stable_diffusion(parts: dict[str, str]) -> bool:
@@ -70,7 +65,9 @@ def import_stable_diffusion(contents: Contents, parts: dict[str, str]) -> Import
     codec = diffusers_codec.load_codec(folder / "vae")
     text = Text(Pretrained.open(folder / "text_encoder", folder / "tokenizer"), DROPOUT)
     _check_together(folder, network.params.in_channels, network.params.context_channels, codec, text)
-    schedule, predicts = diffusers_scheduler.read(read_json(folder / "scheduler" / SCHEDULER, "pipeline"))
+    schedule, predicts = diffusers_scheduler.read(
+        read_json(folder / "scheduler" / diffusers_scheduler.FILE, "pipeline")
+    )
     size = network.params.image_size
     shape = (codec.params.in_channels, *(side * codec.reduction for side in size))
     model = DiffusionModel(

@@ -32,7 +32,7 @@ def likeness(images: Tensor, targets: Tensor, perceptual: Perceptual | None = No
     """Every metric of how close images [N, C, H, W] in [-1, 1] are to their targets, float64 [N] each.
 
     Args:
-        perceptual: a learned distance (`carrara.codecs.perceptual.LPIPS.load(FILE)`), where its weights are at hand.
+        perceptual: a learned distance (`carrara.interop.lpips.load(FILE)`), where its weights are at hand.
     """
     values = {"psnr": psnr(images, targets), "ssim": ssim(images, targets)}
     if perceptual is not None:

@@ -35,6 +35,8 @@ CLASSES = (
     "UniPCMultistepScheduler",
 )
 """The schedulers of models that were trained on a table of β."""
+FILE = "scheduler_config.json"
+"""The file of a pipeline's `scheduler` folder."""
 PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 ENTRIES = {
     "num_train_timesteps": Entry(int, 1000),

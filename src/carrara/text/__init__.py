@@ -6,7 +6,11 @@ from carrara.text.pretrained import WORDS, Pretrained, Reading, emphasise
 from carrara.text.prompts import Span, parse
 from carrara.text.vocabulary import Vocabulary
 
+ENCODERS: dict[str, type[TextEncoder]] = {Pretrained.kind: Pretrained, Vocabulary.kind: Vocabulary}
+"""The kinds of encoder that saved models may name."""
+
 __all__ = [
+    "ENCODERS",
     "WORDS",
     "Chunk",
     "Format",

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -155,8 +156,9 @@ class Pretrained:
     def _tokenize(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
+    @cached_property
     def hash(self) -> str:
-        """12 hexadecimal digits of the SHA-256 over the weights and the tokenizer's words."""
+        """12 hexadecimal digits of the SHA-256 over the weights, which are frozen, and the tokenizer's words."""
         digest = hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.removeprefix("text_model.").encode())
@@ -164,7 +166,7 @@ class Pretrained:
         return digest.hexdigest()[:12]
 
     def config(self) -> dict[str, Any]:
-        return {"package": self.package, "hash": self.hash(), **asdict(self.reading)}
+        return {"package": self.package, "hash": self.hash, **asdict(self.reading)}
 
     def save(self, folder: Path) -> None:
         if self.package is None and not (folder / FILES / "config.json").is_file():
@@ -176,9 +178,9 @@ class Pretrained:
         package, expected = config["package"], config["hash"]
         reading = {key: value for key, value in config.items() if key not in ("package", "hash")}
         encoder = cls.open(package or folder / FILES, **reading)
-        if encoder.hash() != expected:
+        if encoder.hash != expected:
             raise UserError(
-                f"the text encoder {package or folder / FILES} ({encoder.hash()}) is not the one that the model was "
+                f"the text encoder {package or folder / FILES} ({encoder.hash}) is not the one that the model was "
                 f"trained with ({expected}): install that one again.",
                 key="encoder",
                 code="mismatch",
@@ -231,10 +233,6 @@ class Pretrained:
         chosen = FAMILIES[family] | {name: value for name, value in reading.items() if value is not None}
         longest = min(int(words.model_max_length), int(getattr(config, "max_position_embeddings", 2**31)))
         return cls(model, words, family, Reading(**{"length": longest, **chosen}), package)
-
-    def within(self, length: int) -> Self:
-        """The same encoder with chunks of this many tokens."""
-        return type(self)(self.model, self.tokenizer, self.family, replace(self.reading, length=length), self.package)
 
 
 def emphasise(hidden: Tensor, weights: Tensor, keep_mean: bool) -> Tensor:
